@@ -1,0 +1,36 @@
+"""Server-Sent Events for any ASGI app, that stay up, resume, and end cleanly."""
+
+from .app import create_app
+from .decoder import EventDecoder
+from .errors import (
+    BrokerError,
+    CompressionError,
+    InvalidEventError,
+    SendTimeoutError,
+    SSEError,
+    StreamClosedError,
+)
+from .event import JSONServerSentEvent, ServerSentEvent
+from .registry import DrainReport, StreamRegistry
+from .response import EventSourceResponse
+from .routing import HTTPError, Request
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "BrokerError",
+    "CompressionError",
+    "DrainReport",
+    "EventDecoder",
+    "EventSourceResponse",
+    "HTTPError",
+    "InvalidEventError",
+    "JSONServerSentEvent",
+    "Request",
+    "SSEError",
+    "SendTimeoutError",
+    "ServerSentEvent",
+    "StreamClosedError",
+    "StreamRegistry",
+    "create_app",
+]

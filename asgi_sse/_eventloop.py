@@ -1,0 +1,328 @@
+"""What asyncio and trio do differently, behind one face: time, callbacks, the source's task, the sends.
+
+Everything else of this package is written once, for both.
+"""
+
+import asyncio
+import contextvars
+import sys
+import types
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine, Generator
+from typing import TYPE_CHECKING, Any, Final
+
+from anyio.lowlevel import RunVar
+
+from ._types import Message, Send
+
+if TYPE_CHECKING:
+    import trio
+
+_EAGER: Final[dict[str, Any]] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
+
+
+class Child(ABC):
+    """A task that runs apart from the request's, and outlives it where it must."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def cancel(self) -> None:
+        """Interrupt the task once, at the point where it waits. What it does then is not interrupted."""
+
+    @abstractmethod
+    def cancel_again(self) -> None:
+        """Interrupt it a last time, its clean-up included."""
+
+
+class Sender(ABC):
+    """Makes the calls of one ``send``, in a private context, never two at a time."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def start(self, message: Message) -> bool:
+        """Send a message. True: it is sent; False: under way, and the callback will be called.
+
+        Raises:
+            BaseException: What ``send`` raised, if it did so at once.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Cancel what is under way; the callback is not called any more."""
+
+
+class EventLoop(ABC):
+    """The event loop, or trio run, that the caller is in."""
+
+    @abstractmethod
+    def time(self) -> float:
+        """The loop's clock, in seconds."""
+
+    @abstractmethod
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Call in the next turn, in the order of asking."""
+
+    @abstractmethod
+    def call_threadsafe(self, callback: Callable[[], None]) -> bool:
+        """Call in the next turn, from any thread. False: the loop is closed."""
+
+    @abstractmethod
+    def call_at(self, when: float, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call at a time of `time()`. Gives what cancels it."""
+
+    @abstractmethod
+    def spawn(self, main: Callable[[], Coroutine[Any, Any, None]], done: Callable[[], None]) -> Child:
+        """Run `main`, which must not raise, in a task and a context of its own; then call `done`."""
+
+    @abstractmethod
+    def sender(self, send: Send, sent: Callable[[BaseException | None], None]) -> Sender:
+        """What makes the calls of `send`; `sent` is called after each that was under way."""
+
+
+class _AsyncioLoop(EventLoop):
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+
+    def time(self) -> float:
+        return self._loop.time()
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        self._loop.call_soon(callback)
+
+    def call_threadsafe(self, callback: Callable[[], None]) -> bool:
+        try:
+            self._loop.call_soon_threadsafe(callback)
+        except RuntimeError:
+            return False
+        return True
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> Callable[[], None]:
+        return self._loop.call_at(when, callback).cancel
+
+    def spawn(self, main: Callable[[], Coroutine[Any, Any, None]], done: Callable[[], None]) -> Child:
+        # A plain task, whatever the loop's task factory: an eager one would run the source inside the request's step.
+        task = asyncio.Task(main(), loop=self._loop, name="asgi_sse source", context=contextvars.copy_context())
+        task.add_done_callback(lambda _: done())
+        return _AsyncioChild(task)
+
+    def sender(self, send: Send, sent: Callable[[BaseException | None], None]) -> Sender:
+        return _AsyncioSender(self._loop, send, sent)
+
+
+class _AsyncioChild(Child):
+    __slots__ = ("_task",)
+
+    def __init__(self, task: asyncio.Task[None]) -> None:
+        self._task = task
+
+    def cancel(self) -> None:
+        self._task.cancel()
+
+    def cancel_again(self) -> None:
+        self._task.cancel()
+
+
+class _AsyncioSender(Sender):
+    """Each send is driven as an eager task, so that one which does not wait needs no turn of the loop.
+
+    None of the servers measured waits while the socket is writable, but for hypercorn on trio.
+    Python 3.11 has no eager tasks: there each send takes a turn.
+    """
+
+    __slots__ = ("_context", "_loop", "_send", "_sent", "_task")
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, send: Send, sent: Callable[[BaseException | None], None]
+    ) -> None:
+        self._loop = loop
+        self._send = send
+        self._sent = sent
+        # Private: starting a task eagerly in a context that a suspended step has entered hangs the loop.
+        self._context = contextvars.copy_context()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self, message: Message) -> bool:
+        task = asyncio.Task(_awaited(self._send, message), loop=self._loop, context=self._context, **_EAGER)
+        if not task.done():
+            self._task = task
+            task.add_done_callback(self._finished)
+            return False
+        if (error := _error_of(task)) is not None:
+            raise error
+        return True
+
+    def close(self) -> None:
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        error = _error_of(task)  # read even where nobody asks, or asyncio would report it as never retrieved
+        if self._task is task:
+            self._task = None
+            self._sent(error)
+
+
+async def _awaited(send: Send, message: Message) -> None:
+    # granian's send gives an awaitable that is no coroutine, which no task takes.
+    await send(message)
+
+
+def _error_of(task: asyncio.Task[None]) -> BaseException | None:
+    return asyncio.CancelledError() if task.cancelled() else task.exception()
+
+
+class _TrioLoop(EventLoop):
+    # System tasks, not a nursery of the request's: a source that ignores its cancellation must be left behind, and
+    # no nursery lets go of a child.
+    def __init__(self, trio: types.ModuleType) -> None:
+        self._trio = trio
+        self._token: trio.lowlevel.TrioToken = trio.lowlevel.current_trio_token()
+
+    def time(self) -> float:
+        now: float = self._trio.current_time()
+        return now
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        self._token.run_sync_soon(callback)
+
+    def call_threadsafe(self, callback: Callable[[], None]) -> bool:
+        try:
+            self._token.run_sync_soon(callback)
+        except self._trio.RunFinishedError:
+            return False
+        return True
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> Callable[[], None]:
+        scope = self._trio.CancelScope()
+
+        async def wait() -> None:
+            with scope:
+                await self._trio.sleep_until(when)
+                callback()
+
+        self._trio.lowlevel.spawn_system_task(wait, name="asgi_sse timer")
+        cancel: Callable[[], None] = scope.cancel
+        return cancel
+
+    def spawn(self, main: Callable[[], Coroutine[Any, Any, None]], done: Callable[[], None]) -> Child:
+        child = _TrioChild(self._trio)
+        context = contextvars.copy_context()
+        self._trio.lowlevel.spawn_system_task(child.run, main, done, name="asgi_sse source", context=context)
+        return child
+
+    def sender(self, send: Send, sent: Callable[[BaseException | None], None]) -> Sender:
+        return _TrioSender(self._trio, send, sent)
+
+
+class _TrioChild(Child):
+    """A task that one cancellation interrupts once, as on asyncio.
+
+    trio cancels a scope for good: every later wait raises again, which would cut short a ``finally``
+    that waits. So the task runs in two scopes; the outer one is cancelled, and the inner one turns
+    into a shield at the moment in which the first ``Cancelled`` is handed in.
+    """
+
+    __slots__ = ("_inner", "_outer")
+
+    def __init__(self, trio: types.ModuleType) -> None:
+        self._outer: trio.CancelScope = trio.CancelScope()
+        self._inner: trio.CancelScope = trio.CancelScope()
+
+    async def run(self, main: Callable[[], Coroutine[Any, Any, None]], done: Callable[[], None]) -> None:
+        try:
+            with self._outer, self._inner:
+                await self._interruptible(main())
+        finally:
+            done()
+
+    def cancel(self) -> None:
+        self._outer.cancel()
+
+    def cancel_again(self) -> None:
+        self._inner.shield = False
+
+    @types.coroutine
+    def _interruptible(self, coroutine: Coroutine[Any, Any, None]) -> Generator[Any, Any, None]:
+        try:
+            trap = coroutine.send(None)
+            while True:
+                outcome = yield trap
+                # What trio hands to a waiting task is an outcome.Value or outcome.Error. An Error while our scope is
+                # cancelled is that cancellation, or else coincides with it, and is as good a reason to clean up.
+                if self._outer.cancel_called and hasattr(outcome, "error"):
+                    self._inner.shield = True
+                trap = coroutine.send(outcome)
+        except StopIteration:
+            return
+        finally:
+            coroutine.close()
+
+
+class _TrioSender(Sender):
+    """One writer task a stream, since trio starts no task but in a later turn."""
+
+    __slots__ = ("_closed", "_message", "_scope", "_send", "_sent", "_started", "_trio", "_wake")
+
+    def __init__(self, trio: types.ModuleType, send: Send, sent: Callable[[BaseException | None], None]) -> None:
+        self._trio = trio
+        self._send = send
+        self._sent = sent
+        self._scope: trio.CancelScope = trio.CancelScope()
+        self._wake: trio.Event = trio.Event()
+        self._message: Message | None = None
+        self._started = False
+        self._closed = False
+
+    def start(self, message: Message) -> bool:
+        self._message = message
+        if self._started:
+            self._wake.set()
+        else:
+            self._started = True
+            context = contextvars.copy_context()
+            self._trio.lowlevel.spawn_system_task(self._run, name="asgi_sse writer", context=context)
+        return False
+
+    def close(self) -> None:
+        self._closed = True
+        self._scope.cancel()
+
+    async def _run(self) -> None:
+        with self._scope:
+            while not self._closed:
+                message, self._message = self._message, None
+                if message is None:
+                    self._wake = self._trio.Event()
+                    await self._wake.wait()
+                    continue
+                error: BaseException | None = None
+                try:
+                    await self._send(message)
+                except self._trio.Cancelled:
+                    raise
+                except Exception as exc:
+                    error = exc
+                if not self._closed:
+                    self._sent(error)
+
+
+_current: RunVar[EventLoop] = RunVar("asgi_sse event loop")
+
+
+def current_loop() -> EventLoop:
+    """The face of the event loop that the caller runs in.
+
+    Raises:
+        RuntimeError: There is none.
+    """
+    try:
+        return _current.get()
+    except LookupError:
+        trio = sys.modules.get("trio")
+        loop = _TrioLoop(trio) if trio is not None and trio.lowlevel.in_trio_task() else _AsyncioLoop()
+        _current.set(loop)
+        return loop
+

@@ -1,0 +1,104 @@
+"""The one reader of a request's ``receive()``: hands the body to who asks, and latches the disconnect."""
+
+from typing import Final
+
+import anyio
+
+from ._types import Message, Receive
+
+_AHEAD: Final = 65_536
+"""Bytes of body taken from the server before anybody asked: as much as one send carries."""
+
+
+class Inbox:
+    """Reads ``receive()`` for the body and for the watch alike, so that there is never a second reader.
+
+    hypercorn and daphne block for ever on a ``receive()`` after the disconnect, so it is remembered.
+    """
+
+    __slots__ = ("_changed", "_chunks", "_complete", "_receive", "_size", "_watched", "discarded", "disconnected", "reading")
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._chunks: list[bytes] = []
+        self._size = 0
+        self._complete = False
+        self.discarded = False
+        self._watched = False
+        self._changed: anyio.Event | None = None
+        self.disconnected = False
+        self.reading = False  # somebody waits for the body
+
+    async def watch(self) -> None:
+        """Read on until the client has left."""
+        self._watched = True
+        try:
+            while not self.disconnected:
+                if self._size > _AHEAD and not (self.reading or self.discarded):
+                    await self._change()  # leave the rest with the server, whose buffers are bounded
+                else:
+                    self._take(await self._receive())
+        finally:
+            self._watched = False
+
+    async def body(self, limit: int) -> bytes | None:
+        """The whole body; ``None`` if it exceeds `limit` bytes, was discarded, or the client left before its end."""
+        self.reading = True
+        self._notify()
+        try:
+            while not (self._complete or self._size > limit or self.discarded or self.disconnected):
+                if self._watched:
+                    await self._change()
+                else:
+                    self._take(await self._receive())
+        finally:
+            self.reading = False
+        if self._size > limit:
+            self.discard()
+            return None
+        return b"".join(self._chunks) if self._complete and not self.discarded else None
+
+    def discard(self) -> None:
+        """What is still to come of the body is not wanted: read past it, to see the disconnect behind."""
+        if not (self._complete or self.reading):
+            self.discarded = True
+            self._chunks.clear()
+            self._notify()
+
+    def exceeds(self, limit: int) -> bool:
+        """Whether more than `limit` bytes of body have come."""
+        return self._size > limit
+
+    async def replay(self) -> Message:
+        """``receive()`` for another ASGI app that takes the request over, with nothing lost."""
+        if self._chunks:
+            body = b"".join(self._chunks)
+            self._chunks.clear()
+            self._size = 0
+            return {"type": "http.request", "body": body, "more_body": not self._complete}
+        if self.disconnected:
+            return {"type": "http.disconnect"}
+        message = await self._receive()
+        self.disconnected = message["type"] == "http.disconnect"
+        return message
+
+    def _take(self, message: Message) -> None:
+        if message["type"] == "http.disconnect":
+            self.disconnected = True
+        elif message["type"] == "http.request" and not self._complete:
+            chunk = message.get("body", b"")
+            self._size += len(chunk)
+            if chunk and not self.discarded:
+                self._chunks.append(chunk)
+            self._complete = not message.get("more_body", False)
+        self._notify()
+
+    async def _change(self) -> None:
+        if self._changed is None:
+            self._changed = anyio.Event()
+        await self._changed.wait()
+
+    def _notify(self) -> None:
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None

@@ -1,0 +1,235 @@
+"""`EventSourceResponse`: a stream of events as a plain ASGI callable."""
+
+import re
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from types import EllipsisType
+from typing import Any, Final, TypeAlias
+
+import anyio
+
+from ._types import CloseReason, Message, Receive, Scope, Send
+from .errors import SendTimeoutError, StreamClosedError
+from .event import JSONDumps, ServerSentEvent
+from .inbox import Inbox
+from .registry import StreamRegistry, default_registry
+from .source import check_content, iterate
+from .stream import DrainingEvent, Stream, StreamOptions
+
+Headers: TypeAlias = Mapping[str, str] | Iterable[tuple[str, str]]
+
+SCOPE_KEY: Final = "asgi_sse"
+"""Where a request's scope holds the `Defaults` of the app around it."""
+
+_TOKEN: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
+_NO_BODY: Final = frozenset({204, 205, 304})
+
+# no-transform asks proxies not to compress; X-Accel-Buffering turns off nginx's buffering. No Connection header:
+# HTTP/2 forbids it.
+_HEADERS: Final = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store, no-transform"),
+    (b"x-accel-buffering", b"no"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What an app gives to every stream under it, where the stream itself was not told."""
+
+    registry: StreamRegistry
+    options: StreamOptions
+
+
+_PLAIN: Final = StreamOptions()
+
+
+class EventSourceResponse:
+    """A response that streams events: an ASGI callable, for one request.
+
+    A parameter that is not given (``...``) takes the default of the app or middleware around it, else
+    the one named here.
+
+    Args:
+        content: Where the events come from: an async generator or any async iterable, which is closed
+            at the end; or an iterable, which is run in a thread of its own. Each item is a
+            `ServerSentEvent`, a ``dict`` of its arguments, ``str``, ``int``, or encoded ``bytes``.
+        status_code: The status. Browsers accept 200 alone.
+        headers: More headers, or others in place of ``Content-Type: text/event-stream``,
+            ``Cache-Control: no-store, no-transform`` and ``X-Accel-Buffering: no``.
+        ping: Seconds after which an idle stream gets a comment, so that proxies keep it open and a
+            vanished client is found. ``0`` or ``None``: never. Default: 15.
+        ping_message_factory: Makes that comment's `ServerSentEvent` (or any other item).
+        sep: The line end, one of LF, CRLF and CR.
+        retry: The reconnection time in milliseconds, sent when the stream opens; ``None``: not sent.
+            Default: 3000.
+        send_timeout: Seconds that the client may take for one message before it is dropped; ``None``
+            or ``0``: any time. Default: 30.
+        max_lifetime: Seconds after which the stream ends and the client reconnects, less up to a
+            fifth at random; ``None`` or ``0``: never. Default: ``None``.
+        cleanup_timeout: Seconds that the source has for its clean-up before it is left behind.
+            Default: 10.
+        open_timeout: Seconds for which the head is held back for the first item, so that an early
+            error can still have a status of its own. ``0``: until the source first waits.
+        opening_comment: Whether a comment opens the stream, so that servers and proxies flush the head.
+        on_error: Called with what the source raised; gives a last event for the client, or ``None``.
+            The body is left cut all the same, and the error is raised from the call.
+        on_close: Called once with the reason for the end, when the source is cleaned up: ``finished``,
+            ``disconnected``, ``drained``, ``timed_out``, ``overflowed``, ``failed`` or ``expired``.
+            Sync or async.
+        json_dumps: Serialises the JSON value in the ``data`` of a ``dict``. Default: compact JSON.
+        registry: The registry that the stream runs in.
+
+    Raises:
+        TypeError: `content` is not iterable, or a parameter is of a wrong kind.
+        ValueError: A parameter is out of range, or a header cannot be sent.
+    """
+
+    def __init__(
+        self,
+        content: AsyncIterable[Any] | Iterable[Any],
+        *,
+        status_code: int = 200,
+        headers: Headers | None = None,
+        ping: float | None | EllipsisType = ...,
+        ping_message_factory: Callable[[], Any] | None = None,
+        sep: str = "\n",
+        retry: int | None | EllipsisType = ...,
+        send_timeout: float | None | EllipsisType = ...,
+        max_lifetime: float | None | EllipsisType = ...,
+        cleanup_timeout: float | EllipsisType = ...,
+        open_timeout: float = 0.0,
+        opening_comment: bool = True,
+        on_error: Callable[[Exception], Any] | None = None,
+        on_close: Callable[[CloseReason], Any] | None = None,
+        json_dumps: JSONDumps | None | EllipsisType = ...,
+        registry: StreamRegistry | None = None,
+    ) -> None:
+        check_content(content)
+        given: dict[str, Any] = {
+            "ping": ping,
+            "ping_message_factory": ping_message_factory,
+            "sep": sep,
+            "retry": retry,
+            "send_timeout": send_timeout,
+            "max_lifetime": max_lifetime,
+            "cleanup_timeout": cleanup_timeout,
+            "open_timeout": open_timeout,
+            "opening_comment": opening_comment,
+            "on_error": on_error,
+            "on_close": on_close,
+            "json_dumps": json_dumps,
+        }
+        # What equals the built-in default may as well not be given, for the names that have no "not given".
+        self._given = {
+            name: value for name, value in given.items() if value is not ... and value != getattr(_PLAIN, name)
+        }
+        self._options = replace(_PLAIN, **self._given) if self._given else _PLAIN  # checked now, not at the request
+        self._status = _check_status(status_code)
+        self._headers = _merge_headers(headers)
+        self._registry = registry
+        self._content: AsyncIterable[Any] | Iterable[Any] | None = content
+        self.opened = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer the request, and return when the stream is over and its source cleaned up.
+
+        Raises:
+            StreamClosedError: The response was sent before.
+            SendTimeoutError: The client took nothing for ``send_timeout``, and the server gives us no
+                way to drop it.
+            Exception: What the source raised.
+        """
+        if scope["type"] != "http":
+            raise TypeError(f"an event stream answers HTTP requests, not {scope['type']!r}")
+        await self.serve(scope, Inbox(receive), send, DrainingEvent())
+
+    async def serve(self, scope: Scope, inbox: Inbox, send: Send, draining: DrainingEvent) -> None:
+        """As `__call__`, for a request of which parts may have been read."""
+        content, self._content = self._content, None
+        if content is None:
+            raise StreamClosedError("this response was sent before; make a new one for each request")
+        defaults: Defaults | None = scope.get(SCOPE_KEY)
+        options = self._options
+        if defaults is not None:
+            options = replace(defaults.options, **self._given) if self._given else defaults.options
+        registry = self._registry or (default_registry() if defaults is None else defaults.registry)
+        source = iterate(content)
+        head: Message = {"type": "http.response.start", "status": self._status, "headers": list(self._headers)}
+        if scope["method"] == "HEAD" or registry.draining:
+            body = b""
+            if scope["method"] != "HEAD":  # a 503 would stop a browser's EventSource for good
+                body = ServerSentEvent(retry=registry.farewell_retry()).encode(options.sep)
+            close = getattr(source, "aclose", None)
+            if close is not None:
+                await close()
+            self.opened = True
+            await _send_at_once(send, head, body, options.send_timeout)
+            return
+        stream = Stream(
+            source,
+            head=head,
+            path=scope["path"],
+            client=scope.get("client"),
+            inbox=inbox,
+            send=send,
+            options=options,
+            keeper=registry,
+            draining=draining,
+        )
+        del content, source, head
+        try:
+            await stream.run()
+        finally:
+            self.opened = stream.opened
+
+
+async def _send_at_once(send: Send, head: Message, body: bytes, timeout: float | None) -> None:
+    try:
+        with anyio.fail_after(timeout or None):
+            await send(head)
+            await send({"type": "http.response.body", "body": body, "more_body": False})
+    except TimeoutError as exc:
+        raise SendTimeoutError(f"the client took nothing for {timeout} s") from exc
+
+
+def _check_status(status: int) -> int:
+    if not isinstance(status, int) or isinstance(status, bool) or not 200 <= status <= 599 or status in _NO_BODY:
+        raise ValueError(f"status_code={status!r} cannot carry a stream; give 200, the one that browsers accept")
+    return int(status)
+
+
+def _merge_headers(headers: Headers | None) -> tuple[tuple[bytes, bytes], ...]:
+    if not headers:
+        return _HEADERS
+    given = tuple(encode_header(name, value) for name, value in _pairs(headers))
+    for name, value in given:
+        if name in (b"content-length", b"transfer-encoding"):
+            raise ValueError(f"headers: {name.decode()!r} would end or frame the stream; the server does that, remove it")
+        if name == b"content-type" and not value.lower().startswith(b"text/event-stream"):
+            raise ValueError(f"headers: content-type {value.decode('latin-1')!r}: clients read text/event-stream alone")
+    names = {name for name, _ in given}
+    return tuple(pair for pair in _HEADERS if pair[0] not in names) + given
+
+
+def _pairs(headers: Headers) -> Iterable[tuple[str, str]]:
+    return headers.items() if isinstance(headers, Mapping) else headers
+
+
+def encode_header(name: str, value: str) -> tuple[bytes, bytes]:
+    """A header as ASGI takes it.
+
+    Raises:
+        ValueError: It cannot be sent, or would inject another one.
+    """
+    if not isinstance(name, str) or not isinstance(value, str):
+        raise TypeError(f"headers: {name!r}: {value!r}; give two str")
+    try:
+        encoded = name.lower().encode("ascii"), value.strip(" \t").encode("latin-1")
+    except UnicodeEncodeError as exc:
+        raise ValueError(f"headers: {name!r}: {value!r} has characters that no header carries ({exc})") from exc
+    if not _TOKEN.fullmatch(encoded[0]):
+        raise ValueError(f"headers: {name!r} is no header's name")
+    if any(char in value for char in "\r\n\0"):
+        raise ValueError(f"headers: {name!r}: {value!r} has a CR, LF or NUL, which would inject headers; remove it")
+    return encoded

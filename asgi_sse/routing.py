@@ -1,0 +1,361 @@
+"""What an app has beside its streams: `Request`, `HTTPError`, and the table of routes."""
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from http import HTTPStatus
+from typing import Any, Final, cast
+from urllib.parse import parse_qsl, unquote
+
+from asgiref.compatibility import guarantee_single_callable
+
+from ._types import ASGIApp, Receive, Scope, Send
+from .errors import StreamClosedError
+from .inbox import Inbox
+from .response import SCOPE_KEY, Defaults, EventSourceResponse, encode_header
+from .stream import DrainingEvent
+
+_METHODS: Final = ("GET", "HEAD", "POST")  # POST since prompts are too large for a URL
+_HOLD: Final = 1.0
+"""Seconds for which an endpoint's stream holds its head back: most sources fail within, or never."""
+
+_PARAMETER: Final = re.compile(r"\{([^{}]*)\}")
+
+
+class HTTPError(Exception):
+    """Answers the request with a status, when an endpoint raises it before its first event.
+
+    Args:
+        status: 200 to 599; 204 tells an EventSource to stop for good.
+        detail: The body, as plain text. Default: the status's phrase.
+        headers: More headers.
+
+    Raises:
+        ValueError: The status or a header cannot be sent.
+    """
+
+    def __init__(self, status: int, detail: str = "", headers: Mapping[str, str] | None = None) -> None:
+        if not isinstance(status, int) or isinstance(status, bool) or not 200 <= status <= 599:
+            raise ValueError(f"status={status!r} is no final status of HTTP; give a number from 200 to 599")
+        if not detail and status in HTTPStatus:
+            detail = HTTPStatus(status).phrase
+        super().__init__(status, detail)
+        self.status = int(status)
+        self.detail = detail
+        self.headers = [encode_header(name, value) for name, value in (headers or {}).items()]
+
+    def __str__(self) -> str:
+        return f"{self.status} {self.detail}"
+
+
+class Values(Mapping[str, str]):
+    """Names with one or more values each: headers, or a query.
+
+    ``values[name]`` is the last one, of headers all of them joined by a comma (RFC 9110, 5.3).
+    """
+
+    __slots__ = ("_fold", "_join", "_values")
+
+    def __init__(
+        self, pairs: Iterable[tuple[str, str]], *, fold: bool = False, join: Callable[[list[str]], str] | None = None
+    ) -> None:
+        self._fold = fold
+        self._join = join
+        self._values: dict[str, list[str]] = {}
+        for name, value in pairs:
+            self._values.setdefault(name.lower() if fold else name, []).append(value)
+
+    def getlist(self, name: str) -> list[str]:
+        """All values of `name`, in order."""
+        return list(self._values.get(name.lower() if self._fold else name, ()))
+
+    def __getitem__(self, name: str) -> str:
+        values = self._values[name.lower() if self._fold else name]
+        return self._join(values) if self._join is not None else values[-1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({dict(self)!r})"
+
+
+class Request:
+    """What an endpoint sees of its request.
+
+    Attributes:
+        scope: The ASGI scope.
+    """
+
+    __slots__ = ("_draining", "_headers", "_inbox", "_query", "scope")
+
+    def __init__(self, scope: Scope, inbox: Inbox) -> None:
+        self.scope = scope
+        self._inbox = inbox
+        self._draining = DrainingEvent()
+        self._headers: Values | None = None
+        self._query: Values | None = None
+
+    @property
+    def method(self) -> str:
+        """``"GET"``, ``"POST"``; upper case."""
+        return cast("str", self.scope["method"])
+
+    @property
+    def path(self) -> str:
+        """The path as the client asked for it, decoded, below ``root_path``."""
+        return route_path(self.scope)
+
+    @property
+    def path_params(self) -> dict[str, str]:
+        """What stood in the place of each ``{name}`` of the route."""
+        return cast("dict[str, str]", self.scope.get("path_params", {}))
+
+    @property
+    def query(self) -> Values:
+        """The query's parameters, decoded."""
+        if self._query is None:
+            text = self.scope.get("query_string", b"").decode("latin-1")
+            self._query = Values(parse_qsl(text, keep_blank_values=True))
+        return self._query
+
+    @property
+    def headers(self) -> Values:
+        """The headers; names in any case."""
+        if self._headers is None:
+            pairs = ((name.decode("latin-1"), value.decode("latin-1")) for name, value in self.scope["headers"])
+            self._headers = Values(pairs, fold=True, join=", ".join)
+        return self._headers
+
+    @property
+    def cookies(self) -> dict[str, str]:
+        """The cookies, by name."""
+        cookies = {}
+        for pair in "; ".join(self.headers.getlist("cookie")).split(";"):
+            name, found, value = pair.strip().partition("=")
+            if found:
+                cookies[name.strip()] = unquote(value.strip().strip('"'))
+        return cookies
+
+    @property
+    def client(self) -> tuple[str, int] | None:
+        """The client's address and port, if the server knows them."""
+        client = self.scope.get("client")
+        return None if client is None else (client[0], client[1])
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the lifespan left for requests."""
+        return cast("dict[str, Any]", self.scope.setdefault("state", {}))
+
+    @property
+    def last_event_id(self) -> str | None:
+        """The id that the client saw last: its ``Last-Event-ID``, else ``last_event_id`` of the query.
+
+        The query serves a first connection, on which a browser's EventSource sends no such header.
+        """
+        # Browsers send the header's value as UTF-8 (WHATWG HTML, 9.2.3); ASGI hands out bytes.
+        values = [value for name, value in self.scope["headers"] if name.lower() == b"last-event-id"]
+        header: str = values[-1].decode("utf-8", "replace") if values else ""
+        return header or self.query.get("last_event_id") or None
+
+    @property
+    def draining(self) -> DrainingEvent:
+        """Set when the server is about to stop (``is_set()``, ``await wait()``).
+
+        An endpoint that looks at it has the registry's ``drain_timeout`` to end by itself; any other
+        is ended at once.
+        """
+        self._draining.watched = True
+        defaults: Defaults | None = self.scope.get(SCOPE_KEY)
+        if defaults is not None and defaults.registry.draining:
+            self._draining.set()
+        return self._draining
+
+    async def body(self, limit: int = 1_048_576) -> bytes:
+        """The body. Read it before the first event: from then on the rest of it is discarded.
+
+        Args:
+            limit: The most bytes that it may have.
+
+        Raises:
+            HTTPError: 413, it has more than `limit` bytes.
+            StreamClosedError: The client left before its end, or it was discarded.
+        """
+        if not isinstance(limit, int) or limit < 0:
+            raise ValueError(f"limit={limit!r} is no size; give bytes, at least 0")
+        length = self.headers.get("content-length", "")
+        if length.isdecimal() and int(length) > limit:
+            raise self._too_large(limit)
+        if self.method in ("GET", "HEAD") and not length and "transfer-encoding" not in self.headers:
+            return b""  # uvicorn's zttp over HTTP/2 never reports the end of a body that is not there
+        body = await self._inbox.body(limit)
+        if body is None:
+            if self._inbox.disconnected:
+                raise StreamClosedError("the client left before the end of its request's body")
+            if self._inbox.discarded and not self._inbox.exceeds(limit):
+                raise StreamClosedError("the body was discarded at the first event; read it before")
+            raise self._too_large(limit)
+        return body
+
+    async def json(self, limit: int = 1_048_576) -> Any:
+        """The body, parsed as JSON.
+
+        Raises:
+            HTTPError: 400, it is no JSON; 413, it has more than `limit` bytes.
+            StreamClosedError: As `body`.
+        """
+        try:
+            return json.loads(await self.body(limit))
+        except (ValueError, RecursionError) as exc:
+            raise HTTPError(400, f"the body is not JSON: {exc}") from exc
+
+    @staticmethod
+    def _too_large(limit: int) -> HTTPError:
+        return HTTPError(413, f"the body has more than {limit} bytes")
+
+
+def route_path(scope: Scope) -> str:
+    """The path below ``root_path``: servers and mounts put the prefix before it, or do not."""
+    path, root = cast("str", scope["path"]), cast("str", scope.get("root_path", "")).rstrip("/")
+    if root and (path == root or path.startswith(root + "/")):
+        path = path[len(root) :]
+    return path or "/"
+
+
+class RouteTable:
+    """Finds the endpoint for a path. A literal segment goes before a parameter.
+
+    Args:
+        routes: Patterns such as ``"/users/{name}/events"``, each with its endpoint.
+
+    Raises:
+        TypeError: An endpoint is none.
+        ValueError: A pattern cannot be parsed, or two match the same paths.
+    """
+
+    def __init__(self, routes: Mapping[str, Any]) -> None:
+        shapes: dict[tuple[str, ...], str] = {}
+        table: list[tuple[tuple[str | None, ...], tuple[str, ...], ASGIApp]] = []
+        for pattern, target in routes.items():
+            literals, names = _parse(pattern)
+            shape = tuple("{}" if literal is None else f"/{literal}" for literal in literals)
+            if shape in shapes:
+                raise ValueError(f"routes {shapes[shape]!r} and {pattern!r} match the same paths; remove one")
+            shapes[shape] = pattern
+            table.append((literals, names, _endpoint(pattern, target)))
+        self._table = sorted(table, key=lambda row: [literal is None for literal in row[0]])
+
+    def find(self, path: str) -> tuple[ASGIApp, dict[str, str]] | None:
+        """The endpoint for `path` and its parameters, if there is one."""
+        segments = path.split("/")[1:]
+        for literals, names, app in self._table:
+            if len(literals) == len(segments) and all(
+                bool(segment) if literal is None else literal == segment
+                for literal, segment in zip(literals, segments, strict=True)
+            ):
+                found = (segment for literal, segment in zip(literals, segments, strict=True) if literal is None)
+                return app, dict(zip(names, found, strict=True))
+        return None
+
+
+def _parse(pattern: str) -> tuple[tuple[str | None, ...], tuple[str, ...]]:
+    if not isinstance(pattern, str) or not pattern.startswith("/"):
+        raise ValueError(f"route {pattern!r} does not start with '/'; give a path such as '/events/{{name}}'")
+    literals: list[str | None] = []
+    names: list[str] = []
+    for segment in pattern.split("/")[1:]:
+        match = _PARAMETER.fullmatch(segment)
+        if match is None:
+            if "{" in segment or "}" in segment:
+                raise ValueError(f"route {pattern!r}: a parameter is a whole segment, such as '/{{name}}', not {segment!r}")
+            literals.append(segment)
+            continue
+        name = match[1]
+        if not name.isidentifier() or name in names:
+            raise ValueError(f"route {pattern!r}: {{{name}}} needs a name of its own, of letters, digits and '_'")
+        literals.append(None)
+        names.append(name)
+    return tuple(literals), tuple(names)
+
+
+def _endpoint(pattern: str, target: Any) -> ASGIApp:
+    if not callable(target):
+        hint = ""
+        if inspect.iscoroutine(target):
+            target.close()
+        if inspect.iscoroutine(target) or inspect.isasyncgen(target) or inspect.isgenerator(target):
+            hint = "; give the function itself, it is called for each request"
+        raise TypeError(f"route {pattern!r}: {target!r:.80} is no endpoint{hint}")
+    if isinstance(target, type):
+        raise TypeError(f"route {pattern!r}: {target!r} is a class; give a function, or an instance that is an ASGI app")
+    if isinstance(target, EventSourceResponse):
+        raise TypeError(f"route {pattern!r}: an EventSourceResponse serves one request; give a function that makes it")
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):
+        return cast("ASGIApp", target)  # built in C: what could it be but an app
+    required = [
+        parameter for parameter in parameters
+        if parameter.default is parameter.empty and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]  # fmt: skip
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    variadic = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
+    if len(required) == 3 or (variadic and not positional):
+        return cast("ASGIApp", guarantee_single_callable(target))
+    if len(required) > 1:
+        raise TypeError(f"route {pattern!r}: {target!r} takes {len(required)} arguments; an endpoint takes a Request or none")
+    return _Endpoint(pattern, target, takes_request=bool(positional))
+
+
+class _Endpoint:
+    """Runs an endpoint for one request after another."""
+
+    def __init__(self, pattern: str, function: Callable[..., Any], *, takes_request: bool) -> None:
+        self._pattern = pattern
+        self._function = function
+        self._takes_request = takes_request
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] not in _METHODS:
+            await send_text(scope, send, HTTPError(405, headers={"allow": ", ".join(_METHODS)}))
+            return
+        inbox = Inbox(receive)
+        request = Request(scope, inbox)
+        response: EventSourceResponse | None = None
+        try:
+            result = self._function(request) if self._takes_request else self._function()
+            if inspect.isawaitable(result):
+                result = await result
+            if not isinstance(result, EventSourceResponse) and callable(result):
+                app = guarantee_single_callable(result)
+                await app(scope, inbox.replay, send)
+                return
+            response = result if isinstance(result, EventSourceResponse) else self._respond(result)
+            await response.serve(scope, inbox, send, request._draining)  # noqa: SLF001 (looking would ask for grace)
+        except HTTPError as exc:
+            if response is not None and response.opened:
+                raise
+            await send_text(scope, send, exc)
+
+    def _respond(self, result: Any) -> EventSourceResponse:
+        try:
+            return EventSourceResponse(result, open_timeout=_HOLD)
+        except TypeError as exc:
+            raise TypeError(f"the endpoint of {self._pattern!r} returned no events: {exc}") from exc
+
+
+async def send_text(scope: Scope, send: Send, error: HTTPError) -> None:
+    """Answer with a status and its detail, complete."""
+    body = b"" if error.status in (204, 205, 304) else error.detail.encode("utf-8", "replace")
+    headers = [*error.headers, (b"content-length", str(len(body)).encode())]
+    if body:
+        headers.insert(0, (b"content-type", b"text/plain; charset=utf-8"))
+    if error.status in (204, 304):
+        headers.pop()
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body, "more_body": False})

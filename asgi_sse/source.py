@@ -1,0 +1,175 @@
+"""Makes one async iterator of what a response is given, and runs synchronous ones in a thread of their own."""
+
+import contextvars
+import inspect
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
+from typing import Any, Final
+
+import anyio
+
+from ._eventloop import EventLoop, current_loop
+from .errors import SSEError
+
+logger = logging.getLogger(__name__)
+
+MAX_THREADS: Final = 256
+"""Synchronous sources that may run at once in this process: each holds a thread until its stream ends."""
+
+_BATCH: Final = 64
+"""Items that a thread may be ahead of its stream."""
+
+
+def check_content(content: Any) -> None:
+    """Refuse what is no source, before any client waits for it.
+
+    Raises:
+        TypeError: `content` cannot be iterated, or not as meant.
+    """
+    if inspect.iscoroutine(content):
+        name = content.__qualname__
+        content.close()  # or Python would warn that it was never awaited
+        raise TypeError(
+            f"content is a coroutine of {name}(): await it and give what it returns, or make {name} an async "
+            "generator by yielding its events"
+        )
+    if inspect.isasyncgenfunction(content) or inspect.isgeneratorfunction(content):
+        raise TypeError(f"content is the function {content.__qualname__} itself; call it: {content.__qualname__}(...)")
+    if isinstance(content, str | bytes | bytearray | memoryview | Mapping):
+        raise TypeError(
+            f"content={content!r:.80} is a single {type(content).__name__}, not a series of events; put it in a list"
+        )
+    if not isinstance(content, AsyncIterable | Iterable):
+        raise TypeError(
+            f"content={content!r:.80} is not iterable; give an async generator, any async iterable, or an iterable"
+        )
+
+
+def iterate(content: AsyncIterable[Any] | Iterable[Any]) -> AsyncIterator[Any]:
+    """The items of `content`, one by one. Has an ``aclose`` wherever there is something to close."""
+    return content.__aiter__() if isinstance(content, AsyncIterable) else ThreadedIterator(content)
+
+
+class ThreadedIterator:
+    """Iterates over a synchronous iterable in one daemon thread and one context, from first to last item.
+
+    A pooled thread would break sqlite's cursors and context variables, which belong to one thread, and
+    one that is blocked would hold the interpreter's exit.
+    """
+
+    def __init__(self, iterable: Iterable[Any]) -> None:
+        self._iterable = iterable
+        self._loop: EventLoop | None = None
+        self._changed = threading.Condition()  # guards all that follows
+        self._items: deque[Any] = deque()
+        self._wanted: anyio.Event | None = None  # set from the thread, through the loop
+        self._error: BaseException | None = None
+        self._ended = False
+        self._closing = False
+        self._in_next = False
+
+    def __aiter__(self) -> "ThreadedIterator":
+        return self
+
+    async def __anext__(self) -> Any:
+        """The next item, or what the iterable raised.
+
+        Raises:
+            SSEError: Too many synchronous sources run already.
+        """
+        if self._loop is None:
+            self._start()
+        while True:
+            with self._changed:
+                if self._items:
+                    item = self._items.popleft()
+                    if not self._items:
+                        self._changed.notify()
+                    return item
+                if self._ended:
+                    error, self._error = self._error, None
+                    if error is not None:
+                        raise error
+                    raise StopAsyncIteration
+                wanted = self._wanted = anyio.Event()
+            await wanted.wait()
+
+    async def aclose(self) -> None:
+        """Close the iterable in its thread. Waits for that, unless the thread is blocked in ``next()``."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+            if self._loop is None or self._ended or self._in_next:
+                return
+            wanted = self._wanted = anyio.Event()
+        await wanted.wait()
+        with self._changed:
+            error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _start(self) -> None:
+        if not _threads.acquire(blocking=False):
+            raise SSEError(
+                f"{MAX_THREADS} synchronous sources run already, the most there may be: make this one an async "
+                "generator, which needs no thread"
+            )
+        self._loop = current_loop()
+        context = contextvars.copy_context()
+        threading.Thread(target=context.run, args=(self._run,), name="asgi_sse source", daemon=True).start()
+
+    def _run(self) -> None:
+        iterator: Any = None
+        error: BaseException | None = None
+        try:
+            iterator = iter(self._iterable)
+            while self._enter_next():
+                self._hand_over(next(iterator))
+        except StopIteration:
+            pass
+        except BaseException as exc:  # for the stream to raise
+            error = exc
+        try:
+            close = getattr(iterator, "close", None)
+            if close is not None:
+                close()
+        except BaseException as exc:
+            error = error or exc
+        finally:
+            _threads.release()
+            self._end(error)
+
+    def _enter_next(self) -> bool:
+        with self._changed:
+            while len(self._items) >= _BATCH and not self._closing:
+                self._changed.wait()
+                while self._items and not self._closing:  # a batch at a time: a switch of threads is dear
+                    self._changed.wait()
+            self._in_next = not self._closing
+            return self._in_next
+
+    def _hand_over(self, item: Any) -> None:
+        with self._changed:
+            self._in_next = False
+            self._items.append(item)
+            self._wake()
+
+    def _end(self, error: BaseException | None) -> None:
+        with self._changed:
+            unheard = error is not None and self._closing and self._in_next
+            self._in_next = False
+            self._ended = True
+            self._error = error
+            self._wake()
+        if unheard:
+            logger.error("a synchronous source raised after its stream had ended", exc_info=error)
+
+    def _wake(self) -> None:
+        if self._wanted is not None and self._loop is not None:
+            self._loop.call_threadsafe(self._wanted.set)
+            self._wanted = None
+
+
+_threads: Final = threading.BoundedSemaphore(MAX_THREADS)

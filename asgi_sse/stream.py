@@ -1,0 +1,550 @@
+"""The life of one response: OPEN → DRAINING → CLOSED(reason).
+
+The request's own task watches ``receive()``; a child task runs the source, every ``__anext__``,
+``athrow`` and ``aclose`` of it. Run in the request's task instead, a ``finally`` that waits would be
+cut short, and a source that swallows its cancellation would never let the request go.
+"""
+
+import logging
+import math
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from enum import Enum
+from inspect import isawaitable
+from typing import Any, Final, Protocol
+
+import anyio
+
+from ._eventloop import Child, EventLoop, current_loop
+from ._types import CloseReason, Message, Send
+from .errors import InvalidEventError, SendTimeoutError
+from .event import JSONDumps, ServerSentEvent, check_separator, encode_item
+from .inbox import Inbox
+from .outbox import Buffer, Outbox, current_flusher
+from .transport import abort_transport
+
+logger = logging.getLogger(__name__)
+
+_LAST_CALL: Final = 0.1
+"""Seconds that a source has to obey its second cancellation, before it is left behind."""
+
+_ABORT_WAIT: Final = 1.0
+"""Seconds that the server has to report the end of an aborted connection: it then logs no error."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamOptions:
+    """How a stream behaves. See `EventSourceResponse` for what each means.
+
+    Raises:
+        TypeError: A value is of a wrong kind.
+        ValueError: A value is out of its range.
+    """
+
+    # 15 s: what WHATWG HTML 9.2.7 advises, and below every common proxy's idle timeout.
+    ping: float | None = 15.0
+    ping_message_factory: Callable[[], Any] | None = None
+    sep: str = "\n"
+    retry: int | None = 3000
+    send_timeout: float | None = 30.0
+    max_lifetime: float | None = None
+    cleanup_timeout: float = 10.0
+    open_timeout: float = 0.0
+    opening_comment: bool = True
+    on_error: Callable[[Exception], Any] | None = None
+    on_close: Callable[[CloseReason], Any] | None = None
+    json_dumps: JSONDumps | None = None
+
+    def __post_init__(self) -> None:
+        """Check each value: a stream must not find out when its client is waiting."""
+        for name in ("ping", "send_timeout", "max_lifetime"):
+            _check_seconds(name, getattr(self, name), optional=True)
+        for name in ("cleanup_timeout", "open_timeout"):
+            _check_seconds(name, getattr(self, name), optional=False)
+        for name in ("ping_message_factory", "on_error", "on_close", "json_dumps"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise TypeError(f"{name}={getattr(self, name)!r} is not callable; give a function, or None")
+        check_separator(self.sep)
+        if self.retry is not None:
+            ServerSentEvent(retry=self.retry)
+
+
+def _check_seconds(name: str, value: object, *, optional: bool) -> None:
+    if value is None and optional:
+        return
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} is {type(value).__name__}; give seconds{', or None for none' * optional}")
+    if not value >= 0:
+        raise ValueError(f"{name}={value!r} is no length of time; give seconds of at least 0")
+
+
+class _State(Enum):
+    OPEN = "open"
+    DRAINING = "draining"  # the rest is being sent, or the source says farewell
+    CLOSED = "closed"
+
+
+class Keeper(Protocol):
+    """What a stream needs of the registry that keeps it."""
+
+    @property
+    def draining(self) -> bool:
+        """Whether the server is stopping."""
+
+    def add(self, stream: "Stream") -> None:
+        """The stream has begun."""
+
+    def discard(self, stream: "Stream") -> None:
+        """The stream is over, its source cleaned up or left behind."""
+
+    def arm(self, stream: "Stream", when: float) -> None:
+        """Call the stream's `tick` at a time of its loop."""
+
+
+class DrainingEvent:
+    """Set when the server is about to stop. Who looks at it has time left to end its stream by itself."""
+
+    __slots__ = ("_event", "_is_set", "watched")
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._event: anyio.Event | None = None
+        self.watched = False
+
+    def is_set(self) -> bool:
+        """Whether the server is stopping."""
+        return self._is_set
+
+    async def wait(self) -> None:
+        """Wait until the server is stopping."""
+        while not self._is_set:
+            if self._event is None:
+                self._event = anyio.Event()
+            await self._event.wait()
+
+    def set(self) -> None:
+        """The server is stopping. Called in the stream's own event loop."""
+        self._is_set = True
+        if self._event is not None:
+            self._event.set()
+
+
+class Stream:
+    """One running response.
+
+    Attributes:
+        path: The request's path.
+        client: The client's address and port, as the server gave them.
+        reason: Why the stream is closing, once it is.
+    """
+
+    __slots__ = (
+        "__weakref__", "_began", "_child", "_deadline", "_draining", "_error", "_farewell", "_head", "_inbox",
+        "_keeper", "_lifetime_ends", "_loop", "_open_at", "_options", "_outbox", "_pumping", "_scope", "_send", "_source",
+        "_source_done", "_state", "_stopped", "abandoned", "buffer", "check_at", "client", "ended_itself", "entry", "forced", "path",
+        "reason",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        source: AsyncIterator[Any],
+        *,
+        head: Message,
+        path: str,
+        client: Any,
+        inbox: Inbox,
+        send: Send,
+        options: StreamOptions,
+        keeper: Keeper,
+        draining: DrainingEvent,
+    ) -> None:
+        loop = current_loop()
+        self._loop: EventLoop = loop
+        self._source = source
+        self._head = head
+        self._inbox = inbox
+        self._send = send
+        self._options = options
+        self._keeper = keeper
+        self._draining = draining
+        self.path = path
+        self.client = client
+        flusher = current_flusher()
+        self.buffer = Buffer(flusher)
+        self._outbox = Outbox(
+            send, self.buffer, flusher=flusher, loop=loop, blocked=self._send_blocked, done=self._outbox_done
+        )
+        self.buffer.attach(self._outbox.wake)
+        self._scope = anyio.CancelScope()
+        self._child: Child | None = None
+        self._source_done: anyio.Event | None = None
+        self._pumping = False
+        self._stopped = False  # the source has been cancelled
+        self._state = _State.OPEN
+        self._error: BaseException | None = None
+        self._farewell = b""
+        self._began = loop.time()
+        self._open_at = self._began + options.open_timeout if options.open_timeout else math.inf
+        lifetime = options.max_lifetime
+        # Spread, so that the clients of one deploy do not all return at once.
+        self._lifetime_ends = self._began + lifetime * random.uniform(0.8, 1.0) if lifetime else math.inf  # noqa: S311
+        self._deadline = math.inf  # of the closing
+        self.entry: list[Stream] = []  # the heartbeat's
+        self.check_at = math.inf
+        self.reason: CloseReason | None = None
+        self.ended_itself = False
+        self.forced = False
+        self.abandoned = False
+
+    @property
+    def state(self) -> str:
+        """``"open"``, ``"draining"`` or ``"closed"``."""
+        return self._state.value
+
+    @property
+    def opened(self) -> bool:
+        """Whether the head is sent, or will be: from then on no other status is possible."""
+        return self._outbox.opened
+
+    @property
+    def events(self) -> int:
+        """How many items the source has given."""
+        return self.buffer.pushed
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of body handed to the server."""
+        return self._outbox.bytes_sent
+
+    @property
+    def age(self) -> float:
+        """Seconds since the request came."""
+        return self._loop.time() - self._began
+
+    @property
+    def waiting(self) -> float:
+        """Seconds for which the client has not taken the message under way."""
+        since = self._outbox.waiting_since
+        return 0.0 if since is None else self._loop.time() - since
+
+    @property
+    def loop(self) -> EventLoop:
+        """The event loop that the stream runs in."""
+        return self._loop
+
+    def __repr__(self) -> str:
+        return f"<Stream {self.path} {self.reason or self.state}>"
+
+    # The request's task
+
+    async def run(self) -> None:
+        """Run the source, and send what it gives, until one of them ends or the client leaves.
+
+        Raises:
+            Exception: What the source raised, after the stream was cleaned up.
+        """
+        self._keeper.add(self)
+        self._child = self._loop.spawn(self._pump, self._source_ended)
+        if self._options.open_timeout == 0:
+            # The source's first step comes before the second turn, so that an error in it still has its own status.
+            # Before the first one on asyncio; trio takes the tasks and callbacks of one turn in any order.
+            self._loop.call_soon(lambda: self._loop.call_soon(self._open_soon))
+        self._keeper.arm(self, self._next_check())
+        try:
+            with self._scope:
+                await self._inbox.watch()
+                self.close("disconnected")
+        finally:
+            # Still open only where the server cancelled the request.
+            self.close("drained" if self._keeper.draining else "disconnected")
+            try:
+                await self._clean_up()
+            finally:
+                self._state = _State.CLOSED
+                self.abandoned = self._child is not None
+                self.buffer.attach(_nothing)
+                self._keeper.discard(self)
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # or its traceback would hold this frame, and this frame it
+
+    async def _clean_up(self) -> None:
+        self._outbox.abort()
+        with anyio.CancelScope(shield=True):
+            if self._child is not None:
+                await self._wait_for_source(self._options.cleanup_timeout)
+                if self._child is not None:
+                    self._child.cancel_again()
+                    await self._wait_for_source(_LAST_CALL)
+                if self._child is not None:
+                    logger.warning(
+                        "the source of %s ignored its cancellation for %s s (cleanup_timeout) and was left behind: %r",
+                        self.path, self._options.cleanup_timeout, self._source,
+                    )  # fmt: skip
+            if self._options.on_close is not None:
+                try:
+                    result = self._options.on_close(self.reason or "disconnected")
+                    if isawaitable(result):
+                        with anyio.fail_after(self._options.cleanup_timeout):
+                            await result
+                except Exception as exc:
+                    self._fail(exc)
+
+    async def _wait_for_source(self, seconds: float) -> None:
+        self._source_done = anyio.Event()
+        with anyio.move_on_after(seconds):
+            await self._source_done.wait()
+
+    # The source's task
+
+    async def _pump(self) -> None:
+        self._pumping = True
+        try:
+            try:
+                if not self._stopped:
+                    await self._iterate()
+            finally:
+                close = getattr(self._source, "aclose", None)
+                if close is not None:
+                    await close()
+        except anyio.get_cancelled_exc_class() as exc:
+            if self._stopped:
+                raise
+            self._fail(exc)  # the source's own: it awaited something that was cancelled
+        except BaseException as exc:  # KeyboardInterrupt too: for the request's task to raise
+            self._fail(exc)
+
+    async def _iterate(self) -> None:
+        source = self._source
+        buffer = self.buffer
+        sep, json_dumps = self._options.sep, self._options.json_dumps
+        interrupt: type[BaseException] = anyio.get_cancelled_exc_class()
+        following = source.__anext__
+        step: Awaitable[Any] = following()
+        opened = False
+        while True:
+            try:
+                item = await step
+            except StopAsyncIteration:
+                return
+            if self._stopped:
+                return  # it swallowed its cancellation, and yielded
+            try:
+                chunk = encode_item(item, sep, json_dumps)
+                full = buffer.push(chunk)
+                if not opened:
+                    self._open()
+                    opened = True
+                if full:
+                    await buffer.room()
+            except (InvalidEventError, interrupt) as exc:
+                # Raised at the source's yield: so the traceback names the line, and the source sees a cancellation
+                # wherever it is.
+                throw: Callable[[BaseException], Awaitable[Any]] | None = getattr(source, "athrow", None)
+                if throw is None:
+                    raise
+                step = throw(exc)
+            else:
+                step = following()
+
+    def _source_ended(self) -> None:
+        self._child = None
+        if self._source_done is not None:
+            self._source_done.set()
+        if self._state is _State.CLOSED:
+            self.abandoned = False  # it has come to its end after all
+            self._keeper.discard(self)
+        elif self._error is not None:
+            self.close("failed")
+        else:
+            # While draining, it used its grace to say farewell.
+            self.ended_itself = self.reason is None
+            self.close("drained" if self._state is _State.DRAINING else "finished")
+
+    def _stop_source(self) -> None:
+        if self._child is not None and not self._stopped:
+            self._stopped = True
+            if self._pumping:  # else its first step finds that there is nothing to do but to close the source
+                self._child.cancel()
+
+    def _fail(self, exc: BaseException) -> None:
+        if self._error is None:
+            self._error = exc
+
+    # Transitions
+
+    def _open_soon(self) -> None:
+        if self._state is _State.OPEN and self.reason is None:
+            self._open()
+
+    def _open(self) -> None:
+        if self._outbox.opened:
+            return
+        self._inbox.discard()
+        options = self._options
+        comment = "stream opened" if options.opening_comment else None
+        block = b""
+        if comment is not None or options.retry is not None:
+            block = ServerSentEvent(retry=options.retry, comment=comment).encode(options.sep)
+        self._outbox.open(self._head, block)
+
+    def close(self, reason: CloseReason) -> None:
+        """Begin to close, unless that has begun already: the first reason counts."""
+        if self.reason is not None:
+            return
+        if reason == "failed" and not self._outbox.opened:
+            self._over("failed")  # early enough for the caller to answer with a status of its own
+        elif reason in ("disconnected", "timed_out"):
+            self._over(reason)
+        else:
+            self._finish(reason)
+
+    def drain(self, retry: int, deadline: float) -> None:
+        """The server is stopping: end, at the latest at `deadline`; the client is to return after `retry` ms."""
+        if self.reason is not None:
+            self._deadline = min(self._deadline, deadline)
+            self._keeper.arm(self, self._deadline)
+            return
+        self._farewell = ServerSentEvent(retry=retry).encode(self._options.sep)
+        self._deadline = deadline
+        self._keeper.arm(self, deadline)
+        self._draining.set()
+        if self._draining.watched:
+            self._state = _State.DRAINING
+        else:
+            self.close("drained")
+
+    def _finish(self, reason: CloseReason) -> None:
+        """End the body properly; unless the source failed: its body must not look complete."""
+        self._open()
+        self._state = _State.DRAINING
+        self.reason = reason
+        self._stop_source()
+        farewell = self._farewell
+        if reason == "failed":
+            farewell = self._error_event()
+        self._outbox.finish(farewell, cut=reason == "failed")
+
+    def _error_event(self) -> bytes:
+        on_error, error = self._options.on_error, self._error
+        if on_error is None or not isinstance(error, Exception):
+            return b""
+        try:
+            event = on_error(error)
+            return b"" if event is None else encode_item(event, self._options.sep, self._options.json_dumps)
+        except Exception:
+            logger.exception("on_error of %s raised", self.path)
+            return b""
+
+    def _over(self, reason: CloseReason) -> None:
+        """Nothing more goes out: let the request's task go on to the cleaning up."""
+        if self.reason is None:
+            self.reason = reason
+        self._state = _State.DRAINING
+        self._outbox.abort()
+        self._stop_source()
+        self._scope.cancel()
+
+    # The outbox
+
+    def _outbox_done(self, error: BaseException | None) -> None:
+        if error is None:
+            self._over(self.reason or "finished")
+        elif _client_is_gone(error):
+            self._over("disconnected")
+        else:
+            self._fail(error)
+            self._over("failed")
+
+    def _send_blocked(self) -> None:
+        if self._options.send_timeout:
+            self._keeper.arm(self, self._loop.time() + self._options.send_timeout)
+
+    # The heartbeat
+
+    def tick(self) -> float:
+        """Do what is due. Gives when to look again, in the loop's time; ``inf`` for never."""
+        now = self._loop.time()
+        options, outbox = self._options, self._outbox
+        if outbox.done:
+            return math.inf
+        if now >= self._deadline:
+            self.forced = True
+            if self.reason is None:  # its source made no use of the grace: the body still ends properly
+                self._deadline = now + _ABORT_WAIT
+                self.close("drained")
+            else:
+                self._drop("drained")
+        elif outbox.waiting_since is not None and self._send_deadline() <= now:
+            self._drop("timed_out")
+        elif self.reason is None:
+            if now >= self._lifetime_ends:
+                self.close("expired")
+            elif not outbox.opened:
+                if self._inbox.reading:
+                    self._open_at = now + options.open_timeout
+                elif now >= self._open_at:
+                    self._open()
+            elif options.ping and outbox.waiting_since is None and now >= outbox.idle_since + options.ping:
+                self._ping()
+        return self._next_check()
+
+    def _next_check(self) -> float:
+        options, outbox = self._options, self._outbox
+        when = min(self._lifetime_ends, self._deadline, self._send_deadline())
+        if not outbox.opened:
+            return min(when, self._open_at)
+        if options.ping:
+            # While a send is under way no ping is due, but one will be when it has ended, and nobody arms for that.
+            when = min(when, max(outbox.idle_since, self._loop.time() if outbox.waiting_since else 0.0) + options.ping)
+        return when
+
+    def _send_deadline(self) -> float:
+        since, timeout = self._outbox.waiting_since, self._options.send_timeout
+        return math.inf if since is None or not timeout else since + timeout
+
+    def _ping(self) -> None:
+        factory = self._options.ping_message_factory
+        try:
+            item = ServerSentEvent(comment="ping") if factory is None else factory()
+            chunk = encode_item(item, self._options.sep, self._options.json_dumps)
+        except Exception as exc:
+            self._fail(exc)
+            self.close("failed")
+            return
+        if not self._outbox.insert(chunk):
+            self._outbox.idle_since = self._loop.time()  # in the middle of an event: the next chance comes
+
+    def _drop(self, reason: CloseReason) -> None:
+        """Part from a client that does not read, for real: its unsent bytes would hold the server's exit."""
+        self._outbox.abort()
+        self._stop_source()
+        if self.reason is None:
+            self.reason = reason
+        if abort_transport(self._send):
+            self._scope.deadline = anyio.current_time() + _ABORT_WAIT
+            return
+        self._scope.cancel()
+        if reason == "timed_out":  # then an error is the one way to tell the server that it must cut the connection
+            self._fail(SendTimeoutError(f"the client of {self.path} took nothing for {self._options.send_timeout} s"))
+
+
+def _client_is_gone(error: BaseException) -> bool:
+    """Whether ``send`` raised because nobody is there any more, and not because something is wrong.
+
+    ASGI 2.4 says OSError; anyio's errors come from middlewares that pass messages through a memory
+    stream; uvloop raises RuntimeError on a closed handle; a cancelled send is the server's doing.
+    """
+    if isinstance(error, RuntimeError):
+        return "handler is closed" in str(error)
+    gone = (OSError, anyio.ClosedResourceError, anyio.BrokenResourceError, anyio.get_cancelled_exc_class())
+    return isinstance(error, gone)
+
+
+def _nothing() -> None:
+    """The stream is over: what the source still pushes goes nowhere."""
+
