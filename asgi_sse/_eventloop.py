@@ -177,9 +177,9 @@ def _error_of(task: asyncio.Task[None]) -> BaseException | None:
 class _TrioLoop(EventLoop):
     # System tasks, not a nursery of the request's: a source that ignores its cancellation must be left behind, and
     # no nursery lets go of a child.
-    def __init__(self, trio: types.ModuleType) -> None:
-        self._trio = trio
-        self._token: trio.lowlevel.TrioToken = trio.lowlevel.current_trio_token()
+    def __init__(self, module: types.ModuleType) -> None:
+        self._trio = module
+        self._token: trio.lowlevel.TrioToken = module.lowlevel.current_trio_token()
 
     def time(self) -> float:
         now: float = self._trio.current_time()
@@ -227,9 +227,9 @@ class _TrioChild(Child):
 
     __slots__ = ("_inner", "_outer")
 
-    def __init__(self, trio: types.ModuleType) -> None:
-        self._outer: trio.CancelScope = trio.CancelScope()
-        self._inner: trio.CancelScope = trio.CancelScope()
+    def __init__(self, module: types.ModuleType) -> None:
+        self._outer: trio.CancelScope = module.CancelScope()
+        self._inner: trio.CancelScope = module.CancelScope()
 
     async def run(self, main: Callable[[], Coroutine[Any, Any, None]], done: Callable[[], None]) -> None:
         try:
@@ -266,12 +266,12 @@ class _TrioSender(Sender):
 
     __slots__ = ("_closed", "_message", "_scope", "_send", "_sent", "_started", "_trio", "_wake")
 
-    def __init__(self, trio: types.ModuleType, send: Send, sent: Callable[[BaseException | None], None]) -> None:
-        self._trio = trio
+    def __init__(self, module: types.ModuleType, send: Send, sent: Callable[[BaseException | None], None]) -> None:
+        self._trio = module
         self._send = send
         self._sent = sent
-        self._scope: trio.CancelScope = trio.CancelScope()
-        self._wake: trio.Event = trio.Event()
+        self._scope: trio.CancelScope = module.CancelScope()
+        self._wake: trio.Event = module.Event()
         self._message: Message | None = None
         self._started = False
         self._closed = False
@@ -325,4 +325,3 @@ def current_loop() -> EventLoop:
         loop = _TrioLoop(trio) if trio is not None and trio.lowlevel.in_trio_task() else _AsyncioLoop()
         _current.set(loop)
         return loop
-

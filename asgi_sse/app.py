@@ -6,10 +6,10 @@ from typing import Any
 
 from . import lifespan
 from ._types import Receive, Scope, Send
+from .options import StreamOptions
 from .registry import StreamRegistry
 from .response import SCOPE_KEY, Defaults
 from .routing import HTTPError, RouteTable, route_path, send_text
-from .stream import StreamOptions
 
 
 class SSEApp:
@@ -57,4 +57,4 @@ def create_app(routes: Mapping[str, Any], *, registry: StreamRegistry | None = N
     for name in defaults:
         if name not in known:
             raise TypeError(f"create_app() takes no {name!r}; beside routes and registry it takes {', '.join(known)}")
-    return SSEApp(routes, registry or StreamRegistry(), StreamOptions(**defaults))
+    return SSEApp(routes, StreamRegistry() if registry is None else registry, StreamOptions(**defaults))

@@ -139,5 +139,5 @@ class EventDecoder:
     def _hold(self, more: int) -> None:
         if self._limit is not None and self._held + more > self._limit:
             raise InvalidEventError(
-                f"an event of the stream exceeds max_event_bytes={self._limit}; raise the limit if such events are meant"
+                f"an event exceeds max_event_bytes={self._limit}; raise the limit if such large events are meant"
             )

@@ -1,5 +1,19 @@
 """The errors that asgi_sse raises, each naming the value, what is wrong with it and what to do."""
 
+import reprlib
+from typing import Final
+
+_repr: Final = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 80
+
+
+def shown(value: object) -> str:
+    """A value for an error's message: short, and safe to ask for."""
+    try:
+        return _repr.repr(value)
+    except Exception:  # reprlib guards a repr that raises, but not that of an int of over 4,300 digits
+        return f"<{type(value).__name__}>"
+
 
 class SSEError(Exception):
     """Base of every error that asgi_sse raises on its own account."""

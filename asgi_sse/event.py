@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeAlias
 
-from .errors import InvalidEventError
+from .errors import InvalidEventError, shown
 
 JSONDumps: TypeAlias = Callable[[Any], str | bytes]
 
@@ -20,9 +20,7 @@ _PLAIN: Final = (str, int, float)
 _ENCODED: Final = (bytes, bytearray, memoryview)
 
 # NaN and Infinity are not JSON: JSON.parse in the browser would throw on them.
-_compact_json: JSONDumps = json.JSONEncoder(
-    ensure_ascii=False, allow_nan=False, separators=(",", ":")
-).encode
+_compact_json: JSONDumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 class ServerSentEvent:
@@ -64,7 +62,7 @@ class ServerSentEvent:
                 data = _text(_data_text(data), "data")
         elif event:
             raise InvalidEventError(
-                f"event={event!r} without data: a client dispatches nothing for it; "
+                f"event={shown(event)} without data: a client dispatches nothing for it; "
                 "give data, data='' if there is nothing to say"
             )
         elif id is None and retry is None and comment is None:
@@ -140,7 +138,9 @@ class ServerSentEvent:
 
     def __repr__(self) -> str:
         names = ("data", "event", "id", "retry", "comment")
-        given = (f"{name}={value!r}" for name, value in zip(names, self._fields(), strict=True) if value is not None)
+        given = (
+            f"{name}={shown(value)}" for name, value in zip(names, self._fields(), strict=True) if value is not None
+        )
         return f"{type(self).__name__}({', '.join(given)})"
 
 
@@ -202,7 +202,7 @@ def encode_item(item: Any, sep: str = "\n", json_dumps: JSONDumps | None = None)
     if isinstance(item, Mapping):
         return _event_of(item, json_dumps).encode(sep)
     raise InvalidEventError(
-        f"a source yielded {_short(item)}: yield a ServerSentEvent, a dict of its arguments, str, int or "
+        f"a source yielded {shown(item)}: yield a ServerSentEvent, a dict of its arguments, str, int or "
         "encoded bytes; for a JSON value yield ServerSentEvent(value)"
     )
 
@@ -214,7 +214,7 @@ def json_text(value: Any, dumps: JSONDumps | None = None) -> str:
         return text if isinstance(text, str) else str(text, "utf-8")
     except (TypeError, ValueError, RecursionError) as exc:
         raise InvalidEventError(
-            f"data={_short(value)} is not a JSON value ({exc}); convert it first, or yield a dict and give "
+            f"data={shown(value)} is not a JSON value ({exc}); convert it first, or yield a dict and give "
             "the response a json_dumps that knows its types"
         ) from exc
 
@@ -238,7 +238,7 @@ def _event_of(item: Mapping[str, Any], json_dumps: JSONDumps | None) -> ServerSe
         if not unknown:
             raise
         raise InvalidEventError(
-            f"unknown key {unknown[0]!r} in {_short(item)}: an event has data, event, id, retry and comment; "
+            f"unknown key {unknown[0]!r} in {shown(item)}: an event has data, event, id, retry and comment; "
             "to send a dict as JSON, yield ServerSentEvent(the_dict) or {'data': the_dict}"
         ) from None
 
@@ -250,7 +250,7 @@ def _data_text(data: Any) -> str:
         try:
             return str(data, "utf-8")
         except UnicodeDecodeError as exc:
-            raise InvalidEventError(f"data={_short(data)} is not UTF-8 ({exc}); encode binary data, as base64") from exc
+            raise InvalidEventError(f"data={shown(data)} is not UTF-8 ({exc}); encode binary data, as base64") from exc
     if isinstance(data, float) and not math.isfinite(data):
         raise InvalidEventError(f"data={data!r} is no number that JSON knows; send None or text instead")
     return json_text(data)
@@ -261,21 +261,25 @@ def _id_text(value: str | int) -> str:
         return int.__repr__(value)  # of an IntEnum, its number
     text = _one_line(value, "id")
     if "\0" in text:
-        raise InvalidEventError(f"id={value!r} has a NUL: clients ignore such an id, and could not resume; remove it")
+        raise InvalidEventError(
+            f"id={shown(value)} has a NUL: clients ignore such an id, and could not resume; remove it"
+        )
     return text
 
 
 def _one_line(value: object, name: str) -> str:
     if not isinstance(value, str):
-        raise InvalidEventError(f"{name}={value!r} is {type(value).__name__}; give a str{' or int' * (name == 'id')}")
+        raise InvalidEventError(
+            f"{name}={shown(value)} is {type(value).__name__}; give a str{' or int' * (name == 'id')}"
+        )
     if "\n" in value or "\r" in value:
-        raise InvalidEventError(f"{name}={value!r} has a line end, which would inject fields; remove it")
+        raise InvalidEventError(f"{name}={shown(value)} has a line end, which would inject fields; remove it")
     return _text(value, name)
 
 
 def _text(value: str, name: str) -> str:
     if not isinstance(value, str):
-        raise InvalidEventError(f"{name}={value!r} is {type(value).__name__}; give a str")
+        raise InvalidEventError(f"{name}={shown(value)} is {type(value).__name__}; give a str")
     if "\r" in value:
         value = value.replace("\r\n", "\n").replace("\r", "\n")
     if not value.isascii():  # O(1): CPython keeps it with the string
@@ -283,7 +287,7 @@ def _text(value: str, name: str) -> str:
             value.encode()
         except UnicodeEncodeError as exc:
             raise InvalidEventError(
-                f"{name}={_short(value)} has a lone surrogate at {exc.start}, which UTF-8 cannot carry; "
+                f"{name}={shown(value)} has a lone surrogate at {exc.start}, which UTF-8 cannot carry; "
                 "decode its source with errors='replace'"
             ) from exc
     return str.__str__(value)
@@ -291,14 +295,9 @@ def _text(value: str, name: str) -> str:
 
 def _milliseconds(value: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise InvalidEventError(f"retry={value!r} is no reconnection time; give whole milliseconds of at least 0")
+        raise InvalidEventError(f"retry={shown(value)} is no reconnection time; give whole milliseconds of at least 0")
     return int(value)
 
 
 def _fold(text: str, prefix: str) -> str:
     return text.replace("\n", "\n" + prefix)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

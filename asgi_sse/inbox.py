@@ -16,7 +16,17 @@ class Inbox:
     hypercorn and daphne block for ever on a ``receive()`` after the disconnect, so it is remembered.
     """
 
-    __slots__ = ("_changed", "_chunks", "_complete", "_receive", "_size", "_watched", "discarded", "disconnected", "reading")
+    __slots__ = (
+        "_changed",
+        "_chunks",
+        "_complete",
+        "_receive",
+        "_size",
+        "_watched",
+        "discarded",
+        "disconnected",
+        "reading",
+    )
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive

@@ -38,13 +38,16 @@ class Feed(Protocol):
     @property
     def ready(self) -> bool:
         """Whether `take` would give anything."""
+        ...
 
     @property
     def at_boundary(self) -> bool:
         """Whether what was taken so far ends between two events."""
+        ...
 
     def take(self, limit: int) -> bytes:
         """What is ready, whole events, at most `limit` bytes or one larger event."""
+        ...
 
 
 class Flusher:
@@ -258,13 +261,11 @@ class Outbox:
         if not self._dirty and self.waiting_since is None:
             self._mark()
 
-    def insert(self, chunk: bytes) -> bool:
-        """Send `chunk` before the next event. False: an event is half sent, and nothing may come in between."""
-        if not self._feed.at_boundary:
-            return False
-        self._inserts.append(chunk)
-        self.wake()
-        return True
+    def insert(self, chunk: bytes) -> None:
+        """Send `chunk` before the next event, unless one is half sent: nothing may come in between."""
+        if self._feed.at_boundary:
+            self._inserts.append(chunk)
+            self.wake()
 
     def finish(self, farewell: bytes = b"", *, cut: bool = False) -> None:
         """Send what the feed has, then `farewell`, then the end of the body; `cut` leaves the body without its end."""
@@ -291,10 +292,11 @@ class Outbox:
                 if not self._start(head):
                     return
             message = self._next()
-            if message is not None and self._start(message):
+            if message is None:
+                if self._last:  # a body that stays cut, and nothing was left to say
+                    self._over(None)
+            elif self._start(message):
                 self._sent(None)
-            elif self._last:  # a body that stays cut has no last message
-                self._over(None)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as exc:  # a cancelled send too: the other outboxes of this turn come next

@@ -64,15 +64,15 @@ class Heartbeat:
         self._armed = math.inf
         self._disarm = None
         now = self._loop.time()
+        due = []
         while self._entries and self._entries[0][0] <= now:
-            entry = heapq.heappop(self._entries)[2]
-            if entry:
-                stream = entry[0]
-                self.forget(stream)
-                try:
-                    self.arm(stream, stream.tick())
-                except Exception:
-                    logger.exception("the heartbeat of %r failed; the stream goes on without one", stream)
+            due += heapq.heappop(self._entries)[2]
+        for stream in due:
+            self.forget(stream)
+            try:
+                self.arm(stream, stream.tick())
+            except Exception:
+                logger.exception("the heartbeat of %r failed; the stream goes on without one", stream)
         self._set_timer()
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import EllipsisType
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 
 import anyio
 
@@ -12,9 +12,10 @@ from ._types import CloseReason, Message, Receive, Scope, Send
 from .errors import SendTimeoutError, StreamClosedError
 from .event import JSONDumps, ServerSentEvent
 from .inbox import Inbox
+from .options import StreamOptions
 from .registry import StreamRegistry, default_registry
 from .source import check_content, iterate
-from .stream import DrainingEvent, Stream, StreamOptions
+from .stream import DrainingEvent, Stream
 
 Headers: TypeAlias = Mapping[str, str] | Iterable[tuple[str, str]]
 
@@ -153,7 +154,9 @@ class EventSourceResponse:
         options = self._options
         if defaults is not None:
             options = replace(defaults.options, **self._given) if self._given else defaults.options
-        registry = self._registry or (default_registry() if defaults is None else defaults.registry)
+        registry = self._registry
+        if registry is None:
+            registry = default_registry() if defaults is None else defaults.registry
         source = iterate(content)
         head: Message = {"type": "http.response.start", "status": self._status, "headers": list(self._headers)}
         if scope["method"] == "HEAD" or registry.draining:
@@ -205,7 +208,9 @@ def _merge_headers(headers: Headers | None) -> tuple[tuple[bytes, bytes], ...]:
     given = tuple(encode_header(name, value) for name, value in _pairs(headers))
     for name, value in given:
         if name in (b"content-length", b"transfer-encoding"):
-            raise ValueError(f"headers: {name.decode()!r} would end or frame the stream; the server does that, remove it")
+            raise ValueError(
+                f"headers: {name.decode()!r} would end or frame the stream; the server does that, remove it"
+            )
         if name == b"content-type" and not value.lower().startswith(b"text/event-stream"):
             raise ValueError(f"headers: content-type {value.decode('latin-1')!r}: clients read text/event-stream alone")
     names = {name for name, _ in given}
@@ -213,7 +218,7 @@ def _merge_headers(headers: Headers | None) -> tuple[tuple[bytes, bytes], ...]:
 
 
 def _pairs(headers: Headers) -> Iterable[tuple[str, str]]:
-    return headers.items() if isinstance(headers, Mapping) else headers
+    return cast("Mapping[str, str]", headers).items() if isinstance(headers, Mapping) else headers
 
 
 def encode_header(name: str, value: str) -> tuple[bytes, bytes]:

@@ -8,10 +8,10 @@ from http import HTTPStatus
 from typing import Any, Final, cast
 from urllib.parse import parse_qsl, unquote
 
-from asgiref.compatibility import guarantee_single_callable
+from asgiref.compatibility import double_to_single_callable
 
 from ._types import ASGIApp, Receive, Scope, Send
-from .errors import StreamClosedError
+from .errors import StreamClosedError, shown
 from .inbox import Inbox
 from .response import SCOPE_KEY, Defaults, EventSourceResponse, encode_header
 from .stream import DrainingEvent
@@ -20,6 +20,7 @@ _METHODS: Final = ("GET", "HEAD", "POST")  # POST since prompts are too large fo
 _HOLD: Final = 1.0
 """Seconds for which an endpoint's stream holds its head back: most sources fail within, or never."""
 
+_PHRASES: Final = {status.value: status.phrase for status in HTTPStatus}
 _PARAMETER: Final = re.compile(r"\{([^{}]*)\}")
 
 
@@ -38,8 +39,8 @@ class HTTPError(Exception):
     def __init__(self, status: int, detail: str = "", headers: Mapping[str, str] | None = None) -> None:
         if not isinstance(status, int) or isinstance(status, bool) or not 200 <= status <= 599:
             raise ValueError(f"status={status!r} is no final status of HTTP; give a number from 200 to 599")
-        if not detail and status in HTTPStatus:
-            detail = HTTPStatus(status).phrase
+        if not detail and status in _PHRASES:
+            detail = _PHRASES[status]
         super().__init__(status, detail)
         self.status = int(status)
         self.detail = detail
@@ -272,7 +273,9 @@ def _parse(pattern: str) -> tuple[tuple[str | None, ...], tuple[str, ...]]:
         match = _PARAMETER.fullmatch(segment)
         if match is None:
             if "{" in segment or "}" in segment:
-                raise ValueError(f"route {pattern!r}: a parameter is a whole segment, such as '/{{name}}', not {segment!r}")
+                raise ValueError(
+                    f"route {pattern!r}: a parameter is a whole segment, such as '/{{name}}', not {segment!r}"
+                )
             literals.append(segment)
             continue
         name = match[1]
@@ -290,26 +293,40 @@ def _endpoint(pattern: str, target: Any) -> ASGIApp:
             target.close()
         if inspect.iscoroutine(target) or inspect.isasyncgen(target) or inspect.isgenerator(target):
             hint = "; give the function itself, it is called for each request"
-        raise TypeError(f"route {pattern!r}: {target!r:.80} is no endpoint{hint}")
+        raise TypeError(f"route {pattern!r}: {shown(target)} is no endpoint{hint}")
     if isinstance(target, type):
-        raise TypeError(f"route {pattern!r}: {target!r} is a class; give a function, or an instance that is an ASGI app")
+        if _arity(target) == 1 and _arity(getattr(target, "__call__", None)) == 3:  # noqa: B004 (self, receive, send)
+            return cast("ASGIApp", double_to_single_callable(target))  # type: ignore[no-untyped-call]  # of ASGI 2
+        raise TypeError(
+            f"route {pattern!r}: {target!r} is a class; give a function, or an instance that is an ASGI app"
+        )
     if isinstance(target, EventSourceResponse):
         raise TypeError(f"route {pattern!r}: an EventSourceResponse serves one request; give a function that makes it")
+    required = _arity(target)
+    if required is None or required == 3:
+        return cast("ASGIApp", target)
+    if required > 1:
+        raise TypeError(
+            f"route {pattern!r}: {target!r} takes {required} arguments; an endpoint takes a Request or none"
+        )
+    return _Endpoint(pattern, target, takes_request=required == 1 or bool(_positional(target)))
+
+
+def _positional(function: Any) -> list[inspect.Parameter]:
+    parameters = inspect.signature(function).parameters.values()
+    return [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+
+def _arity(function: Any) -> int | None:
+    """How many positional arguments `function` needs; ``None`` if it takes just any, or does not say."""
     try:
-        parameters = inspect.signature(target).parameters.values()
+        positional = _positional(function)
+        parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
-        return cast("ASGIApp", target)  # built in C: what could it be but an app
-    required = [
-        parameter for parameter in parameters
-        if parameter.default is parameter.empty and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]  # fmt: skip
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    variadic = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
-    if len(required) == 3 or (variadic and not positional):
-        return cast("ASGIApp", guarantee_single_callable(target))
-    if len(required) > 1:
-        raise TypeError(f"route {pattern!r}: {target!r} takes {len(required)} arguments; an endpoint takes a Request or none")
-    return _Endpoint(pattern, target, takes_request=bool(positional))
+        return None  # built in C
+    if not positional and any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return None
+    return sum(p.default is p.empty for p in positional)
 
 
 class _Endpoint:
@@ -332,8 +349,7 @@ class _Endpoint:
             if inspect.isawaitable(result):
                 result = await result
             if not isinstance(result, EventSourceResponse) and callable(result):
-                app = guarantee_single_callable(result)
-                await app(scope, inbox.replay, send)
+                await cast("ASGIApp", result)(scope, inbox.replay, send)
                 return
             response = result if isinstance(result, EventSourceResponse) else self._respond(result)
             await response.serve(scope, inbox, send, request._draining)  # noqa: SLF001 (looking would ask for grace)

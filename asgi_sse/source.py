@@ -3,6 +3,7 @@
 import contextvars
 import inspect
 import logging
+import math
 import threading
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
@@ -11,7 +12,7 @@ from typing import Any, Final
 import anyio
 
 from ._eventloop import EventLoop, current_loop
-from .errors import SSEError
+from .errors import SSEError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -39,17 +40,21 @@ def check_content(content: Any) -> None:
         raise TypeError(f"content is the function {content.__qualname__} itself; call it: {content.__qualname__}(...)")
     if isinstance(content, str | bytes | bytearray | memoryview | Mapping):
         raise TypeError(
-            f"content={content!r:.80} is a single {type(content).__name__}, not a series of events; put it in a list"
+            f"content={shown(content)} is a single {type(content).__name__}, not a series of events; put it in a list"
         )
     if not isinstance(content, AsyncIterable | Iterable):
         raise TypeError(
-            f"content={content!r:.80} is not iterable; give an async generator, any async iterable, or an iterable"
+            f"content={shown(content)} is not iterable; give an async generator, any async iterable, or an iterable"
         )
 
 
 def iterate(content: AsyncIterable[Any] | Iterable[Any]) -> AsyncIterator[Any]:
     """The items of `content`, one by one. Has an ``aclose`` wherever there is something to close."""
     return content.__aiter__() if isinstance(content, AsyncIterable) else ThreadedIterator(content)
+
+
+_IN_NEXT: Final = 0.1
+"""Seconds that a thread inside ``next()`` has to come out of it, before its stream ends without it."""
 
 
 class ThreadedIterator:
@@ -97,14 +102,16 @@ class ThreadedIterator:
             await wanted.wait()
 
     async def aclose(self) -> None:
-        """Close the iterable in its thread. Waits for that, unless the thread is blocked in ``next()``."""
+        """Close the iterable in its thread. Does not wait long for a thread that is inside ``next()``."""
         with self._changed:
             self._closing = True
             self._changed.notify()
-            if self._loop is None or self._ended or self._in_next:
+            if self._loop is None or self._ended:
                 return
+            patience = _IN_NEXT if self._in_next else math.inf
             wanted = self._wanted = anyio.Event()
-        await wanted.wait()
+        with anyio.move_on_after(patience):
+            await wanted.wait()
         with self._changed:
             error, self._error = self._error, None
         if error is not None:

@@ -9,7 +9,6 @@ import logging
 import math
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 from enum import Enum
 from inspect import isawaitable
 from typing import Any, Final, Protocol
@@ -19,8 +18,9 @@ import anyio
 from ._eventloop import Child, EventLoop, current_loop
 from ._types import CloseReason, Message, Send
 from .errors import InvalidEventError, SendTimeoutError
-from .event import JSONDumps, ServerSentEvent, check_separator, encode_item
+from .event import ServerSentEvent, encode_item
 from .inbox import Inbox
+from .options import StreamOptions
 from .outbox import Buffer, Outbox, current_flusher
 from .transport import abort_transport
 
@@ -31,52 +31,6 @@ _LAST_CALL: Final = 0.1
 
 _ABORT_WAIT: Final = 1.0
 """Seconds that the server has to report the end of an aborted connection: it then logs no error."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StreamOptions:
-    """How a stream behaves. See `EventSourceResponse` for what each means.
-
-    Raises:
-        TypeError: A value is of a wrong kind.
-        ValueError: A value is out of its range.
-    """
-
-    # 15 s: what WHATWG HTML 9.2.7 advises, and below every common proxy's idle timeout.
-    ping: float | None = 15.0
-    ping_message_factory: Callable[[], Any] | None = None
-    sep: str = "\n"
-    retry: int | None = 3000
-    send_timeout: float | None = 30.0
-    max_lifetime: float | None = None
-    cleanup_timeout: float = 10.0
-    open_timeout: float = 0.0
-    opening_comment: bool = True
-    on_error: Callable[[Exception], Any] | None = None
-    on_close: Callable[[CloseReason], Any] | None = None
-    json_dumps: JSONDumps | None = None
-
-    def __post_init__(self) -> None:
-        """Check each value: a stream must not find out when its client is waiting."""
-        for name in ("ping", "send_timeout", "max_lifetime"):
-            _check_seconds(name, getattr(self, name), optional=True)
-        for name in ("cleanup_timeout", "open_timeout"):
-            _check_seconds(name, getattr(self, name), optional=False)
-        for name in ("ping_message_factory", "on_error", "on_close", "json_dumps"):
-            if getattr(self, name) is not None and not callable(getattr(self, name)):
-                raise TypeError(f"{name}={getattr(self, name)!r} is not callable; give a function, or None")
-        check_separator(self.sep)
-        if self.retry is not None:
-            ServerSentEvent(retry=self.retry)
-
-
-def _check_seconds(name: str, value: object, *, optional: bool) -> None:
-    if value is None and optional:
-        return
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} is {type(value).__name__}; give seconds{', or None for none' * optional}")
-    if not value >= 0:
-        raise ValueError(f"{name}={value!r} is no length of time; give seconds of at least 0")
 
 
 class _State(Enum):
@@ -91,15 +45,19 @@ class Keeper(Protocol):
     @property
     def draining(self) -> bool:
         """Whether the server is stopping."""
+        ...
 
     def add(self, stream: "Stream") -> None:
         """The stream has begun."""
+        ...
 
     def discard(self, stream: "Stream") -> None:
         """The stream is over, its source cleaned up or left behind."""
+        ...
 
     def arm(self, stream: "Stream", when: float) -> None:
         """Call the stream's `tick` at a time of its loop."""
+        ...
 
 
 class DrainingEvent:
@@ -141,9 +99,9 @@ class Stream:
 
     __slots__ = (
         "__weakref__", "_began", "_child", "_deadline", "_draining", "_error", "_farewell", "_head", "_inbox",
-        "_keeper", "_lifetime_ends", "_loop", "_open_at", "_options", "_outbox", "_pumping", "_scope", "_send", "_source",
-        "_source_done", "_state", "_stopped", "abandoned", "buffer", "check_at", "client", "ended_itself", "entry", "forced", "path",
-        "reason",
+        "_keeper", "_lifetime_ends", "_loop", "_open_at", "_options", "_outbox", "_pumping", "_scope", "_send",
+        "_source", "_source_done", "_state", "_stopped", "abandoned", "buffer", "check_at", "client",
+        "ended_itself", "entry", "forced", "path", "reason",
     )  # fmt: skip
 
     def __init__(
@@ -188,7 +146,8 @@ class Stream:
         self._open_at = self._began + options.open_timeout if options.open_timeout else math.inf
         lifetime = options.max_lifetime
         # Spread, so that the clients of one deploy do not all return at once.
-        self._lifetime_ends = self._began + lifetime * random.uniform(0.8, 1.0) if lifetime else math.inf  # noqa: S311
+        spread = random.uniform(0.8, 1.0)  # noqa: S311
+        self._lifetime_ends = self._began + lifetime * spread if lifetime else math.inf
         self._deadline = math.inf  # of the closing
         self.entry: list[Stream] = []  # the heartbeat's
         self.check_at = math.inf
@@ -391,6 +350,7 @@ class Stream:
         if comment is not None or options.retry is not None:
             block = ServerSentEvent(retry=options.retry, comment=comment).encode(options.sep)
         self._outbox.open(self._head, block)
+        self._keeper.arm(self, self._next_check())
 
     def close(self, reason: CloseReason) -> None:
         """Begin to close, unless that has begun already: the first reason counts."""
@@ -469,8 +429,7 @@ class Stream:
     def tick(self) -> float:
         """Do what is due. Gives when to look again, in the loop's time; ``inf`` for never."""
         now = self._loop.time()
-        options, outbox = self._options, self._outbox
-        if outbox.done:
+        if self._outbox.done:
             return math.inf
         if now >= self._deadline:
             self.forced = True
@@ -479,19 +438,23 @@ class Stream:
                 self.close("drained")
             else:
                 self._drop("drained")
-        elif outbox.waiting_since is not None and self._send_deadline() <= now:
+        elif now >= self._send_deadline():
             self._drop("timed_out")
         elif self.reason is None:
-            if now >= self._lifetime_ends:
-                self.close("expired")
-            elif not outbox.opened:
-                if self._inbox.reading:
-                    self._open_at = now + options.open_timeout
-                elif now >= self._open_at:
-                    self._open()
-            elif options.ping and outbox.waiting_since is None and now >= outbox.idle_since + options.ping:
-                self._ping()
+            self._tick_open(now)
         return self._next_check()
+
+    def _tick_open(self, now: float) -> None:
+        options, outbox = self._options, self._outbox
+        if now >= self._lifetime_ends:
+            self.close("expired")
+        elif not outbox.opened:
+            if self._inbox.reading:  # the time for which a client uploads is not the source's
+                self._open_at = now + options.open_timeout
+            elif now >= self._open_at:
+                self._open()
+        elif options.ping and outbox.waiting_since is None and now >= outbox.idle_since + options.ping:
+            self._ping()
 
     def _next_check(self) -> float:
         options, outbox = self._options, self._outbox
@@ -500,7 +463,8 @@ class Stream:
             return min(when, self._open_at)
         if options.ping:
             # While a send is under way no ping is due, but one will be when it has ended, and nobody arms for that.
-            when = min(when, max(outbox.idle_since, self._loop.time() if outbox.waiting_since else 0.0) + options.ping)
+            quiet_since = outbox.idle_since if outbox.waiting_since is None else self._loop.time()
+            when = min(when, quiet_since + options.ping)
         return when
 
     def _send_deadline(self) -> float:
@@ -516,8 +480,8 @@ class Stream:
             self._fail(exc)
             self.close("failed")
             return
-        if not self._outbox.insert(chunk):
-            self._outbox.idle_since = self._loop.time()  # in the middle of an event: the next chance comes
+        self._outbox.insert(chunk)  # not in the middle of an event: then the next one has its chance
+        self._outbox.idle_since = self._loop.time()
 
     def _drop(self, reason: CloseReason) -> None:
         """Part from a client that does not read, for real: its unsent bytes would hold the server's exit."""
@@ -547,4 +511,3 @@ def _client_is_gone(error: BaseException) -> bool:
 
 def _nothing() -> None:
     """The stream is over: what the source still pushes goes nowhere."""
-

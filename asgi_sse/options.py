@@ -1,0 +1,54 @@
+"""How a stream behaves: every option, its default and why, checked when it is given."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ._types import CloseReason
+from .event import JSONDumps, ServerSentEvent, check_separator
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamOptions:
+    """How a stream behaves. See `EventSourceResponse` for what each means.
+
+    Raises:
+        TypeError: A value is of a wrong kind.
+        ValueError: A value is out of its range.
+    """
+
+    # 15 s: what WHATWG HTML 9.2.7 advises, and below every common proxy's idle timeout.
+    ping: float | None = 15.0
+    ping_message_factory: Callable[[], Any] | None = None
+    sep: str = "\n"
+    retry: int | None = 3000
+    send_timeout: float | None = 30.0
+    max_lifetime: float | None = None
+    cleanup_timeout: float = 10.0
+    open_timeout: float = 0.0
+    opening_comment: bool = True
+    on_error: Callable[[Exception], Any] | None = None
+    on_close: Callable[[CloseReason], Any] | None = None
+    json_dumps: JSONDumps | None = None
+
+    def __post_init__(self) -> None:
+        """Check each value: a stream must not find out when its client is waiting."""
+        for name in ("ping", "send_timeout", "max_lifetime"):
+            _check_seconds(name, getattr(self, name), optional=True)
+        for name in ("cleanup_timeout", "open_timeout"):
+            _check_seconds(name, getattr(self, name), optional=False)
+        for name in ("ping_message_factory", "on_error", "on_close", "json_dumps"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise TypeError(f"{name}={getattr(self, name)!r} is not callable; give a function, or None")
+        check_separator(self.sep)
+        if self.retry is not None:
+            ServerSentEvent(retry=self.retry)
+
+
+def _check_seconds(name: str, value: object, *, optional: bool) -> None:
+    if value is None and optional:
+        return
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} is {type(value).__name__}; give seconds{', or None for none' * optional}")
+    if not value >= 0:
+        raise ValueError(f"{name}={value!r} is no length of time; give seconds of at least 0")

@@ -1,0 +1,60 @@
+"""Both event loops for every async test, on a virtual clock unless a test asks for real time."""
+
+import asyncio
+import selectors
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from trio.testing import MockClock
+
+
+class _JumpingSelector(selectors.DefaultSelector):
+    """Instead of sleeping until a timer is due, moves the clock to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+
+    def select(self, timeout: float | None = None) -> Any:
+        ready = super().select(0)
+        if ready or timeout == 0:
+            return ready
+        if timeout is None:  # nothing will ever happen but what comes from outside
+            return super().select(None)
+        self.now += timeout
+        return []
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """An event loop in which an hour's timeout takes no time."""
+
+    def __init__(self) -> None:
+        self._virtual = _JumpingSelector()
+        super().__init__(self._virtual)
+
+    def time(self) -> float:
+        return self._virtual.now
+
+
+def _eager(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> Callable[[], asyncio.AbstractEventLoop]:
+    def new_eager_loop() -> asyncio.AbstractEventLoop:
+        loop = new_loop()
+        if sys.version_info >= (3, 12):
+            loop.set_task_factory(asyncio.eager_task_factory)
+        return loop
+
+    return new_eager_loop
+
+
+BACKENDS = ["asyncio", "trio", *(["asyncio+eager"] if sys.version_info >= (3, 12) else [])]
+
+
+@pytest.fixture(params=BACKENDS)
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    real = request.node.get_closest_marker("real_time") is not None
+    if request.param == "trio":
+        return "trio", {} if real else {"clock": MockClock(autojump_threshold=0)}
+    new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.SelectorEventLoop if real else VirtualTimeLoop
+    return "asyncio", {"loop_factory": _eager(new_loop) if request.param == "asyncio+eager" else new_loop}

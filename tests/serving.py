@@ -1,0 +1,73 @@
+"""Starts real servers on loopback, each in a process group of its own."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+SERVERS: dict[str, list[str]] = {
+    "uvicorn-httptools-uvloop": ["uvicorn", "--http=httptools", "--loop=uvloop"],
+    "uvicorn-httptools-asyncio": ["uvicorn", "--http=httptools", "--loop=asyncio"],
+    "uvicorn-h11-asyncio": ["uvicorn", "--http=h11", "--loop=asyncio"],
+    "hypercorn-asyncio": ["hypercorn", "--worker-class=asyncio"],
+    "hypercorn-trio": ["hypercorn", "--worker-class=trio"],
+    "hypercorn-asyncio-h2": ["hypercorn", "--worker-class=asyncio"],
+    "hypercorn-trio-h2": ["hypercorn", "--worker-class=trio"],
+    "granian": ["granian", "--interface=asgi", "--no-log"],
+    "granian-h2": ["granian", "--interface=asgi", "--no-log"],
+}
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def command(server: str, app: str, port: int) -> list[str]:
+    """The command line that serves `app` (``module:name``)."""
+    module, *options = SERVERS[server]
+    address = {"hypercorn": [f"--bind=127.0.0.1:{port}"]}.get(module, ["--host=127.0.0.1", f"--port={port}"])
+    return [sys.executable, "-m", module, *options, *address, app]
+
+
+def wait_until_open(port: int, process: subprocess.Popen[bytes], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            assert process.poll() is None, f"the server ended with status {process.returncode}"
+            assert time.monotonic() < deadline, "the server does not listen"
+            time.sleep(0.02)
+        else:
+            return
+
+
+@contextmanager
+def running(server: str, app: str = "apps:app", log: Path | None = None) -> Iterator[int]:
+    """Serve `app` until the block is left; gives the port."""
+    port = free_port()
+    environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "PYTHONWARNINGS": "default"}
+    with (log or Path(os.devnull)).open("wb") as output:
+        process = subprocess.Popen(
+            command(server, app, port), env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            wait_until_open(port, process)
+            yield port
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait(5)

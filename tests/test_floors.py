@@ -1,0 +1,70 @@
+"""The table of floors: a room imports from floors below its own alone."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import asgi_sse
+
+PACKAGE = Path(asgi_sse.__file__).parent
+
+FLOORS = [
+    {"_types", "errors"},
+    {"event", "decoder", "_eventloop"},
+    {"outbox", "inbox", "transport", "source", "lifespan", "options"},
+    {"stream"},
+    {"registry"},
+    {"response"},
+    {"routing"},
+    {"app"},
+    {"testing", "cli", "demo", "__main__"},
+]
+# Values import nothing but the ground; the event loop's face is the ground of the machines.
+ALLOWED_EXTRA = {("decoder", "event"), ("cli", "demo"), ("__main__", "cli")}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+
+
+def imports(path: Path) -> set[str]:
+    """The rooms that a file imports, and the top names of what else it does."""
+    names: set[str] = set()
+    depth = len(path.relative_to(PACKAGE).parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level == 0:
+                names.add(module.split(".")[0])
+            elif node.level == depth:
+                rooms = [module] if module else [alias.name for alias in node.names]
+                names |= {"." + room.split(".")[0] for room in rooms}
+    return names
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {room_of(path) for path in FILES} == set().union(*FLOORS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down(path: Path) -> None:
+    room = room_of(path)
+    floor = next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+    below = set().union(*FLOORS[:floor])
+    for name in imports(path):
+        if name.startswith(".") and name[1:] not in below | {"", "__version__"}:
+            assert (room, name[1:]) in ALLOWED_EXTRA or room == name[1:], f"{room} imports {name[1:]}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room_of(p) not in FLOORS[-1]], ids=lambda p: p.stem)
+def test_the_core_needs_anyio_and_asgiref_alone(path: Path) -> None:
+    foreign = {name for name in imports(path) if not name.startswith(".")} - set(sys.stdlib_module_names)
+    allowed = {"anyio", "asgiref"} | ({"trio"} if path.stem == "_eventloop" else set())  # for its types
+    assert foreign <= allowed

@@ -1,0 +1,244 @@
+"""`StreamRegistry`: the running streams, and how they end when the server stops."""
+
+import math
+import threading
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+import anyio
+import pytest
+
+from asgi_sse import DrainReport, EventDecoder, EventSourceResponse, Request, StreamRegistry, create_app
+from asgi_sse.registry import default_registry
+from asgi_sse.testing import open_stream
+
+pytestmark = pytest.mark.anyio
+
+
+async def idle() -> AsyncIterator[str]:
+    yield "first"
+    await anyio.sleep_forever()
+
+
+async def watches(request: Request) -> AsyncIterator[str]:
+    yield "first"
+    await request.draining.wait()
+    await anyio.sleep(2)
+    yield "farewell"
+
+
+async def ignores_its_grace(request: Request) -> AsyncIterator[str]:
+    assert not request.draining.is_set()
+    yield "first"
+    await anyio.sleep_forever()
+
+
+async def test_it_knows_the_running_streams() -> None:
+    registry = StreamRegistry()
+    async with open_stream(EventSourceResponse(idle(), registry=registry), "/some/path") as stream:
+        await stream.receive()
+        assert len(registry) == 1
+        (running,) = registry
+        await anyio.sleep(5)
+        assert (running.path, running.client, running.state) == ("/some/path", ("127.0.0.1", 50000), "open")
+        assert (running.events, running.reason) == (1, None)
+        assert running.age >= 5
+        assert "/some/path open" in repr(running)
+        statistics = registry.statistics()
+        assert (statistics.open, statistics.opened, statistics.closed) == (1, 1, {})
+        assert statistics.events == 1
+        assert statistics.bytes == len(b": stream opened\nretry: 3000\n\ndata: first\n\n")
+    assert list(registry) == []
+    statistics = registry.statistics()
+    assert (statistics.open, statistics.opened, statistics.closed) == (0, 1, {"disconnected": 1})
+    assert statistics.events == 1
+
+
+async def test_a_client_that_does_not_read_shows() -> None:
+    registry = StreamRegistry()
+
+    async def fast() -> AsyncIterator[str]:
+        while True:
+            yield "x" * 10_000
+
+    async with open_stream(EventSourceResponse(fast(), registry=registry), capacity=1):
+        await anyio.sleep(5)
+        assert 4 <= registry.statistics().longest_wait <= 5
+
+
+async def test_drain_ends_each_stream_properly_with_a_retry_of_its_own() -> None:
+    registry = StreamRegistry(drain_retry=(1000, 5000))
+    reasons: list[str] = []
+    retries = set()
+    async with anyio.create_task_group() as tasks:
+
+        async def client() -> None:
+            response = EventSourceResponse(idle(), registry=registry, on_close=reasons.append)
+            async with open_stream(response) as stream:
+                assert [event.data async for event in stream] == ["first"]
+                assert stream.complete
+                retries.add(stream.retry)
+
+        for _ in range(50):
+            tasks.start_soon(client)
+        while registry.statistics().events < 50:
+            await anyio.sleep(0.01)
+        report = await registry.drain()
+    assert report == DrainReport(finished=0, closed=50, cancelled=0, abandoned=0, seconds=report.seconds)
+    assert report.seconds < 1
+    assert reasons == ["drained"] * 50
+    assert all(retry is not None and 1000 <= retry <= 5000 for retry in retries)
+    assert len(retries) > 10
+
+
+async def test_what_was_yielded_before_the_drain_is_sent() -> None:
+    async def burst() -> AsyncIterator[int]:
+        for i in range(1000):
+            yield i
+        await anyio.sleep_forever()
+
+    registry = StreamRegistry()
+    async with open_stream(EventSourceResponse(burst(), registry=registry), capacity=1) as stream:
+        while registry.statistics().events < 200:
+            await anyio.sleep(0.01)
+        (running,) = registry
+        registry.begin_drain()
+        received = [event.data async for event in stream]
+        assert received == [str(i) for i in range(running.events)]
+        assert stream.complete
+
+
+async def test_grace_for_those_that_watch() -> None:
+    app = create_app({"/watches": watches, "/ignores": ignores_its_grace, "/idle": idle_endpoint})
+    async with (
+        open_stream(app, "/watches") as farewell,
+        open_stream(app, "/ignores") as ignoring,
+        open_stream(app, "/idle") as other,
+    ):
+        for stream in (farewell, ignoring, other):
+            assert (await stream.receive()).data == "first"
+        report = await app.registry.drain()
+        assert (report.finished, report.closed, report.cancelled, report.abandoned) == (1, 1, 1, 0)
+        assert 10 <= report.seconds <= 11.1
+        assert [event.data async for event in farewell] == ["farewell"]
+        assert farewell.retry is not None
+        assert farewell.complete
+        assert [event.data async for event in ignoring] == []
+        assert ignoring.complete
+
+
+def idle_endpoint() -> AsyncIterator[str]:
+    return idle()
+
+
+async def test_a_client_that_does_not_read_is_cut_at_the_deadline() -> None:
+    registry = StreamRegistry()
+
+    async def fast() -> AsyncIterator[str]:
+        while True:
+            yield "x" * 10_000
+
+    async with open_stream(EventSourceResponse(fast(), registry=registry), capacity=1) as stream:
+        await anyio.sleep(1)
+        report = await registry.drain(timeout=3)
+        assert (report.cancelled, report.abandoned) == (1, 0)
+        assert 3 <= report.seconds <= 4.1
+        assert not stream.complete
+
+
+async def test_a_source_that_ignores_its_cancellation_is_left_behind() -> None:
+    release = anyio.Event()
+
+    async def stubborn() -> AsyncIterator[str]:
+        yield "first"
+        while not release.is_set():
+            with suppress(BaseException):
+                await anyio.sleep(1)
+
+    registry = StreamRegistry()
+    async with open_stream(EventSourceResponse(stubborn(), registry=registry, cleanup_timeout=2)) as stream:
+        await stream.receive()
+        began = anyio.current_time()
+        await stream.disconnect()
+        assert 2 <= anyio.current_time() - began <= 2.2
+        assert registry.statistics().abandoned == 1
+        release.set()
+        while registry.statistics().abandoned:
+            await anyio.sleep(0.1)
+
+
+async def test_new_streams_while_draining_are_told_to_return() -> None:
+    registry = StreamRegistry(drain_retry=(1500, 1500))
+    registry.begin_drain()
+    assert registry.draining
+    started = []
+
+    async def source() -> AsyncIterator[str]:
+        started.append(True)
+        yield "x"
+
+    async with open_stream(EventSourceResponse(source(), registry=registry)) as stream:
+        assert stream.status == 200
+        assert await stream.read() == b"retry: 1500\n\n"
+        assert stream.complete
+    assert not started
+
+
+async def test_drain_without_streams_and_twice() -> None:
+    registry = StreamRegistry()
+    assert (await registry.drain()).closed == 0
+    assert (await registry.drain()).closed == 0
+
+
+@pytest.mark.real_time
+async def test_begin_drain_from_another_thread() -> None:
+    registry = StreamRegistry()
+    async with open_stream(EventSourceResponse(idle(), registry=registry)) as stream:
+        await stream.receive()
+        thread = threading.Thread(target=registry.begin_drain)
+        thread.start()
+        assert [event async for event in stream] == []
+        assert stream.complete
+        thread.join()
+
+
+async def test_the_default_registry_is_one_a_loop_and_replaced_after_a_drain() -> None:
+    async with open_stream(EventSourceResponse(idle())) as stream:
+        await stream.receive()
+        first = default_registry()
+        assert len(first) == 1
+        await first.drain()
+        assert stream.complete or await stream.read(timeout=5) is not None
+    async with open_stream(EventSourceResponse(idle())) as stream:
+        assert (await stream.receive()).data == "first"
+    assert default_registry() is not first
+
+
+async def test_the_heartbeat_serves_many_streams() -> None:
+    registry = StreamRegistry()
+    pings = []
+    async with anyio.create_task_group() as tasks:
+
+        async def client(ping: float) -> None:
+            response = EventSourceResponse(idle(), registry=registry, ping=ping)
+            async with open_stream(response, capacity=1000) as stream:
+                await stream.receive()
+                decoder = EventDecoder()
+                count = 0
+                with anyio.move_on_after(100.5):
+                    while True:
+                        chunk = await stream.read(timeout=math.inf)
+                        decoder.feed(chunk)
+                        count += chunk.count(b": ping")
+                pings.append((ping, count))
+
+        for ping in (1, 2, 5, 10, 30, 60):
+            tasks.start_soon(client, ping)
+    assert sorted(pings) == [(1, 100), (2, 50), (5, 20), (10, 10), (30, 3), (60, 1)]
+
+
+@pytest.mark.parametrize("arguments", [{"drain_timeout": -1}, {"drain_timeout": True}, {"drain_retry": (5, 1)},
+                                       {"drain_retry": (-1, 5)}, {"drain_retry": (0.5, 5)}])  # fmt: skip
+def test_bad_input(arguments: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="drain_"):
+        StreamRegistry(**arguments)  # type: ignore[arg-type]

@@ -1,0 +1,629 @@
+"""`EventSourceResponse` as an ASGI app sees a client: what it sends, when, and why it ends."""
+
+import contextvars
+import re
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import anyio
+import pytest
+
+from asgi_sse import (
+    EventSourceResponse,
+    InvalidEventError,
+    SendTimeoutError,
+    ServerSentEvent,
+    StreamClosedError,
+    StreamRegistry,
+)
+from asgi_sse.testing import open_stream
+
+pytestmark = pytest.mark.anyio
+
+OPENING = b": stream opened\nretry: 3000\n\n"
+
+
+async def items(*values: Any) -> AsyncIterator[Any]:
+    for value in values:
+        yield value
+
+
+async def forever() -> AsyncIterator[Any]:
+    await anyio.sleep_forever()
+    yield
+
+
+class Reasons(list[str]):
+    """Collects what `on_close` is told."""
+
+    def __call__(self, reason: str) -> None:
+        self.append(reason)
+
+
+async def body_of(response: EventSourceResponse, **request: Any) -> bytes:
+    async with open_stream(response, **request) as stream:
+        body = b""
+        while chunk := await stream.read(timeout=100_000):
+            body += chunk
+        assert stream.complete
+    return body
+
+
+async def test_head_and_opening() -> None:
+    async with open_stream(EventSourceResponse(items("a"))) as stream:
+        assert stream.status == 200
+        assert stream.headers == {
+            "content-type": "text/event-stream; charset=utf-8",
+            "cache-control": "no-store, no-transform",
+            "x-accel-buffering": "no",
+        }
+        assert await stream.read() == OPENING + b"data: a\n\n"
+        assert await stream.read() == b""
+        assert stream.complete
+
+
+async def test_items_of_every_kind() -> None:
+    source = items(
+        "text", 5, 1.5, ServerSentEvent("event", id=1), {"data": {"a": 1}, "event": "json"}, b"data: encoded\n\n",
+        bytearray(b"data: array\n\n"), "", {"comment": "only"}, "two\nlines",
+    )  # fmt: skip
+    assert (await body_of(EventSourceResponse(source))).removeprefix(OPENING) == (
+        b'data: text\n\ndata: 5\n\ndata: 1.5\n\nid: 1\ndata: event\n\nevent: json\ndata: {"a":1}\n\n'
+        b"data: encoded\n\ndata: array\n\ndata: \n\n: only\n\ndata: two\ndata: lines\n\n"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("sep", ["\n", "\r\n", "\r"])
+async def test_separator_holds_for_all_that_is_sent(sep: str) -> None:
+    body = await body_of(EventSourceResponse(items("a", {"data": "b\nc"}, ServerSentEvent("d")), sep=sep))
+    expected = OPENING + b"data: a\n\ndata: b\ndata: c\n\ndata: d\n\n"
+    assert body == expected.replace(b"\n", sep.encode())
+
+
+async def test_no_opening_block() -> None:
+    assert await body_of(EventSourceResponse(items("a"), retry=None, opening_comment=False)) == b"data: a\n\n"
+    assert await body_of(EventSourceResponse(items("a"), retry=0, opening_comment=False)) == b"retry: 0\n\ndata: a\n\n"
+
+
+async def test_an_empty_source_is_an_empty_stream() -> None:
+    assert await body_of(EventSourceResponse(items())) == OPENING
+
+
+async def test_other_sources() -> None:
+    send, receive = anyio.create_memory_object_stream[str](2)
+    async with send:
+        await send.send("from a stream")
+    assert (await body_of(EventSourceResponse(receive))).endswith(b"data: from a stream\n\n")
+    with pytest.raises(anyio.ClosedResourceError):
+        receive.receive_nowait()  # it was given away: the response has closed it
+
+    class Iterable:
+        def __aiter__(self) -> AsyncIterator[str]:
+            return items("from an iterable")
+
+    assert (await body_of(EventSourceResponse(Iterable()))).endswith(b"data: from an iterable\n\n")
+
+
+async def test_headers_can_be_overridden_and_added() -> None:
+    headers = {"Cache-Control": "public, max-age=29", "X-Two": "ü "}
+    async with open_stream(EventSourceResponse(items(), headers=headers, status_code=203)) as stream:
+        assert stream.status == 203
+        assert stream.headers["cache-control"] == "public, max-age=29"
+        assert stream.headers["x-two"] == "ü"
+        assert stream.headers["x-accel-buffering"] == "no"
+
+
+async def test_head_request_starts_no_source() -> None:
+    started = []
+
+    async def source() -> AsyncIterator[str]:
+        started.append(True)
+        yield "x"
+
+    async with open_stream(EventSourceResponse(source()), method="HEAD") as stream:
+        assert stream.status == 200
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        assert await stream.read() == b""
+        assert stream.complete
+    assert not started
+
+
+async def test_one_burst_is_one_message() -> None:
+    """Coalescing: what a source yields without waiting leaves in one send."""
+    async with open_stream(EventSourceResponse(items(*range(100)))) as stream:
+        assert (await stream.read()).count(b"data:") == 100
+
+
+async def test_pings_go_to_idle_streams_alone() -> None:
+    async def source() -> AsyncIterator[str]:
+        for _ in range(5):
+            await anyio.sleep(9)
+            yield "busy"
+        await anyio.sleep(25)
+        yield "idle"
+
+    body = await body_of(EventSourceResponse(source(), ping=10))
+    assert body == OPENING + b"data: busy\n\n" * 5 + b": ping\n\n" * 2 + b"data: idle\n\n"
+
+
+@pytest.mark.parametrize("ping", [0, None])
+async def test_ping_off(ping: float | None) -> None:
+    async def source() -> AsyncIterator[str]:
+        await anyio.sleep(86_400)
+        yield "x"
+
+    assert await body_of(EventSourceResponse(source(), ping=ping)) == OPENING + b"data: x\n\n"
+
+
+async def test_ping_message_factory() -> None:
+    count = iter(range(10))
+
+    async def source() -> AsyncIterator[str]:
+        await anyio.sleep(3.5)
+        yield "x"
+
+    response = EventSourceResponse(
+        source(), ping=1, ping_message_factory=lambda: ServerSentEvent(comment=f"n {next(count)}"), sep="\r\n"
+    )
+    assert (await body_of(response)).endswith(b": n 0\r\n\r\n: n 1\r\n\r\n: n 2\r\n\r\ndata: x\r\n\r\n")
+
+
+async def test_a_ping_message_factory_that_raises_ends_its_stream() -> None:
+    def factory() -> ServerSentEvent:
+        raise LookupError("no ping")
+
+    reasons = Reasons()
+    response = EventSourceResponse(forever(), ping=1, ping_message_factory=factory, on_close=reasons)
+    with pytest.raises(LookupError, match="no ping"):
+        async with open_stream(response) as stream:
+            await stream.read()
+            await stream.read(timeout=5)
+    assert reasons == ["failed"]
+
+
+async def test_no_ping_in_the_middle_of_an_event() -> None:
+    async def source() -> AsyncIterator[bytes]:
+        yield b"data: one"
+        await anyio.sleep(35)
+        yield b"\n\n"
+        await anyio.sleep(15)
+        yield b"data: two\r"
+        await anyio.sleep(35)
+        yield b"\n\r\n"
+
+    body = await body_of(EventSourceResponse(source(), ping=10))
+    assert body == OPENING + b"data: one\n\n: ping\n\ndata: two\r\n\r\n"
+
+
+async def test_disconnect() -> None:
+    reasons, log = Reasons(), []
+
+    async def source() -> AsyncIterator[str]:
+        try:
+            yield "a"
+            await anyio.sleep_forever()
+        finally:
+            log.append("closing")
+            await anyio.sleep(1)
+            log.append("closed")
+
+    registry = StreamRegistry()
+    async with open_stream(EventSourceResponse(source(), on_close=reasons, registry=registry)) as stream:
+        assert (await stream.receive()).data == "a"
+        assert len(registry) == 1
+        await stream.disconnect()
+    assert log == ["closing", "closed"]
+    assert reasons == ["disconnected"]
+    assert len(registry) == 0
+    assert registry.statistics().closed == {"disconnected": 1}
+
+
+async def test_disconnect_reaches_a_source_that_never_waits() -> None:
+    closed = []
+
+    async def source() -> AsyncIterator[str]:
+        try:
+            while True:
+                yield "x"
+        finally:
+            closed.append(True)
+
+    reasons = Reasons()
+    async with open_stream(EventSourceResponse(source(), on_close=reasons)) as stream:
+        await stream.receive()
+        await stream.disconnect()
+    assert closed == [True]
+    assert reasons == ["disconnected"]
+
+
+async def test_on_close_may_be_async_and_comes_after_the_clean_up() -> None:
+    log = []
+
+    async def source() -> AsyncIterator[str]:
+        try:
+            yield "a"
+        finally:
+            log.append("source closed")
+
+    async def on_close(reason: str) -> None:
+        await anyio.sleep(1)
+        log.append(reason)
+
+    await body_of(EventSourceResponse(source(), on_close=on_close))
+    assert log == ["source closed", "finished"]
+
+
+async def test_on_close_that_raises_is_not_silent() -> None:
+    def on_close(reason: str) -> None:
+        raise LookupError(reason)
+
+    with pytest.raises(LookupError, match="finished"):
+        async with open_stream(EventSourceResponse(items("a"), on_close=on_close)) as stream:
+            assert (await stream.receive()).data == "a"
+
+
+async def test_max_lifetime() -> None:
+    reasons = Reasons()
+    async with open_stream(EventSourceResponse(forever(), max_lifetime=100, ping=0, on_close=reasons)) as stream:
+        assert await stream.read() == OPENING
+        began = anyio.current_time()
+        assert await stream.read(timeout=1000) == b""
+        assert 80 <= anyio.current_time() - began <= 100.1
+        assert stream.complete
+    assert reasons == ["expired"]
+
+
+async def test_send_timeout_drops_a_client_that_does_not_read() -> None:
+    closed = []
+
+    async def source() -> AsyncIterator[str]:
+        try:
+            while True:
+                yield "x" * 10_000
+        finally:
+            closed.append(anyio.current_time())
+
+    reasons = Reasons()
+    registry = StreamRegistry()
+    response = EventSourceResponse(source(), send_timeout=7, on_close=reasons, registry=registry)
+    began = anyio.current_time()
+    with pytest.raises(SendTimeoutError, match="7 s"):
+        async with open_stream(response, capacity=1):
+            while registry.statistics().opened == 0 or len(registry):
+                await anyio.sleep(0.5)
+            assert 7 <= anyio.current_time() - began <= 8
+    assert len(closed) == 1
+    assert reasons == ["timed_out"]
+
+
+async def test_a_slow_client_holds_its_source() -> None:
+    """A source waits when its buffer is full; what the client has not taken stays bounded."""
+    count = 0
+
+    async def source() -> AsyncIterator[str]:
+        nonlocal count
+        while True:
+            count += 1
+            yield "x" * 1000
+
+    async with open_stream(EventSourceResponse(source(), send_timeout=None), capacity=1) as stream:
+        await anyio.sleep(10)
+        blocked_at = count
+        assert blocked_at * 1000 < 4 * 65_536
+        await anyio.sleep(10)
+        assert count == blocked_at
+        for _ in range(10):
+            assert len(await stream.read()) <= 65_536 + 1100
+        await anyio.sleep(1)
+        assert count > blocked_at
+
+
+async def test_one_large_event_is_not_split() -> None:
+    async with open_stream(EventSourceResponse(items("a", "x" * 200_000, "b", "y" * 60_000, "z" * 60_000))) as stream:
+        sizes = []
+        while chunk := await stream.read():
+            assert chunk.endswith(b"\n\n")
+            sizes.append(len(chunk))
+        assert max(sizes) == 200_000 + len(b"data: \n\n")
+
+
+async def test_an_error_before_the_first_event_leaves_the_status_open() -> None:
+    async def source() -> AsyncIterator[str]:
+        raise LookupError("early")
+        yield
+
+    reasons = Reasons()
+    with pytest.raises(LookupError, match="early"):
+        async with open_stream(EventSourceResponse(source(), on_close=reasons)):
+            pytest.fail("there should be no head")
+    assert reasons == ["failed"]
+
+
+async def test_open_timeout_holds_the_head_for_a_late_early_error() -> None:
+    async def source() -> AsyncIterator[str]:
+        await anyio.sleep(0.9)
+        raise LookupError("early")
+        yield
+
+    with pytest.raises(LookupError, match="early"):
+        async with open_stream(EventSourceResponse(source(), open_timeout=1)):
+            pytest.fail("there should be no head")
+
+
+async def test_open_timeout_ends() -> None:
+    async with open_stream(EventSourceResponse(forever(), open_timeout=1)) as stream:
+        assert 1 <= anyio.current_time()
+        assert stream.status == 200
+        assert await stream.read() == OPENING
+
+
+async def test_a_late_error_cuts_the_body_after_the_last_event() -> None:
+    async def source() -> AsyncIterator[str]:
+        yield "a"
+        yield "just before"
+        raise LookupError("late")
+
+    reasons = Reasons()
+    async with open_stream(EventSourceResponse(source(), on_close=reasons)) as stream:
+        assert [(await stream.receive()).data, (await stream.receive()).data] == ["a", "just before"]
+        with pytest.raises(LookupError, match="late"):
+            await stream.receive()
+        assert not stream.complete
+    assert reasons == ["failed"]
+
+
+@pytest.mark.parametrize(
+    ("on_error", "last"),
+    [
+        (lambda exc: ServerSentEvent(str(exc), event="error"), [("error", "late")]),
+        (lambda exc: {"data": "dict"}, [("message", "dict")]),
+        (lambda exc: None, []),
+        (lambda exc: 1 / 0, []),
+    ],
+)
+async def test_on_error(on_error: Callable[[Exception], Any], last: list[tuple[str, str]]) -> None:
+    async def source() -> AsyncIterator[str]:
+        yield "a"
+        raise LookupError("late")
+
+    with pytest.raises(LookupError, match="late"):
+        async with open_stream(EventSourceResponse(source(), on_error=on_error)) as stream:
+            assert (await stream.receive()).data == "a"
+            for event, data in last:
+                received = await stream.receive()
+                assert (received.event, received.data) == (event, data)
+            await stream.receive()
+
+
+async def test_a_bad_item_is_raised_at_its_yield() -> None:
+    """So the traceback names the line, and the source may go on."""
+    seen = []
+
+    async def source() -> AsyncIterator[Any]:
+        try:
+            yield {"dta": "x"}
+        except InvalidEventError as exc:
+            seen.append(str(exc))
+        yield "fine"
+        yield [1, 2]
+
+    with pytest.raises(InvalidEventError, match=r"yielded \[1, 2\]"):
+        async with open_stream(EventSourceResponse(source())) as stream:
+            assert (await stream.receive()).data == "fine"
+            await stream.receive()
+    assert "unknown key 'dta'" in seen[0]
+
+
+async def test_a_bad_item_of_what_is_no_generator() -> None:
+    send, receive = anyio.create_memory_object_stream[Any](1)
+    async with send:
+        await send.send(None)
+        with pytest.raises(InvalidEventError, match="yielded None"):
+            async with open_stream(EventSourceResponse(receive)):
+                pass
+
+
+async def test_json_dumps() -> None:
+    response = EventSourceResponse(
+        items({"data": {1, 2}}, {"data": "text"}, {"data": True}), json_dumps=lambda value: repr(value).encode()
+    )
+    assert (await body_of(response)).endswith(b"data: {1, 2}\n\ndata: text\n\ndata: True\n\n")
+
+
+async def test_a_send_that_raises_ends_its_stream_alone() -> None:
+    registry = StreamRegistry()
+
+    def broken(error: Exception) -> Callable[..., Any]:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            async def raising(message: Any) -> None:
+                if message["type"] == "http.response.body":
+                    raise error
+                await send(message)
+
+            await EventSourceResponse(forever(), on_close=reasons, registry=registry)(scope, receive, raising)
+
+        return app
+
+    reasons = Reasons()
+    async with open_stream(EventSourceResponse(forever(), registry=registry)) as other:
+        await other.read()
+        async with open_stream(broken(OSError("gone"))) as stream:
+            while len(registry) > 1:
+                await anyio.sleep(0.1)
+            assert stream.status == 200
+        with pytest.raises(ValueError, match="wrong"):
+            async with open_stream(broken(ValueError("wrong"))):
+                while len(registry) > 1:
+                    await anyio.sleep(0.1)
+        assert reasons == ["disconnected", "failed"]
+        assert await other.read(timeout=20) == b": ping\n\n"
+
+
+async def test_two_sends_are_never_in_flight() -> None:
+    in_flight = 0
+    most = 0
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async def counting(message: Any) -> None:
+            nonlocal in_flight, most
+            in_flight += 1
+            most = max(most, in_flight)
+            await anyio.sleep(0.3)
+            in_flight -= 1
+            await send(message)
+
+        async def source() -> AsyncIterator[int]:
+            for i in range(50):
+                yield i
+                await anyio.sleep(0.1)
+
+        await EventSourceResponse(source(), ping=0.1)(scope, receive, counting)
+
+    async with open_stream(app) as stream:
+        assert [event.data async for event in stream] == [str(i) for i in range(50)]
+    assert most == 1
+
+
+async def test_a_response_serves_one_request() -> None:
+    response = EventSourceResponse(items("a"))
+    await body_of(response)
+    with pytest.raises(StreamClosedError, match="new one for each request"):
+        await body_of(response)
+
+
+async def test_other_scopes_are_refused() -> None:
+    with pytest.raises(TypeError, match="'websocket'"):
+        await EventSourceResponse([])({"type": "websocket"}, None, None)  # type: ignore[arg-type]
+
+
+async def a_coroutine() -> list[str]:
+    return []
+
+
+async def a_generator() -> AsyncIterator[str]:
+    yield ""
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "named"),
+    [
+        (lambda: EventSourceResponse(a_coroutine()), TypeError, "await it"),  # type: ignore[arg-type]
+        (lambda: EventSourceResponse(a_generator), TypeError, "call it"),  # type: ignore[arg-type]
+        (lambda: EventSourceResponse(None), TypeError, "not iterable"),  # type: ignore[arg-type]
+        (lambda: EventSourceResponse(5), TypeError, "5 is not iterable"),  # type: ignore[arg-type]
+        (lambda: EventSourceResponse("text"), TypeError, "put it in a list"),
+        (lambda: EventSourceResponse(b"bytes"), TypeError, "put it in a list"),
+        (lambda: EventSourceResponse({"data": 1}), TypeError, "put it in a list"),
+        (lambda: EventSourceResponse([], sep="x"), ValueError, "sep='x'"),
+        (lambda: EventSourceResponse([], ping=-1), ValueError, "ping=-1"),
+        (lambda: EventSourceResponse([], ping="5"), TypeError, "ping='5'"),  # type: ignore[arg-type]
+        (lambda: EventSourceResponse([], ping=True), TypeError, "ping=True"),
+        (lambda: EventSourceResponse([], ping=float("nan")), ValueError, "ping=nan"),
+        (lambda: EventSourceResponse([], send_timeout=-1), ValueError, "send_timeout=-1"),
+        (lambda: EventSourceResponse([], max_lifetime=-1), ValueError, "max_lifetime=-1"),
+        (lambda: EventSourceResponse([], cleanup_timeout=-1), ValueError, "cleanup_timeout=-1"),
+        (lambda: EventSourceResponse([], cleanup_timeout=None), TypeError, "cleanup_timeout=None"),  # type: ignore[arg-type]
+        (lambda: EventSourceResponse([], open_timeout=-1), ValueError, "open_timeout=-1"),
+        (lambda: EventSourceResponse([], retry=-1), ValueError, "retry=-1"),
+        (lambda: EventSourceResponse([], retry=1.5), ValueError, "retry=1.5"),  # type: ignore[arg-type]
+        (lambda: EventSourceResponse([], on_close="x"), TypeError, "on_close='x'"),  # type: ignore[arg-type]
+        (lambda: EventSourceResponse([], headers={"x": "a\r\nb"}), ValueError, "inject"),
+        (lambda: EventSourceResponse([], headers={"x y": "a"}), ValueError, "'x y'"),
+        (lambda: EventSourceResponse([], headers={"": "a"}), ValueError, "name"),
+        (lambda: EventSourceResponse([], headers={"x": "✓"}), ValueError, "✓"),
+        (lambda: EventSourceResponse([], headers={"x": 1}), TypeError, "two str"),  # type: ignore[arg-type]
+        (lambda: EventSourceResponse([], headers={"Content-Length": "5"}), ValueError, "content-length"),
+        (lambda: EventSourceResponse([], headers={"Content-Type": "text/html"}), ValueError, "text/html"),
+        (lambda: EventSourceResponse([], status_code=204), ValueError, "status_code=204"),
+        (lambda: EventSourceResponse([], status_code=99), ValueError, "status_code=99"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_sent(
+    make: Callable[[], EventSourceResponse], error: type[Exception], named: str
+) -> None:
+    with pytest.raises(error, match=re.escape(named)):
+        make()
+
+
+@pytest.mark.real_time
+async def test_a_synchronous_source_runs_in_one_thread_and_context() -> None:
+
+    variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable", default=0)
+    variable.set(5)
+    seen: set[tuple[int, int]] = set()
+    main = threading.get_ident()
+
+    def source() -> Any:
+        try:
+            for i in range(1000):
+                seen.add((threading.get_ident(), variable.get()))
+                yield i
+        finally:
+            seen.add((threading.get_ident(), variable.get()))
+
+    async with open_stream(EventSourceResponse(source())) as stream:
+        assert [event.data async for event in stream] == [str(i) for i in range(1000)]
+    ((thread, value),) = seen
+    assert thread != main
+    assert value == 5
+
+
+@pytest.mark.real_time
+async def test_a_synchronous_source_is_closed_in_its_thread() -> None:
+
+    closed = threading.Event()
+
+    def source() -> Any:
+        try:
+            while True:
+                yield "x"
+        finally:
+            closed.set()
+
+    async with open_stream(EventSourceResponse(source())) as stream:
+        await stream.receive()
+        await stream.disconnect()
+    assert closed.is_set()
+
+
+@pytest.mark.real_time
+async def test_a_blocked_synchronous_source_does_not_hold_the_disconnect() -> None:
+
+    release, closed = threading.Event(), threading.Event()
+
+    def source() -> Any:
+        try:
+            yield "x"
+            release.wait(30)
+            yield "y"
+        finally:
+            closed.set()
+
+    async with open_stream(EventSourceResponse(source(), cleanup_timeout=20)) as stream:
+        await stream.receive()
+        with anyio.fail_after(5):
+            await stream.disconnect()
+    assert not closed.is_set()
+    release.set()
+    assert await anyio.to_thread.run_sync(closed.wait, 5)
+
+
+@pytest.mark.real_time
+async def test_errors_of_synchronous_sources() -> None:
+    def late() -> Any:
+        yield "a"
+        raise LookupError("late")
+
+    def early() -> Any:
+        raise LookupError("early")
+        yield
+
+    with pytest.raises(LookupError, match="late"):
+        async with open_stream(EventSourceResponse(late())) as stream:
+            assert (await stream.receive()).data == "a"
+            await stream.receive()
+    with pytest.raises(LookupError, match="early"):
+        async with open_stream(EventSourceResponse(early(), open_timeout=5)):
+            pass
+    assert (await body_of(EventSourceResponse(["a", "b"]))).endswith(b"data: a\n\ndata: b\n\n")
