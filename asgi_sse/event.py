@@ -69,7 +69,7 @@ class ServerSentEvent:
             raise InvalidEventError("nothing to send: give data, id, retry or comment")
         self._data: str | None = data
         self._event = None if event is None else _one_line(event, "event") or None
-        self._id = None if id is None else _id_text(id)
+        self._id = id if id is None or (type(id) is str and id.isascii() and id.isalnum()) else _id_text(id)
         self._retry = None if retry is None else _milliseconds(retry)
         self._comment = None if comment is None else _text(comment, "comment")
 

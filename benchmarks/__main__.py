@@ -1,0 +1,250 @@
+"""Measures asgi_sse beside its peers, each as a real uvicorn process on one core, the client on the other.
+
+python -m benchmarks                 # everything
+python -m benchmarks gen idle        # some of it
+"""
+
+import argparse
+import importlib.util
+import os
+import platform
+import resource
+import selectors
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import timeit
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PEERS = {"raw": None, "sse_starlette": "sse-starlette", "fastapi": "fastapi", "litestar": "litestar", "asgi_sse": None}
+CORES = sorted(os.sched_getaffinity(0))
+GEN_SECONDS = 3.0
+IDLE_CONNECTIONS = 2000
+
+
+class Server:
+    """A peer's app under uvicorn, on the first core."""
+
+    def __init__(self, peer: str) -> None:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            self.port = sock.getsockname()[1]
+        command = [sys.executable, "-m", "uvicorn", "--factory", f"benchmarks.apps:{peer}"]
+        options = [f"--port={self.port}", "--log-level=critical", "--no-access-log", "--backlog=4096"]
+        self.process = subprocess.Popen([*command, *options], cwd=Path(__file__).parent.parent)
+        os.sched_setaffinity(self.process.pid, CORES[:1])
+        self.about = psutil.Process(self.process.pid)
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                self.connect("/idle").close()
+                return
+            except OSError:
+                if time.monotonic() > deadline or self.process.poll() is not None:
+                    raise
+                time.sleep(0.05)
+
+    def connect(self, path: str) -> socket.socket:
+        sock = socket.create_connection(("127.0.0.1", self.port), timeout=20)
+        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: text/event-stream\r\n\r\n".encode())
+        return sock
+
+    def cpu(self) -> float:
+        times = self.about.cpu_times()
+        return times.user + times.system
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def serving(peer: str) -> Iterator[Server]:
+    server = Server(peer)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def cpu_of_this_process() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+class Reader:
+    """Counts the events that each of many connections receives."""
+
+    def __init__(self) -> None:
+        self.selector = selectors.DefaultSelector()
+        self.counts: dict[socket.socket, int] = {}
+        self.first: dict[socket.socket, float] = {}
+
+    def add(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.selector.register(sock, selectors.EVENT_READ)
+        self.counts[sock] = 0
+
+    def run(self, until: Callable[[], bool], seconds: float) -> float:
+        """Read until the condition holds, or for so many seconds. Gives how long it was."""
+        began = time.perf_counter()
+        while (elapsed := time.perf_counter() - began) < seconds and not until():
+            for key, _ in self.selector.select(0.05):
+                sock: Any = key.fileobj
+                try:
+                    data = sock.recv(262_144)
+                except BlockingIOError:
+                    continue
+                if not data:
+                    self.selector.unregister(sock)
+                    continue
+                # A name that two reads share is missed: with over 10 kB a read, for one event in hundreds at the most.
+                if events := data.count(b"data: "):
+                    self.counts[sock] += events
+                    self.first.setdefault(sock, time.perf_counter())
+        return elapsed
+
+    def close(self) -> None:
+        for sock in self.counts:
+            sock.close()
+        self.selector.close()
+
+
+def never() -> bool:
+    return False
+
+
+def gen(peer: str) -> dict[str, float]:
+    """One client, source flat out."""
+    with serving(peer) as server:
+        reader = Reader()
+        reader.add(server.connect("/gen"))
+        reader.run(never, 0.5)
+        before = sum(reader.counts.values())
+        server_cpu, client_cpu = server.cpu(), cpu_of_this_process()
+        seconds = reader.run(never, GEN_SECONDS)
+        rate = (sum(reader.counts.values()) - before) / seconds
+        figures = {
+            "k events/s": rate / 1000,
+            "server CPU %": 100 * (server.cpu() - server_cpu) / seconds,
+            "client CPU %": 100 * (cpu_of_this_process() - client_cpu) / seconds,
+        }
+        reader.close()
+        return figures
+
+
+def gen200(peer: str) -> dict[str, float]:
+    """200 clients, a source each; then a newcomer."""
+    with serving(peer) as server:
+        reader = Reader()
+        for _ in range(200):
+            reader.add(server.connect("/gen"))
+        reader.run(lambda: len(reader.first) == 200, 20)
+        started = len(reader.first)
+        before = dict(reader.counts)
+        client_cpu = cpu_of_this_process()
+        seconds = reader.run(never, GEN_SECONDS)
+        counts = [reader.counts[sock] - before[sock] for sock in before]
+        figures = {
+            "k events/s": sum(counts) / seconds / 1000,
+            "slowest / mean": min(counts) / statistics.mean(counts) if sum(counts) else 0.0,
+            "started": started,
+            "client CPU %": 100 * (cpu_of_this_process() - client_cpu) / seconds,
+        }
+        newcomer = server.connect("/gen")
+        began = time.perf_counter()
+        reader.add(newcomer)
+        reader.run(lambda: newcomer in reader.first, 15)
+        figures["newcomer s"] = reader.first.get(newcomer, float("inf")) - began
+        reader.close()
+        return figures
+
+
+def idle(peer: str) -> dict[str, float]:
+    """Memory of a server that holds idle streams."""
+    with serving(peer) as server:
+        reader = Reader()
+        for _ in range(20):
+            reader.add(server.connect("/idle"))
+        reader.run(lambda: len(reader.first) == 20, 10)
+        before = server.about.memory_info().rss
+        for _ in range(IDLE_CONNECTIONS):
+            reader.add(server.connect("/idle"))
+        reader.run(lambda: len(reader.first) == 20 + IDLE_CONNECTIONS, 60)
+        figures = {
+            "KiB/connection": (server.about.memory_info().rss - before) / IDLE_CONNECTIONS / 1024,
+            "started": len(reader.first),
+        }
+        reader.close()
+        return figures
+
+
+def micro() -> None:
+    """The parts of the hot path, alone."""
+    from asgi_sse import EventDecoder, ServerSentEvent  # noqa: PLC0415
+    from asgi_sse.event import encode_item  # noqa: PLC0415
+
+    event = ServerSentEvent('{"token": "hello world 123"}', id="123")
+    item = {"data": '{"token": "hello world 123"}', "id": "123"}
+    stream = event.encode() * 10_000
+
+    def rate(function: Callable[[], Any], number: int, events: int = 1) -> float:
+        return min(timeit.repeat(function, number=number, repeat=7)) / number / events * 1e6
+
+    print("\n## micro (microseconds an event, best of 7)\n")
+    print(f"encode       {rate(event.encode, 100_000):6.2f}   a one-line event that is built already")
+    build = rate(lambda: ServerSentEvent('{"token": "hello world 123"}', id="123").encode(), 100_000)
+    print(f"build+encode {build:6.2f}")
+    print(f"item: dict   {rate(lambda: encode_item(item), 100_000):6.2f}")
+    print(f"item: str    {rate(lambda: encode_item('hello world'), 100_000):6.2f}")
+    print(f"decode       {rate(lambda: EventDecoder().feed(stream), 3, 10_000):6.2f}   a stream of 10,000 in one piece")
+
+
+def table(name: str, measure: Callable[[str], dict[str, float]], peers: list[str], ratio: str) -> None:
+    print(f"\n## {name}: {measure.__doc__}\n")
+    rows = {peer: measure(peer) for peer in peers}
+    columns = list(next(iter(rows.values())))
+    print(f"{'':14}" + "".join(f"{column:>16}" for column in columns))
+    for peer, figures in rows.items():
+        print(f"{peer:14}" + "".join(f"{figures[column]:16.2f}" for column in columns))
+    ours = rows["asgi_sse"][ratio]
+    others = (f"{ours / rows[peer][ratio]:.2f} x {peer}" for peer in peers if peer != "asgi_sse" and rows[peer][ratio])
+    print(f"{ratio}: asgi_sse is at {', '.join(others)}")
+
+
+def main() -> None:
+    names = ["micro", "gen", "gen200", "idle"]
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__.splitlines()[0] if __doc__ else ""
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}; default: all")
+    chosen = parser.parse_args().names or names
+    if unknown := set(chosen) - set(names):
+        parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(names)}")
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if len(CORES) > 1:
+        os.sched_setaffinity(0, CORES[1:2])
+    peers = [peer for peer, package in PEERS.items() if package is None or importlib.util.find_spec(peer)]
+    versions = [f"{package} {version(package)}" for peer, package in PEERS.items() if package and peer in peers]
+    print(
+        f"Python {platform.python_version()}, uvicorn {version('uvicorn')}, {', '.join(versions)}; {len(CORES)} cores"
+    )
+    for name in chosen:
+        if name == "micro":
+            micro()
+        else:
+            measure = {"gen": gen, "gen200": gen200, "idle": idle}[name]
+            table(name, measure, peers, "KiB/connection" if name == "idle" else "k events/s")
+
+
+if __name__ == "__main__":
+    main()

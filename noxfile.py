@@ -1,0 +1,86 @@
+"""What is checked, and how; ``.ci/run`` calls some of it."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "venv"
+nox.options.error_on_missing_interpreters = False
+nox.options.sessions = ["lint", "types", "tests", "coverage"]
+
+PYTHONS = ["3.11", "3.12", "3.13"]
+# The oldest that pyproject.toml allows, with servers that go with them.
+MINIMUMS = ["anyio==4.8.0", "asgiref==3.8.0", "trio==0.27.0", "uvicorn==0.34.0", "hypercorn==0.17.3"]
+IN_PROCESS = [f"tests/test_{name}.py" for name in ("event", "decoder", "response", "routing", "registry", "floors")]
+FILES = ["asgi_sse", "tests", "examples", "benchmarks", "conftest.py", "noxfile.py"]
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """All tests, on each Python."""
+    session.install("-e", ".[test]")
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """All tests, with the gate on branch coverage."""
+    session.install("-e", ".[test]")
+    session.run("coverage", "erase")
+    session.run("coverage", "run", "-m", "pytest", *session.posargs)
+    session.run("coverage", "combine", "--quiet", success_codes=[0, 1])
+    session.run("coverage", "report")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Rules and format."""
+    session.install("ruff>=0.12")
+    session.run("ruff", "check", "--quiet", *FILES)
+    session.run("ruff", "format", "--check", "--quiet", *FILES)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types: everything strict, and the public names as another checker sees them."""
+    session.install("-e", ".[lint]", "nox")
+    session.run("mypy", "--no-error-summary")
+    session.run("pyright", "--pythonpath", f"{session.bin}/python")
+
+
+@nox.session
+def minimums(session: nox.Session) -> None:
+    """The oldest dependencies that are allowed."""
+    session.install("-e", ".[test]")
+    session.install(*MINIMUMS)
+    # Their own warnings, not ours, with a Python that is younger than they.
+    session.run("python", "-W", "ignore", "-m", "pytest", "-W", "default", *IN_PROCESS)
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """What the wheel installs is what is tested: the tests run without the tree beside them."""
+    session.install("build", "pytest", "hypothesis", "trio", "asgi-lifespan")
+    out = Path(session.create_tmp())
+    shutil.rmtree(out / "dist", ignore_errors=True)
+    session.run("python", "-m", "build", "--wheel", "--outdir", str(out / "dist"), silent=True)
+    session.install(*map(str, (out / "dist").glob("*.whl")))
+    session.run("python", "-c", "import asgi_sse, pathlib; assert 'site-packages' in asgi_sse.__file__", external=True)
+    shutil.copytree("tests", out / "tests", dirs_exist_ok=True)
+    shutil.copy("conftest.py", out)
+    shutil.copy("pyproject.toml", out)
+    session.chdir(out)
+    session.run("python", "-m", "pytest", *IN_PROCESS)
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """Figures and ratios."""
+    session.install("-e", ".[bench]")
+    session.run("python", "-m", "benchmarks", *session.posargs)
+
+
+if __name__ == "__main__":
+    sys.exit("run it by nox: nox --list")

@@ -1,0 +1,76 @@
+"""What the package promises at its door: its names, what it imports, and that its README is true."""
+
+import inspect
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+import asgi_sse
+from asgi_sse.options import StreamOptions
+from asgi_sse.testing import open_stream
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+@pytest.mark.parametrize("name", asgi_sse.__all__)
+def test_public_names_are_documented(name: str) -> None:
+    assert inspect.getdoc(getattr(asgi_sse, name))
+
+
+def test_all_is_sorted_and_complete() -> None:
+    public = {name for name, value in vars(asgi_sse).items() if inspect.isclass(value) or inspect.isfunction(value)}
+    assert set(asgi_sse.__all__) == public
+    assert len(asgi_sse.__all__) == len(public)
+
+
+def test_importing_it_imports_nothing_optional() -> None:
+    code = "import asgi_sse, sys; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"trio", "uvicorn", "hypercorn", "psutil", "starlette", "httpx", "asyncio.subprocess"} & set(loaded)
+
+
+@pytest.fixture(scope="module")
+def readme() -> str:
+    if not README.exists():
+        pytest.skip("the tree is not beside the tests")
+    return README.read_text()
+
+
+def test_the_readme_names_each_default(readme: str) -> None:
+    defaults = StreamOptions()
+    rows = re.findall(r"^\| `(\w+)` \| (\S+)", readme.split("### How a stream lives")[1], re.MULTILINE)
+    assert len(rows) == 8
+    for name, shown in rows:
+        value = getattr(defaults, name)
+        assert shown == ("none" if value is None else f"{value:g}"), name
+    documented = inspect.getdoc(asgi_sse.EventSourceResponse) or ""
+    for field in fields(StreamOptions):
+        assert f"{field.name}:" in documented
+
+
+@pytest.mark.anyio
+@pytest.mark.real_time
+async def test_the_readme_runs(readme: str) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 4
+    names: dict[str, Any] = {}
+    apps = []
+    for block in blocks:
+        exec(block, names)
+        apps.append(names["app"])
+    async with open_stream(apps[0], "/ticks", headers={"Last-Event-ID": "41"}) as stream:
+        event = await stream.receive()
+        assert (event.event, event.id, event.data) == ("tick", "42", '{"tick":42}')
+    async with open_stream(apps[0], "/answer", method="POST", body=b'{"prompt": "hi"}') as stream:
+        assert [event.data async for event in stream] == ["You", "said:", "hi", "[DONE]"]
+    async with open_stream(apps[1], "/events") as stream:
+        assert [event.data async for event in stream] == ["hello"]
+    names["app"] = apps[0]
+    with anyio.fail_after(10):
+        await names["test_ticks"]()
