@@ -322,6 +322,15 @@ def current_loop() -> EventLoop:
         return _current.get()
     except LookupError:
         trio = sys.modules.get("trio")
-        loop = _TrioLoop(trio) if trio is not None and trio.lowlevel.in_trio_task() else _AsyncioLoop()
+        loop = _TrioLoop(trio) if trio is not None and _in_task_of(trio) else _AsyncioLoop()
         _current.set(loop)
         return loop
+
+
+def _in_task_of(trio: types.ModuleType) -> bool:
+    # Asked of trio, not of asyncio: in trio's guest mode an asyncio loop runs as well.
+    try:
+        trio.lowlevel.current_task()
+    except RuntimeError:
+        return False
+    return True

@@ -158,9 +158,8 @@ class LogTail:
         found = [file for file in files if file.inode == inode]
         if not found:
             return "the file is gone, compressed, or not readable"
-        if offset:
-            found += reversed(files)  # it may have been copied and truncated, as logrotate's copytruncate does
-        for candidate in found:
+        # Or else in a copy: logrotate's copytruncate copies the file, then truncates it.
+        for candidate in [*found, *reversed(files)]:
             file = self._open(candidate)
             before = _bytes_before(file, offset)
             if before is not None and zlib.crc32(before) == crc:
@@ -193,7 +192,7 @@ class LogTail:
     def _enter(self, file: FileIO, offset: int = 0) -> None:
         if self._file is not None:
             self._file.close()
-        self._file, self._next = file, 0
+        self._file = file
         self._inode, self._offset = os.fstat(file.fileno()).st_ino, offset
         self._before = _bytes_before(file, offset) or b""
 
