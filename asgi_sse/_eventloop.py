@@ -53,6 +53,23 @@ class Sender(ABC):
         """Cancel what is under way; the callback is not called any more."""
 
 
+class Wait(ABC):
+    """A wait of the current task that another one can call off.
+
+    As a cancel scope of anyio's, without the 1 KiB that each of those costs an idle stream on asyncio.
+    """
+
+    __slots__ = ()
+
+    @abstractmethod
+    async def run(self, main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Await `main`, until it is called off. Any other cancellation is raised."""
+
+    @abstractmethod
+    def call_off(self) -> None:
+        """End the wait, or the one that is still to come."""
+
+
 class EventLoop(ABC):
     """The event loop, or trio run, that the caller is in."""
 
@@ -73,8 +90,12 @@ class EventLoop(ABC):
         """Call at a time of `time()`. Gives what cancels it."""
 
     @abstractmethod
-    def spawn(self, main: Callable[[], Coroutine[Any, Any, None]], done: Callable[[], None]) -> Child:
-        """Run `main`, which must not raise, in a task and a context of its own; then call `done`."""
+    def spawn(self, main: Callable[[], Coroutine[Any, Any, None]]) -> Child:
+        """Run `main`, which must not raise, in a task and a context of its own."""
+
+    @abstractmethod
+    def wait(self) -> Wait:
+        """A wait for the current task."""
 
     @abstractmethod
     def sender(self, send: Send, sent: Callable[[BaseException | None], None]) -> Sender:
@@ -101,11 +122,13 @@ class _AsyncioLoop(EventLoop):
     def call_at(self, when: float, callback: Callable[[], None]) -> Callable[[], None]:
         return self._loop.call_at(when, callback).cancel
 
-    def spawn(self, main: Callable[[], Coroutine[Any, Any, None]], done: Callable[[], None]) -> Child:
+    def spawn(self, main: Callable[[], Coroutine[Any, Any, None]]) -> Child:
         # A plain task, whatever the loop's task factory: an eager one would run the source inside the request's step.
         task = asyncio.Task(main(), loop=self._loop, name="asgi_sse source", context=contextvars.copy_context())
-        task.add_done_callback(lambda _: done())
         return _AsyncioChild(task)
+
+    def wait(self) -> Wait:
+        return _AsyncioWait()
 
     def sender(self, send: Send, sent: Callable[[BaseException | None], None]) -> Sender:
         return _AsyncioSender(self._loop, send, sent)
@@ -122,6 +145,40 @@ class _AsyncioChild(Child):
 
     def cancel_again(self) -> None:
         self._task.cancel()
+
+
+class _AsyncioWait(Wait):
+    __slots__ = ("_called_off", "_task")
+
+    def __init__(self) -> None:
+        self._task: asyncio.Task[Any] | None = None  # while it waits
+        self._called_off = False
+
+    async def run(self, main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        task = asyncio.current_task()
+        if task is None or self._is_called_off():
+            return
+        self._task = task
+        before = task.cancelling()
+        try:
+            await main()
+        except asyncio.CancelledError:
+            # As asyncio.timeout does: take our own cancellation back, and no other one.
+            if not self._is_called_off() or task.uncancel() > before:
+                raise
+        finally:
+            self._task = None
+
+    def _is_called_off(self) -> bool:
+        return self._called_off
+
+    def call_off(self) -> None:
+        task, self._task = self._task, None
+        if task is asyncio.current_task():
+            return  # it does not wait: it is about to come out by itself
+        self._called_off = True
+        if task is not None:
+            task.cancel()
 
 
 class _AsyncioSender(Sender):
@@ -207,11 +264,14 @@ class _TrioLoop(EventLoop):
         cancel: Callable[[], None] = scope.cancel
         return cancel
 
-    def spawn(self, main: Callable[[], Coroutine[Any, Any, None]], done: Callable[[], None]) -> Child:
+    def spawn(self, main: Callable[[], Coroutine[Any, Any, None]]) -> Child:
         child = _TrioChild(self._trio)
         context = contextvars.copy_context()
-        self._trio.lowlevel.spawn_system_task(child.run, main, done, name="asgi_sse source", context=context)
+        self._trio.lowlevel.spawn_system_task(child.run, main, name="asgi_sse source", context=context)
         return child
+
+    def wait(self) -> Wait:
+        return _TrioWait(self._trio)
 
     def sender(self, send: Send, sent: Callable[[BaseException | None], None]) -> Sender:
         return _TrioSender(self._trio, send, sent)
@@ -231,12 +291,9 @@ class _TrioChild(Child):
         self._outer: trio.CancelScope = module.CancelScope()
         self._inner: trio.CancelScope = module.CancelScope()
 
-    async def run(self, main: Callable[[], Coroutine[Any, Any, None]], done: Callable[[], None]) -> None:
-        try:
-            with self._outer, self._inner:
-                await self._interruptible(main())
-        finally:
-            done()
+    async def run(self, main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        with self._outer, self._inner:
+            await self._interruptible(main())
 
     def cancel(self) -> None:
         self._outer.cancel()
@@ -259,6 +316,20 @@ class _TrioChild(Child):
             return
         finally:
             coroutine.close()
+
+
+class _TrioWait(Wait):
+    __slots__ = ("_scope",)
+
+    def __init__(self, module: types.ModuleType) -> None:
+        self._scope: trio.CancelScope = module.CancelScope()
+
+    async def run(self, main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        with self._scope:
+            await main()
+
+    def call_off(self) -> None:
+        self._scope.cancel()
 
 
 class _TrioSender(Sender):

@@ -53,6 +53,8 @@ def create_app(routes: Mapping[str, Any], *, registry: StreamRegistry | None = N
         TypeError: A name is unknown, or an endpoint is none.
         ValueError: A route cannot be parsed or stands twice, or a default is out of range.
     """
+    # Most sources that fail at all fail within a second: until then the head can wait for their status.
+    defaults.setdefault("open_timeout", 1.0)
     known = [field.name for field in fields(StreamOptions)]
     for name in defaults:
         if name not in known:

@@ -56,7 +56,7 @@ class Flusher:
     First it flushes each dirty outbox, in isolation; then it lets a few waiting sources go on.
     """
 
-    __slots__ = ("_dirty", "_loop", "_scheduled", "_waiting")
+    __slots__ = ("_dirty", "_loop", "_owner", "_scheduled", "_waiting")
 
     def __init__(self, loop: EventLoop) -> None:
         self._loop = loop
@@ -190,6 +190,18 @@ def ends_event(tail: bytes) -> bool:
     return not tail or tail.endswith((b"\r", b"\n"))
 
 
+class Owner(Protocol):
+    """Whose outbox it is: a stream."""
+
+    def send_blocked(self) -> None:
+        """A send did not complete at once."""
+        ...
+
+    def outbox_done(self, error: BaseException | None) -> None:
+        """Nothing more will be sent. With what ``send`` raised, or with ``None`` after the last message."""
+        ...
+
+
 class _State(Enum):
     HELD = "held"  # the head may still change: nothing is sent
     OPEN = "open"
@@ -205,12 +217,11 @@ class Outbox:
         feed: What to pull from.
         flusher: That of the running event loop.
         loop: The running event loop.
-        blocked: Called when a send did not complete at once.
-        done: Called once, with what ``send`` raised, or with ``None`` after the last message.
+        owner: Who is told what becomes of it.
     """
 
     __slots__ = (
-        "_blocked", "_cut", "_dirty", "_done", "_farewell", "_feed", "_flusher", "_head", "_inserts", "_last", "_loop",
+         "_cut", "_dirty",  "_farewell", "_feed", "_flusher", "_head", "_inserts", "_last", "_loop", "_owner",
         "_sender", "_state", "bytes_sent", "idle_since", "opened", "waiting_since",
     )  # fmt: skip
 
@@ -221,14 +232,12 @@ class Outbox:
         *,
         flusher: Flusher,
         loop: EventLoop,
-        blocked: Callable[[], None],
-        done: Callable[[BaseException | None], None],
+        owner: Owner,
     ) -> None:
         self._feed = feed
         self._flusher = flusher
         self._loop = loop
-        self._blocked = blocked
-        self._done = done
+        self._owner: Owner | None = owner  # until nothing more is to be told
         self._sender = loop.sender(send, self._sent)
         self._state = _State.HELD
         self._head: Message | None = None
@@ -278,8 +287,7 @@ class Outbox:
         """Send nothing more, cancel what is under way, and let go of the stream."""
         self._state = _State.DONE
         self._sender.close()
-        self._done = _ignore
-        self._blocked = _nothing
+        self._owner = None
 
     def flush(self) -> None:
         """Send the next message, and the head before it. Called by the flusher; never raises."""
@@ -326,7 +334,8 @@ class Outbox:
         if self._sender.start(message):
             return True
         self.waiting_since = self._loop.time()
-        self._blocked()
+        if self._owner is not None:
+            self._owner.send_blocked()
         return False
 
     def _sent(self, error: BaseException | None) -> None:
@@ -340,9 +349,10 @@ class Outbox:
 
     def _over(self, error: BaseException | None) -> None:
         if self._state is not _State.DONE:
-            done = self._done
+            owner = self._owner
             self.abort()
-            done(error)
+            if owner is not None:
+                owner.outbox_done(error)
 
     def _mark(self) -> None:
         if not self._dirty:
@@ -352,7 +362,3 @@ class Outbox:
 
 def _nothing() -> None:
     """Nobody listens."""
-
-
-def _ignore(error: BaseException | None) -> None:
-    """Nobody listens any more."""

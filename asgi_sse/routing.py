@@ -17,9 +17,6 @@ from .response import SCOPE_KEY, Defaults, EventSourceResponse, encode_header
 from .stream import DrainingEvent
 
 _METHODS: Final = ("GET", "HEAD", "POST")  # POST since prompts are too large for a URL
-_HOLD: Final = 1.0
-"""Seconds for which an endpoint's stream holds its head back: most sources fail within, or never."""
-
 _PHRASES: Final = {status.value: status.phrase for status in HTTPStatus}
 _PARAMETER: Final = re.compile(r"\{([^{}]*)\}")
 
@@ -360,7 +357,7 @@ class _Endpoint:
 
     def _respond(self, result: Any) -> EventSourceResponse:
         try:
-            return EventSourceResponse(result, open_timeout=_HOLD)
+            return EventSourceResponse(result)
         except TypeError as exc:
             raise TypeError(f"the endpoint of {self._pattern!r} returned no events: {exc}") from exc
 

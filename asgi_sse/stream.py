@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 
 import anyio
 
-from ._eventloop import Child, EventLoop, current_loop
+from ._eventloop import Child, EventLoop, Wait, current_loop
 from ._types import CloseReason, Message, Send
 from .errors import InvalidEventError, SendTimeoutError
 from .event import ServerSentEvent, encode_item
@@ -31,6 +31,9 @@ _LAST_CALL: Final = 0.1
 
 _ABORT_WAIT: Final = 1.0
 """Seconds that the server has to report the end of an aborted connection: it then logs no error."""
+
+
+_SENT: Final[Message] = {}  # in place of a head, of which an idle stream need not keep a copy
 
 
 class _State(Enum):
@@ -98,10 +101,37 @@ class Stream:
     """
 
     __slots__ = (
-        "__weakref__", "_began", "_child", "_deadline", "_draining", "_error", "_farewell", "_head", "_inbox",
-        "_keeper", "_lifetime_ends", "_loop", "_open_at", "_options", "_outbox", "_pumping", "_scope", "_send",
-        "_source", "_source_done", "_state", "_stopped", "abandoned", "buffer", "check_at", "client",
-        "ended_itself", "entry", "forced", "path", "reason",
+        "__weakref__",
+        "_began",
+        "_child",
+        "_deadline",
+        "_draining",
+        "_error",
+        "_farewell",
+        "_head",
+        "_inbox",
+        "_keeper",
+        "_lifetime_ends",
+        "_loop",
+        "_open_at",
+        "_options",
+        "_outbox",
+        "_pumping",
+        "_send",
+        "_source",
+        "_source_done",
+        "_state",
+        "_stopped",
+        "_wait",
+        "abandoned",
+        "buffer",
+        "check_at",
+        "client",
+        "ended_itself",
+        "entry",
+        "forced",
+        "path",
+        "reason",
     )  # fmt: skip
 
     def __init__(
@@ -130,11 +160,9 @@ class Stream:
         self.client = client
         flusher = current_flusher()
         self.buffer = Buffer(flusher)
-        self._outbox = Outbox(
-            send, self.buffer, flusher=flusher, loop=loop, blocked=self._send_blocked, done=self._outbox_done
-        )
+        self._outbox = Outbox(send, self.buffer, flusher=flusher, loop=loop, owner=self)
         self.buffer.attach(self._outbox.wake)
-        self._scope = anyio.CancelScope()
+        self._wait: Wait = loop.wait()
         self._child: Child | None = None
         self._source_done: anyio.Event | None = None
         self._pumping = False
@@ -204,19 +232,17 @@ class Stream:
             Exception: What the source raised, after the stream was cleaned up.
         """
         self._keeper.add(self)
-        self._child = self._loop.spawn(self._pump, self._source_ended)
+        self._child = self._loop.spawn(self._pump)
         if self._options.open_timeout == 0:
             # The source's first step comes before the second turn, so that an error in it still has its own status.
             # Before the first one on asyncio; trio takes the tasks and callbacks of one turn in any order.
             self._loop.call_soon(lambda: self._loop.call_soon(self._open_soon))
         self._keeper.arm(self, self._next_check())
         try:
-            with self._scope:
-                await self._inbox.watch()
-                self.close("disconnected")
+            await self._wait.run(self._inbox.watch)
         finally:
-            # Still open only where the server cancelled the request.
-            self.close("drained" if self._keeper.draining else "disconnected")
+            # The client has left, or the server cancels the request, unless the end has begun already.
+            self._over("disconnected" if self._inbox.disconnected or not self._keeper.draining else "drained")
             try:
                 await self._clean_up()
             finally:
@@ -276,6 +302,8 @@ class Stream:
             self._fail(exc)  # the source's own: it awaited something that was cancelled
         except BaseException as exc:  # KeyboardInterrupt too: for the request's task to raise
             self._fail(exc)
+        finally:
+            self._source_ended()
 
     async def _iterate(self) -> None:
         source = self._source
@@ -298,6 +326,7 @@ class Stream:
                 if not opened:
                     self._open()
                     opened = True
+                del item, chunk  # or an idle stream would keep its last event
                 if full:
                     await buffer.room()
             except (InvalidEventError, interrupt) as exc:
@@ -350,6 +379,7 @@ class Stream:
         if comment is not None or options.retry is not None:
             block = ServerSentEvent(retry=options.retry, comment=comment).encode(options.sep)
         self._outbox.open(self._head, block)
+        self._head = _SENT
         self._keeper.arm(self, self._next_check())
 
     def close(self, reason: CloseReason) -> None:
@@ -407,11 +437,12 @@ class Stream:
         self._state = _State.DRAINING
         self._outbox.abort()
         self._stop_source()
-        self._scope.cancel()
+        self._wait.call_off()
 
     # The outbox
 
-    def _outbox_done(self, error: BaseException | None) -> None:
+    def outbox_done(self, error: BaseException | None) -> None:
+        """See `outbox.Owner`."""
         if error is None:
             self._over(self.reason or "finished")
         elif _client_is_gone(error):
@@ -420,7 +451,8 @@ class Stream:
             self._fail(error)
             self._over("failed")
 
-    def _send_blocked(self) -> None:
+    def send_blocked(self) -> None:
+        """See `outbox.Owner`."""
         if self._options.send_timeout:
             self._keeper.arm(self, self._loop.time() + self._options.send_timeout)
 
@@ -490,9 +522,9 @@ class Stream:
         if self.reason is None:
             self.reason = reason
         if abort_transport(self._send):
-            self._scope.deadline = anyio.current_time() + _ABORT_WAIT
+            self._loop.call_at(self._loop.time() + _ABORT_WAIT, self._wait.call_off)
             return
-        self._scope.cancel()
+        self._wait.call_off()
         if reason == "timed_out":  # then an error is the one way to tell the server that it must cut the connection
             self._fail(SendTimeoutError(f"the client of {self.path} took nothing for {self._options.send_timeout} s"))
 

@@ -24,7 +24,13 @@ from typing import Any
 
 import psutil
 
-PEERS = {"raw": None, "sse_starlette": "sse-starlette", "fastapi": "fastapi", "litestar": "litestar", "asgi_sse": None}
+PEERS = {  # and the package of each
+    "raw": "uvicorn",
+    "sse_starlette": "sse_starlette",
+    "fastapi": "fastapi",
+    "litestar": "litestar",
+    "asgi_sse": "asgi_sse",
+}
 CORES = sorted(os.sched_getaffinity(0))
 GEN_SECONDS = 3.0
 IDLE_CONNECTIONS = 2000
@@ -226,15 +232,17 @@ def main() -> None:
         prog="python -m benchmarks", description=__doc__.splitlines()[0] if __doc__ else ""
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}; default: all")
-    chosen = parser.parse_args().names or names
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS), help="default: all")
+    arguments = parser.parse_args()
+    chosen = arguments.names or names
     if unknown := set(chosen) - set(names):
         parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(names)}")
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if len(CORES) > 1:
         os.sched_setaffinity(0, CORES[1:2])
-    peers = [peer for peer, package in PEERS.items() if package is None or importlib.util.find_spec(peer)]
-    versions = [f"{package} {version(package)}" for peer, package in PEERS.items() if package and peer in peers]
+    peers = [peer for peer in PEERS if peer in arguments.peers and importlib.util.find_spec(PEERS[peer])]
+    versions = [f"{peer} {version(PEERS[peer])}" for peer in peers if peer not in ("raw", "asgi_sse")]
     print(
         f"Python {platform.python_version()}, uvicorn {version('uvicorn')}, {', '.join(versions)}; {len(CORES)} cores"
     )
