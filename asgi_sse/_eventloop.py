@@ -228,7 +228,8 @@ async def _awaited(send: Send, message: Message) -> None:
 
 
 def _error_of(task: asyncio.Task[None]) -> BaseException | None:
-    return asyncio.CancelledError() if task.cancelled() else task.exception()
+    # Who but the server would cancel a send? It has closed the connection.
+    return ConnectionAbortedError("the send was cancelled") if task.cancelled() else task.exception()
 
 
 class _TrioLoop(EventLoop):

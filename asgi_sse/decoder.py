@@ -61,6 +61,9 @@ class EventDecoder:
         """
         if self._error is not None:
             raise self._error
+        if not isinstance(chunk, bytes | bytearray | memoryview):
+            raise TypeError(f"feed() takes the bytes of a stream, not {type(chunk).__name__}; do not decode them first")
+        chunk = bytes(chunk)
         events: list[ServerSentEvent] = []
         try:
             for line in self._lines(chunk):

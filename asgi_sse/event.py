@@ -202,8 +202,8 @@ def encode_item(item: Any, sep: str = "\n", json_dumps: JSONDumps | None = None)
     if isinstance(item, Mapping):
         return _event_of(item, json_dumps).encode(sep)
     raise InvalidEventError(
-        f"a source yielded {shown(item)}: yield a ServerSentEvent, a dict of its arguments, str, int or "
-        "encoded bytes; for a JSON value yield ServerSentEvent(value)"
+        f"a source yielded {shown(item)}: yield a ServerSentEvent, a dict of its arguments, str, int, float "
+        "or encoded bytes; for a JSON value yield ServerSentEvent(value)"
     )
 
 
@@ -252,7 +252,7 @@ def _data_text(data: Any) -> str:
         except UnicodeDecodeError as exc:
             raise InvalidEventError(f"data={shown(data)} is not UTF-8 ({exc}); encode binary data, as base64") from exc
     if isinstance(data, float) and not math.isfinite(data):
-        raise InvalidEventError(f"data={data!r} is no number that JSON knows; send None or text instead")
+        raise InvalidEventError(f"data={data!r} is no number that JSON knows; send it as text, or something else")
     return json_text(data)
 
 

@@ -305,9 +305,7 @@ class Outbox:
                     self._over(None)
             elif self._start(message):
                 self._sent(None)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as exc:  # a cancelled send too: the other outboxes of this turn come next
+        except Exception as exc:  # the other outboxes of this turn come next
             self._over(exc)
 
     def _next(self) -> Message | None:

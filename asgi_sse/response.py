@@ -73,8 +73,8 @@ class EventSourceResponse:
         open_timeout: Seconds for which the head is held back for the first item, so that an early
             error can still have a status of its own. ``0``: until the source first waits.
         opening_comment: Whether a comment opens the stream, so that servers and proxies flush the head.
-        on_error: Called with what the source raised; gives a last event for the client, or ``None``.
-            The body is left cut all the same, and the error is raised from the call.
+        on_error: Called with what the source raised once the head was out; gives a last event for the
+            client, or ``None``. The body is left cut all the same, and the error is raised from the call.
         on_close: Called once with the reason for the end, when the source is cleaned up: ``finished``,
             ``disconnected``, ``drained``, ``timed_out``, ``overflowed``, ``failed`` or ``expired``.
             Sync or async.

@@ -38,6 +38,8 @@ class HTTPError(Exception):
             raise ValueError(f"status={status!r} is no final status of HTTP; give a number from 200 to 599")
         if not detail and status in _PHRASES:
             detail = _PHRASES[status]
+        if not isinstance(detail, str):
+            raise TypeError(f"detail={shown(detail)} is {type(detail).__name__}; give a str")
         super().__init__(status, detail)
         self.status = int(status)
         self.detail = detail
@@ -237,6 +239,8 @@ class RouteTable:
     """
 
     def __init__(self, routes: Mapping[str, Any]) -> None:
+        if not isinstance(routes, Mapping):
+            raise TypeError(f"routes={shown(routes)} is no mapping; give {{'/path': endpoint}}")
         shapes: dict[tuple[str, ...], str] = {}
         table: list[tuple[tuple[str | None, ...], tuple[str, ...], ASGIApp]] = []
         for pattern, target in routes.items():
@@ -264,6 +268,8 @@ class RouteTable:
 def _parse(pattern: str) -> tuple[tuple[str | None, ...], tuple[str, ...]]:
     if not isinstance(pattern, str) or not pattern.startswith("/"):
         raise ValueError(f"route {pattern!r} does not start with '/'; give a path such as '/events/{{name}}'")
+    if "?" in pattern or "#" in pattern:
+        raise ValueError(f"route {pattern!r} has a query or fragment, which no path has; read request.query instead")
     literals: list[str | None] = []
     names: list[str] = []
     for segment in pattern.split("/")[1:]:
@@ -277,7 +283,10 @@ def _parse(pattern: str) -> tuple[tuple[str | None, ...], tuple[str, ...]]:
             continue
         name = match[1]
         if not name.isidentifier() or name in names:
-            raise ValueError(f"route {pattern!r}: {{{name}}} needs a name of its own, of letters, digits and '_'")
+            raise ValueError(
+                f"route {pattern!r}: {{{name}}} needs a name of its own, of letters, digits and '_'; "
+                "there are no converters, every parameter is a str"
+            )
         literals.append(None)
         names.append(name)
     return tuple(literals), tuple(names)
@@ -350,6 +359,9 @@ class _Endpoint:
                 return
             response = result if isinstance(result, EventSourceResponse) else self._respond(result)
             await response.serve(scope, inbox, send, request._draining)  # noqa: SLF001 (looking would ask for grace)
+        except StreamClosedError:
+            if not inbox.disconnected:
+                raise
         except HTTPError as exc:
             if response is not None and response.opened:
                 raise

@@ -17,7 +17,7 @@ import anyio
 
 from ._eventloop import Child, EventLoop, Wait, current_loop
 from ._types import CloseReason, Message, Send
-from .errors import InvalidEventError, SendTimeoutError
+from .errors import InvalidEventError, SendTimeoutError, StreamClosedError
 from .event import ServerSentEvent, encode_item
 from .inbox import Inbox
 from .options import StreamOptions
@@ -76,6 +76,8 @@ class DrainingEvent:
     def is_set(self) -> bool:
         """Whether the server is stopping."""
         return self._is_set
+
+    __bool__ = is_set  # or ``if request.draining:`` would always hold
 
     async def wait(self) -> None:
         """Wait until the server is stopping."""
@@ -251,6 +253,8 @@ class Stream:
                 self.buffer.attach(_nothing)
                 self._keeper.discard(self)
         error, self._error = self._error, None
+        if isinstance(error, StreamClosedError) and self._inbox.disconnected:
+            error = None  # how a read of the body learned that the client had left: no more than a disconnect
         if error is not None:
             try:
                 raise error
@@ -265,10 +269,10 @@ class Stream:
                 if self._child is not None:
                     self._child.cancel_again()
                     await self._wait_for_source(_LAST_CALL)
-                if self._child is not None:
+                    left = "was left behind" if self._child is not None else "obeyed when it was cancelled once more"
                     logger.warning(
-                        "the source of %s ignored its cancellation for %s s (cleanup_timeout) and was left behind: %r",
-                        self.path, self._options.cleanup_timeout, self._source,
+                        "the source of %s was not cleaned up within %s s (cleanup_timeout) and %s: %r",
+                        self.path, self._options.cleanup_timeout, left, self._source,
                     )  # fmt: skip
             if self._options.on_close is not None:
                 try:
@@ -533,12 +537,11 @@ def _client_is_gone(error: BaseException) -> bool:
     """Whether ``send`` raised because nobody is there any more, and not because something is wrong.
 
     ASGI 2.4 says OSError; anyio's errors come from middlewares that pass messages through a memory
-    stream; uvloop raises RuntimeError on a closed handle; a cancelled send is the server's doing.
+    stream; uvloop raises RuntimeError on a closed handle.
     """
     if isinstance(error, RuntimeError):
         return "handler is closed" in str(error)
-    gone = (OSError, anyio.ClosedResourceError, anyio.BrokenResourceError, anyio.get_cancelled_exc_class())
-    return isinstance(error, gone)
+    return isinstance(error, OSError | anyio.ClosedResourceError | anyio.BrokenResourceError)
 
 
 def _nothing() -> None:

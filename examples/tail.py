@@ -304,7 +304,7 @@ def main() -> None:
     serve = serve_hypercorn if args.server == "hypercorn" else serve_uvicorn
     try:
         serve(tail_app(args.file), args.host, args.port)
-    except OSError as exc:
+    except (OSError, ImportError) as exc:
         sys.exit(f"{parser.prog}: {exc}")
 
 

@@ -104,6 +104,11 @@ def test_comments_do_not_add_up() -> None:
     assert [e.data for e in decoder.feed(b"data: x\n\n")] == ["x"]
 
 
+def test_text_is_refused() -> None:
+    with pytest.raises(TypeError, match="not str"):
+        EventDecoder().feed("data: x\n\n")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("limit", [0, -1])
 def test_bad_limit(limit: int) -> None:
     with pytest.raises(ValueError, match="max_event_bytes"):

@@ -67,7 +67,9 @@ async def test_the_readme_runs(readme: str) -> None:
     async with open_stream(apps[0], "/ticks", headers={"Last-Event-ID": "41"}) as stream:
         event = await stream.receive()
         assert (event.event, event.id, event.data) == ("tick", "42", '{"tick":42}')
-    async with open_stream(apps[0], "/answer", method="POST", body=b'{"prompt": "hi"}') as stream:
+    async with open_stream(apps[0], "/ticks", headers={"Last-Event-ID": "x"}) as stream:
+        assert stream.status == 400
+    async with open_stream(apps[0], "/answers/small", method="POST", body=b"hi") as stream:
         assert [event.data async for event in stream] == ["You", "said:", "hi", "[DONE]"]
     async with open_stream(apps[1], "/events") as stream:
         assert [event.data async for event in stream] == ["hello"]

@@ -23,12 +23,14 @@ async def idle() -> AsyncIterator[str]:
 async def watches(request: Request) -> AsyncIterator[str]:
     yield "first"
     await request.draining.wait()
+    assert request.draining
     await anyio.sleep(2)
     yield "farewell"
 
 
 async def ignores_its_grace(request: Request) -> AsyncIterator[str]:
     assert not request.draining.is_set()
+    assert not request.draining
     yield "first"
     await anyio.sleep_forever()
 

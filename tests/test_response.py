@@ -1,5 +1,6 @@
 """`EventSourceResponse` as an ASGI app sees a client: what it sends, when, and why it ends."""
 
+import asyncio
 import contextvars
 import re
 import threading
@@ -458,6 +459,57 @@ async def test_a_send_that_raises_ends_its_stream_alone() -> None:
                     await anyio.sleep(0.1)
         assert reasons == ["disconnected", "failed"]
         assert await other.read(timeout=20) == b": ping\n\n"
+
+
+@pytest.mark.parametrize("trouble", ["stuck", "gone", "cancelled"])
+def test_it_works_on_a_bare_event_loop(trouble: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Servers do not start their loops through anyio, whose functions then fail in callbacks where sniffio is."""
+    reasons = Reasons()
+
+    async def receive() -> Any:
+        await asyncio.sleep(60)
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            if trouble == "gone":
+                raise OSError("gone")
+            await asyncio.sleep(0 if trouble == "cancelled" else 60)
+            raise asyncio.CancelledError
+
+    async def main() -> None:
+        response = EventSourceResponse(forever(), send_timeout=0.05, on_close=reasons)
+        await asyncio.wait_for(
+            response({"type": "http", "method": "GET", "path": "/", "headers": []}, receive, send), 5
+        )
+
+    if trouble == "stuck":
+        with pytest.raises(SendTimeoutError):
+            asyncio.run(main())
+    else:
+        asyncio.run(main())
+    assert reasons == ["timed_out" if trouble == "stuck" else "disconnected"]
+    assert not caplog.records
+
+
+async def test_a_clean_up_that_takes_too_long_is_cancelled_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    log = []
+
+    async def source() -> AsyncIterator[str]:
+        try:
+            yield "x"
+            await anyio.sleep_forever()
+        finally:
+            log.append("begins")
+            await anyio.sleep(60)
+            log.append("ends")
+
+    async with open_stream(EventSourceResponse(source(), cleanup_timeout=3)) as stream:
+        await stream.receive()
+        began = anyio.current_time()
+        await stream.disconnect()
+        assert 3 <= anyio.current_time() - began < 3.2
+    assert log == ["begins"]
+    assert "not cleaned up within 3 s (cleanup_timeout) and obeyed" in caplog.text
 
 
 async def test_two_sends_are_never_in_flight() -> None:

@@ -327,6 +327,32 @@ async def test_body_of_a_client_that_left() -> None:
     assert "the client left" in errors[0]
 
 
+async def test_a_generator_that_reads_the_body_of_a_client_that_left() -> None:
+    """No error to log: it is how the read learns of the disconnect."""
+    closed = []
+
+    async def endpoint(request: Request) -> AsyncIterator[bytes]:
+        try:
+            yield await request.body()
+        finally:
+            closed.append(True)
+
+    async def coroutine(request: Request) -> Any:
+        return [await request.body()]
+
+    for target in (endpoint, coroutine):
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)  # noqa: B023
+
+        app = in_pieces(create_app({"/": target}), [b"a"], 1, end=False)
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "query_string": b""}
+        await app(scope, None, send)
+        assert sent == []
+    assert closed == [True]
+
+
 async def test_body_after_the_first_event() -> None:
     async def endpoint(request: Request) -> AsyncIterator[str]:
         yield "first"
@@ -509,6 +535,10 @@ async def a_coroutine() -> None:
         (lambda: create_app({"/": lambda a, b: None}), TypeError, "2 arguments"),
         (lambda: create_app({}, pong=5), TypeError, "'pong'"),
         (lambda: create_app({}, ping=-5), ValueError, "ping=-5"),
+        (lambda: create_app([("/", ticks)]), TypeError, "no mapping"),  # type: ignore[arg-type]
+        (lambda: create_app({"/{id:int}": ticks}), ValueError, "no converters"),
+        (lambda: create_app({"/a?b=1": ticks}), ValueError, "query"),
+        (lambda: HTTPError(404, b"x"), TypeError, "detail=b'x'"),  # type: ignore[arg-type]
         (lambda: HTTPError(99), ValueError, "status=99"),
         (lambda: HTTPError("403"), ValueError, "status='403'"),  # type: ignore[arg-type]
         (lambda: HTTPError(403, headers={"x": "a\nb"}), ValueError, "inject"),

@@ -148,3 +148,4 @@ def test_a_client_that_does_not_read_is_dropped(server: Server) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as sock:
         sock.sendall(f"GET /flat-out?name={name} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         server.wait_until_closed(name, 10)
+    assert "heartbeat" not in server.log.read_text()

@@ -652,6 +652,7 @@ class Writer(threading.Thread):
         self.rotations = 0
         self.rotating = threading.Event()  # a rotation waits for the reader to be killed in the middle of it
         self.killed = threading.Event()
+        self.settled = threading.Lock()  # held during a rotation, when there may be no file
 
     def reader_has(self, count: int) -> None:
         with self._changed:
@@ -665,7 +666,7 @@ class Writer(threading.Thread):
             if self._written == self.LINES:
                 break
             if burst % 5 == 0 and self._written < self.LINES - 2000:  # while there are lines for the rotation
-                with file as old:
+                with self.settled, file as old:
                     file = self._rotate(old)
         with file:
             file.write(b"end\n")
@@ -726,7 +727,7 @@ class Reader:
             self.connections += 1
             for chunk in response.iter_raw():
                 rotating = self._writer.rotating.is_set()
-                kill = rotating or len(self.lines) >= until
+                kill = rotating or (len(self.lines) >= until and self.lines[-1] != "end")
                 # What was killed has read a part of it, and may have been in the middle of an event.
                 self._take(decoder, chunk[: self._rng.randrange(len(chunk))] if kill else chunk)
                 if kill:
@@ -761,8 +762,12 @@ def test_every_line_once_though_client_and_server_are_killed(tmp_path: Path, kin
         reader = Reader(server.url, writer, random.Random(2))
         writer.start()
         reader.run(until=Writer.LINES // 2)
+        while not writer.settled.acquire(blocking=False):  # without a file, no server starts
+            reader.run(until=len(reader.lines) + 100)
         server.kill()
         server.start()
+        server.wait()
+        writer.settled.release()
         reader.run(until=Writer.LINES + 2, stopping=lambda: server.process.send_signal(signal.SIGINT))
         writer.join(10)
         server.process.wait(10)
