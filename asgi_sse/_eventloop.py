@@ -7,6 +7,7 @@ import asyncio
 import contextvars
 import sys
 import types
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Generator
 from typing import TYPE_CHECKING, Any, Final
@@ -52,6 +53,10 @@ class Sender(ABC):
     def close(self) -> None:
         """Cancel what is under way; the callback is not called any more."""
 
+    @abstractmethod
+    async def wait_closed(self) -> None:
+        """Wait until what was under way is over."""
+
 
 class Wait(ABC):
     """A wait of the current task that another one can call off.
@@ -86,8 +91,8 @@ class EventLoop(ABC):
         """Call in the next turn, from any thread. False: the loop is closed."""
 
     @abstractmethod
-    def call_at(self, when: float, callback: Callable[[], None]) -> Callable[[], None]:
-        """Call at a time of `time()`. Gives what cancels it."""
+    def call_at(self, when: float, callback: Callable[[], None]) -> None:
+        """Call at a time of `time()`. Nothing is given that would cancel it: it would keep the loop alive."""
 
     @abstractmethod
     def spawn(self, main: Callable[[], Coroutine[Any, Any, None]]) -> Child:
@@ -98,29 +103,40 @@ class EventLoop(ABC):
         """A wait for the current task."""
 
     @abstractmethod
-    def sender(self, send: Send, sent: Callable[[BaseException | None], None]) -> Sender:
-        """What makes the calls of `send`; `sent` is called after each that was under way."""
+    def sender(self, send: Send, sent: Callable[[BaseException | None], None], context: contextvars.Context) -> Sender:
+        """What makes the calls of `send`, in `context`; `sent` is called after each that was under way."""
 
 
 class _AsyncioLoop(EventLoop):
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        # Weak, since anyio keeps a RunVar's value as long as its loop lives.
+        self._ref = weakref.ref(asyncio.get_running_loop())
+        # For callbacks that serve many streams: in the context of the one that asked, they would see its variables and
+        # keep them.
+        self._context = contextvars.Context()
+
+    @property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        loop = self._ref()
+        if loop is None:
+            raise RuntimeError("the event loop of the stream is gone")
+        return loop
 
     def time(self) -> float:
         return self._loop.time()
 
     def call_soon(self, callback: Callable[[], None]) -> None:
-        self._loop.call_soon(callback)
+        self._loop.call_soon(callback, context=self._context)
 
     def call_threadsafe(self, callback: Callable[[], None]) -> bool:
         try:
-            self._loop.call_soon_threadsafe(callback)
+            self._loop.call_soon_threadsafe(callback, context=self._context)
         except RuntimeError:
             return False
         return True
 
-    def call_at(self, when: float, callback: Callable[[], None]) -> Callable[[], None]:
-        return self._loop.call_at(when, callback).cancel
+    def call_at(self, when: float, callback: Callable[[], None]) -> None:
+        self._loop.call_at(when, callback, context=self._context)
 
     def spawn(self, main: Callable[[], Coroutine[Any, Any, None]]) -> Child:
         # A plain task, whatever the loop's task factory: an eager one would run the source inside the request's step.
@@ -130,8 +146,8 @@ class _AsyncioLoop(EventLoop):
     def wait(self) -> Wait:
         return _AsyncioWait()
 
-    def sender(self, send: Send, sent: Callable[[BaseException | None], None]) -> Sender:
-        return _AsyncioSender(self._loop, send, sent)
+    def sender(self, send: Send, sent: Callable[[BaseException | None], None], context: contextvars.Context) -> Sender:
+        return _AsyncioSender(self._loop, send, sent, context)
 
 
 class _AsyncioChild(Child):
@@ -191,13 +207,16 @@ class _AsyncioSender(Sender):
     __slots__ = ("_context", "_loop", "_send", "_sent", "_task")
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, send: Send, sent: Callable[[BaseException | None], None]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        send: Send,
+        sent: Callable[[BaseException | None], None],
+        context: contextvars.Context,
     ) -> None:
         self._loop = loop
         self._send = send
-        self._sent = sent
-        # Private: starting a task eagerly in a context that a suspended step has entered hangs the loop.
-        self._context = contextvars.copy_context()
+        self._sent: Callable[[BaseException | None], None] | None = sent  # until it is closed
+        self._context = context
         self._task: asyncio.Task[None] | None = None
 
     def start(self, message: Message) -> bool:
@@ -211,14 +230,18 @@ class _AsyncioSender(Sender):
         return True
 
     def close(self) -> None:
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
+        self._sent = None
+        if self._task is not None:
+            self._task.cancel()
+
+    async def wait_closed(self) -> None:
+        if self._task is not None:
+            await asyncio.wait([self._task])
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         error = _error_of(task)  # read even where nobody asks, or asyncio would report it as never retrieved
-        if self._task is task:
-            self._task = None
+        self._task = None
+        if self._sent is not None:
             self._sent(error)
 
 
@@ -253,17 +276,12 @@ class _TrioLoop(EventLoop):
             return False
         return True
 
-    def call_at(self, when: float, callback: Callable[[], None]) -> Callable[[], None]:
-        scope = self._trio.CancelScope()
-
+    def call_at(self, when: float, callback: Callable[[], None]) -> None:
         async def wait() -> None:
-            with scope:
-                await self._trio.sleep_until(when)
-                callback()
+            await self._trio.sleep_until(when)
+            callback()
 
         self._trio.lowlevel.spawn_system_task(wait, name="asgi_sse timer")
-        cancel: Callable[[], None] = scope.cancel
-        return cancel
 
     def spawn(self, main: Callable[[], Coroutine[Any, Any, None]]) -> Child:
         child = _TrioChild(self._trio)
@@ -274,8 +292,8 @@ class _TrioLoop(EventLoop):
     def wait(self) -> Wait:
         return _TrioWait(self._trio)
 
-    def sender(self, send: Send, sent: Callable[[BaseException | None], None]) -> Sender:
-        return _TrioSender(self._trio, send, sent)
+    def sender(self, send: Send, sent: Callable[[BaseException | None], None], context: contextvars.Context) -> Sender:
+        return _TrioSender(self._trio, send, sent, context)
 
 
 class _TrioChild(Child):
@@ -307,7 +325,11 @@ class _TrioChild(Child):
         try:
             trap = coroutine.send(None)
             while True:
-                outcome = yield trap
+                try:
+                    outcome = yield trap
+                except BaseException as exc:  # trio throws for a trap that it does not know, such as one of asyncio's
+                    trap = coroutine.throw(exc)
+                    continue
                 # What trio hands to a waiting task is an outcome.Value or outcome.Error. An Error while our scope is
                 # cancelled is that cancellation, or else coincides with it, and is as good a reason to clean up.
                 if self._outer.cancel_called and hasattr(outcome, "error"):
@@ -336,49 +358,65 @@ class _TrioWait(Wait):
 class _TrioSender(Sender):
     """One writer task a stream, since trio starts no task but in a later turn."""
 
-    __slots__ = ("_closed", "_message", "_scope", "_send", "_sent", "_started", "_trio", "_wake")
+    __slots__ = ("_context", "_ended", "_message", "_scope", "_send", "_sent", "_trio", "_wake")
 
-    def __init__(self, module: types.ModuleType, send: Send, sent: Callable[[BaseException | None], None]) -> None:
+    def __init__(
+        self,
+        module: types.ModuleType,
+        send: Send,
+        sent: Callable[[BaseException | None], None],
+        context: contextvars.Context,
+    ) -> None:
         self._trio = module
         self._send = send
-        self._sent = sent
+        self._sent: Callable[[BaseException | None], None] | None = sent  # until it is closed
+        self._context = context
         self._scope: trio.CancelScope = module.CancelScope()
         self._wake: trio.Event = module.Event()
         self._message: Message | None = None
-        self._started = False
-        self._closed = False
+        self._ended: trio.Event | None = None  # of the writer, once it has started
 
     def start(self, message: Message) -> bool:
         self._message = message
-        if self._started:
+        if self._ended is not None:
             self._wake.set()
         else:
-            self._started = True
-            context = contextvars.copy_context()
-            self._trio.lowlevel.spawn_system_task(self._run, name="asgi_sse writer", context=context)
+            self._ended = self._trio.Event()
+            self._trio.lowlevel.spawn_system_task(self._run, name="asgi_sse writer", context=self._context)
         return False
 
     def close(self) -> None:
-        self._closed = True
+        self._sent = None
         self._scope.cancel()
 
+    async def wait_closed(self) -> None:
+        if self._ended is not None:
+            await self._ended.wait()
+
     async def _run(self) -> None:
-        with self._scope:
-            while not self._closed:
-                message, self._message = self._message, None
-                if message is None:
-                    self._wake = self._trio.Event()
-                    await self._wake.wait()
-                    continue
-                error: BaseException | None = None
-                try:
-                    await self._send(message)
-                except self._trio.Cancelled:
-                    raise
-                except Exception as exc:
-                    error = exc
-                if not self._closed:
-                    self._sent(error)
+        try:
+            with self._scope:
+                await self._write()
+        finally:
+            if self._ended is not None:
+                self._ended.set()
+
+    async def _write(self) -> None:
+        while self._sent is not None:
+            message, self._message = self._message, None
+            if message is None:
+                self._wake = self._trio.Event()
+                await self._wake.wait()
+                continue
+            error: BaseException | None = None
+            try:
+                await self._send(message)
+            except self._trio.Cancelled:
+                raise
+            except Exception as exc:
+                error = exc
+            if self._sent is not None:
+                self._sent(error)
 
 
 _current: RunVar[EventLoop] = RunVar("asgi_sse event loop")

@@ -17,6 +17,7 @@ SEPARATORS: Final = ("\n", "\r\n", "\r")
 
 _FIELDS: Final = frozenset({"data", "event", "id", "retry", "comment"})
 _PLAIN: Final = (str, int, float)
+_LARGE: Final = 10**100  # Python refuses to write out an int of over 4,300 digits
 _ENCODED: Final = (bytes, bytearray, memoryview)
 
 # NaN and Infinity are not JSON: JSON.parse in the browser would throw on them.
@@ -257,7 +258,7 @@ def _data_text(data: Any) -> str:
 
 
 def _id_text(value: str | int) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < _LARGE:
         return int.__repr__(value)  # of an IntEnum, its number
     text = _one_line(value, "id")
     if "\0" in text:
@@ -294,7 +295,7 @@ def _text(value: str, name: str) -> str:
 
 
 def _milliseconds(value: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _LARGE:
         raise InvalidEventError(f"retry={shown(value)} is no reconnection time; give whole milliseconds of at least 0")
     return int(value)
 

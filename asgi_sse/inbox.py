@@ -17,16 +17,9 @@ class Inbox:
     """
 
     __slots__ = (
-        "_changed",
-        "_chunks",
-        "_complete",
-        "_receive",
-        "_size",
-        "_watched",
-        "discarded",
-        "disconnected",
-        "reading",
-    )
+        "_changed", "_chunks", "_complete", "_readers", "_receive", "_replayed", "_size", "_watched",
+        "discarded", "disconnected",
+    )  # fmt: skip
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
@@ -37,36 +30,51 @@ class Inbox:
         self._watched = False
         self._changed: anyio.Event | None = None
         self.disconnected = False
-        self.reading = False  # somebody waits for the body
+        self._readers = 0
+        self._replayed = False  # to its end
 
     async def watch(self) -> None:
         """Read on until the client has left."""
         self._watched = True
         try:
             while not self.disconnected:
-                if self._size > _AHEAD and not (self.reading or self.discarded):
+                if self._size > _AHEAD and not (self._complete or self.reading or self.discarded):
                     await self._change()  # leave the rest with the server, whose buffers are bounded
                 else:
                     self._take(await self._receive())
         finally:
             self._watched = False
+            self._notify()
 
     async def body(self, limit: int) -> bytes | None:
         """The whole body; ``None`` if it exceeds `limit` bytes, was discarded, or the client left before its end."""
-        self.reading = True
+        self._readers += 1
         self._notify()
         try:
             while not (self._complete or self._size > limit or self.discarded or self.disconnected):
                 if self._watched:
                     await self._change()
                 else:
-                    self._take(await self._receive())
+                    await self._read_once()
         finally:
-            self.reading = False
+            self._readers -= 1
         if self._size > limit:
             self.discard()
             return None
         return b"".join(self._chunks) if self._complete and not self.discarded else None
+
+    async def _read_once(self) -> None:
+        self._watched = True  # for the time of one message
+        try:
+            self._take(await self._receive())
+        finally:
+            self._watched = False
+            self._notify()
+
+    @property
+    def reading(self) -> bool:
+        """Whether somebody waits for the body."""
+        return self._readers > 0
 
     def discard(self) -> None:
         """What is still to come of the body is not wanted: read past it, to see the disconnect behind."""
@@ -81,10 +89,10 @@ class Inbox:
 
     async def replay(self) -> Message:
         """``receive()`` for another ASGI app that takes the request over, with nothing lost."""
-        if self._chunks:
+        if self._chunks or (self._complete and not self._replayed):
+            self._replayed = self._complete
             body = b"".join(self._chunks)
             self._chunks.clear()
-            self._size = 0
             return {"type": "http.request", "body": body, "more_body": not self._complete}
         if self.disconnected:
             return {"type": "http.disconnect"}

@@ -6,6 +6,7 @@ send it as one body message. So a burst costs one send, and a client that does n
 costs nothing more, since nothing is pulled for it.
 """
 
+import contextvars
 from collections import deque
 from collections.abc import Callable
 from enum import Enum
@@ -218,6 +219,8 @@ class Outbox:
         flusher: That of the running event loop.
         loop: The running event loop.
         owner: Who is told what becomes of it.
+        context: In which to send. Private: starting a task eagerly in a context that a suspended step
+            has entered hangs the loop.
     """
 
     __slots__ = (
@@ -233,12 +236,13 @@ class Outbox:
         flusher: Flusher,
         loop: EventLoop,
         owner: Owner,
+        context: contextvars.Context,
     ) -> None:
         self._feed = feed
         self._flusher = flusher
         self._loop = loop
         self._owner: Owner | None = owner  # until nothing more is to be told
-        self._sender = loop.sender(send, self._sent)
+        self._sender = loop.sender(send, self._sent, context)
         self._state = _State.HELD
         self._head: Message | None = None
         self._inserts: list[bytes] = []
@@ -289,6 +293,10 @@ class Outbox:
         self._sender.close()
         self._owner = None
 
+    async def wait_closed(self) -> None:
+        """After `abort`: wait until what was under way is over."""
+        await self._sender.wait_closed()
+
     def flush(self) -> None:
         """Send the next message, and the head before it. Called by the flusher; never raises."""
         self._dirty = False
@@ -303,6 +311,8 @@ class Outbox:
             if message is None:
                 if self._last:  # a body that stays cut, and nothing was left to say
                     self._over(None)
+                elif self._feed.ready:  # what was taken were empty items
+                    self._mark()
             elif self._start(message):
                 self._sent(None)
         except Exception as exc:  # the other outboxes of this turn come next

@@ -4,7 +4,7 @@ import heapq
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -19,8 +19,12 @@ from .stream import Stream
 
 logger = logging.getLogger(__name__)
 
-_AFTER_DEADLINE: Final = 1.0
-"""Seconds past its deadline for which `drain` waits for streams that it has cancelled by then."""
+_AFTER_DEADLINE: Final = 2.5
+"""Seconds past its deadline for which `drain` waits for streams that it has cancelled by then: one each for the end of
+a body that nobody takes and for the server to report the end of its connection."""
+
+_VOID: Final = 64
+"""Void entries from which on it is worth to look whether they are the most."""
 
 
 class Heartbeat:
@@ -34,9 +38,9 @@ class Heartbeat:
     def __init__(self, loop: EventLoop) -> None:
         self._loop = loop
         self._entries: list[tuple[float, int, list[Stream]]] = []
+        self._void = 0
         self._numbers = count()
         self._armed = math.inf
-        self._disarm: Callable[[], None] | None = None
 
     def arm(self, stream: Stream, when: float) -> None:
         """Look at `stream` at `when`, or before."""
@@ -49,26 +53,34 @@ class Heartbeat:
 
     def forget(self, stream: Stream) -> None:
         """Let go of `stream`; its entry stays behind, empty."""
-        stream.entry.clear()
+        if stream.entry:
+            stream.entry.clear()
+            self._void += 1
+            if self._void > _VOID and self._void > len(self._entries) // 2:
+                self._entries = [entry for entry in self._entries if entry[2]]
+                heapq.heapify(self._entries)
+                self._void = 0
         stream.check_at = math.inf
 
     def _set_timer(self) -> None:
         when = self._entries[0][0] if self._entries else math.inf
-        if when != self._armed:
-            if self._disarm is not None:
-                self._disarm()
+        if when < self._armed:
             self._armed = when
-            self._disarm = self._loop.call_at(when, self._beat) if when < math.inf else None
+            self._loop.call_at(when, partial(self._beat, when))
 
-    def _beat(self) -> None:
+    def _beat(self, when: float) -> None:
+        if when != self._armed:
+            return  # an earlier one was set since
         self._armed = math.inf
-        self._disarm = None
-        now = self._loop.time()
+        now = max(when, self._loop.time())  # asyncio may call early by the resolution of its clock
         due = []
         while self._entries and self._entries[0][0] <= now:
-            due += heapq.heappop(self._entries)[2]
+            entry = heapq.heappop(self._entries)[2]
+            self._void -= not entry
+            due += entry
         for stream in due:
-            self.forget(stream)
+            stream.entry = []
+            stream.check_at = math.inf
             try:
                 self.arm(stream, stream.tick())
             except Exception:
@@ -234,7 +246,7 @@ class StreamRegistry:
     def _begin_drain(self, within: float) -> None:
         self._drain_within = within
         self._draining = True
-        for stream in self:
+        for stream in self:  # one that is draining already keeps its deadline, if that is earlier
             stream.loop.call_threadsafe(partial(self._drain_stream, stream))
 
     def _drain_stream(self, stream: Stream) -> None:

@@ -43,6 +43,7 @@ class Defaults:
 
 
 _PLAIN: Final = StreamOptions()
+_ALWAYS_TOLD: Final = frozenset({"ping", "retry", "send_timeout", "max_lifetime", "cleanup_timeout", "json_dumps"})
 
 
 class EventSourceResponse:
@@ -121,9 +122,11 @@ class EventSourceResponse:
             "on_close": on_close,
             "json_dumps": json_dumps,
         }
-        # What equals the built-in default may as well not be given, for the names that have no "not given".
+        # A name that has no "not given" counts as given when it differs from the built-in default.
         self._given = {
-            name: value for name, value in given.items() if value is not ... and value != getattr(_PLAIN, name)
+            name: value
+            for name, value in given.items()
+            if value is not ... and (name in _ALWAYS_TOLD or value != getattr(_PLAIN, name))
         }
         self._options = replace(_PLAIN, **self._given) if self._given else _PLAIN  # checked now, not at the request
         self._status = _check_status(status_code)

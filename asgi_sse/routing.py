@@ -188,8 +188,10 @@ class Request:
         """
         if not isinstance(limit, int) or limit < 0:
             raise ValueError(f"limit={limit!r} is no size; give bytes, at least 0")
+        if self._inbox.discarded:
+            raise StreamClosedError("the body was discarded, as too large or at the first event; read it before")
         length = self.headers.get("content-length", "")
-        if length.isdecimal() and int(length) > limit:
+        if length.isdecimal() and (len(length) > 18 or int(length) > limit):
             raise self._too_large(limit)
         if self.method in ("GET", "HEAD") and not length and "transfer-encoding" not in self.headers:
             return b""  # uvicorn's zttp over HTTP/2 never reports the end of a body that is not there
@@ -197,7 +199,7 @@ class Request:
         if body is None:
             if self._inbox.disconnected:
                 raise StreamClosedError("the client left before the end of its request's body")
-            if self._inbox.discarded and not self._inbox.exceeds(limit):
+            if not self._inbox.exceeds(limit):
                 raise StreamClosedError("the body was discarded at the first event; read it before")
             raise self._too_large(limit)
         return body
@@ -354,18 +356,20 @@ class _Endpoint:
             result = self._function(request) if self._takes_request else self._function()
             if inspect.isawaitable(result):
                 result = await result
-            if not isinstance(result, EventSourceResponse) and callable(result):
-                await cast("ASGIApp", result)(scope, inbox.replay, send)
+            if isinstance(result, EventSourceResponse) or not callable(result):
+                response = result if isinstance(result, EventSourceResponse) else self._respond(result)
+                await response.serve(scope, inbox, send, request._draining)  # noqa: SLF001 (looking would ask for grace)
                 return
-            response = result if isinstance(result, EventSourceResponse) else self._respond(result)
-            await response.serve(scope, inbox, send, request._draining)  # noqa: SLF001 (looking would ask for grace)
         except StreamClosedError:
             if not inbox.disconnected:
                 raise
+            return
         except HTTPError as exc:
             if response is not None and response.opened:
                 raise
             await send_text(scope, send, exc)
+            return
+        await cast("ASGIApp", result)(scope, inbox.replay, send)
 
     def _respond(self, result: Any) -> EventSourceResponse:
         try:

@@ -20,7 +20,7 @@ MAX_THREADS: Final = 256
 """Synchronous sources that may run at once in this process: each holds a thread until its stream ends."""
 
 _BATCH: Final = 64
-"""Items that a thread may be ahead of its stream."""
+"""Items, or KiB, that a thread may be ahead of its stream: as much as one send carries."""
 
 
 def check_content(content: Any) -> None:
@@ -74,6 +74,7 @@ class ThreadedIterator:
         self._ended = False
         self._closing = False
         self._in_next = False
+        self._kib = 0  # handed over since the last batch was taken
 
     def __aiter__(self) -> "ThreadedIterator":
         return self
@@ -94,9 +95,7 @@ class ThreadedIterator:
                         self._changed.notify()
                     return item
                 if self._ended:
-                    error, self._error = self._error, None
-                    if error is not None:
-                        raise error
+                    self._raise_error()
                     raise StopAsyncIteration
                 wanted = self._wanted = anyio.Event()
             await wanted.wait()
@@ -106,16 +105,28 @@ class ThreadedIterator:
         with self._changed:
             self._closing = True
             self._changed.notify()
-            if self._loop is None or self._ended:
+            if self._loop is None:  # never begun
+                close = getattr(self._iterable, "close", None)
+                if close is not None:
+                    close()
+                return
+            if self._ended:
+                self._raise_error()
                 return
             patience = _IN_NEXT if self._in_next else math.inf
             wanted = self._wanted = anyio.Event()
         with anyio.move_on_after(patience):
             await wanted.wait()
         with self._changed:
-            error, self._error = self._error, None
+            self._raise_error()
+
+    def _raise_error(self) -> None:
+        error, self._error = self._error, None
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # or its traceback would hold this frame, and this frame it
 
     def _start(self) -> None:
         if not _threads.acquire(blocking=False):
@@ -125,12 +136,20 @@ class ThreadedIterator:
             )
         self._loop = current_loop()
         context = contextvars.copy_context()
-        threading.Thread(target=context.run, args=(self._run,), name="asgi_sse source", daemon=True).start()
+        try:
+            threading.Thread(target=context.run, args=(self._run,), name="asgi_sse source", daemon=True).start()
+        except RuntimeError as exc:
+            self._loop = None
+            _threads.release()
+            raise SSEError(
+                f"this process can start no more threads ({exc}): make the source an async generator"
+            ) from exc
 
     def _run(self) -> None:
         iterator: Any = None
         error: BaseException | None = None
         try:
+            self._in_next = True
             iterator = iter(self._iterable)
             while self._enter_next():
                 self._hand_over(next(iterator))
@@ -150,10 +169,10 @@ class ThreadedIterator:
 
     def _enter_next(self) -> bool:
         with self._changed:
-            while len(self._items) >= _BATCH and not self._closing:
-                self._changed.wait()
+            if self._kib >= _BATCH:
                 while self._items and not self._closing:  # a batch at a time: a switch of threads is dear
                     self._changed.wait()
+                self._kib = 0
             self._in_next = not self._closing
             return self._in_next
 
@@ -161,6 +180,7 @@ class ThreadedIterator:
         with self._changed:
             self._in_next = False
             self._items.append(item)
+            self._kib += 1 + _length(item) // 1024
             self._wake()
 
     def _end(self, error: BaseException | None) -> None:
@@ -177,6 +197,11 @@ class ThreadedIterator:
         if self._wanted is not None and self._loop is not None:
             self._loop.call_threadsafe(self._wanted.set)
             self._wanted = None
+
+
+def _length(item: Any) -> int:
+    data = item.get("data") if isinstance(item, dict) else getattr(item, "data", item)
+    return len(data) if isinstance(data, str | bytes | bytearray) else 0
 
 
 _threads: Final = threading.BoundedSemaphore(MAX_THREADS)

@@ -5,6 +5,7 @@ The request's own task watches ``receive()``; a child task runs the source, ever
 cut short, and a source that swallows its cancellation would never let the request go.
 """
 
+import contextvars
 import logging
 import math
 import random
@@ -103,37 +104,10 @@ class Stream:
     """
 
     __slots__ = (
-        "__weakref__",
-        "_began",
-        "_child",
-        "_deadline",
-        "_draining",
-        "_error",
-        "_farewell",
-        "_head",
-        "_inbox",
-        "_keeper",
-        "_lifetime_ends",
-        "_loop",
-        "_open_at",
-        "_options",
-        "_outbox",
-        "_pumping",
-        "_send",
-        "_source",
-        "_source_done",
-        "_state",
-        "_stopped",
-        "_wait",
-        "abandoned",
-        "buffer",
-        "check_at",
-        "client",
-        "ended_itself",
-        "entry",
-        "forced",
-        "path",
-        "reason",
+        "__weakref__", "_began", "_child", "_context", "_deadline", "_draining", "_error", "_farewell", "_head",
+        "_inbox", "_keeper", "_lifetime_ends", "_loop", "_open_at", "_options", "_outbox", "_pumping", "_send",
+        "_source", "_source_done", "_state", "_stopped", "_wait", "abandoned", "buffer", "check_at", "client",
+        "ended_itself", "entry", "forced", "path", "reason",
     )  # fmt: skip
 
     def __init__(
@@ -162,7 +136,8 @@ class Stream:
         self.client = client
         flusher = current_flusher()
         self.buffer = Buffer(flusher)
-        self._outbox = Outbox(send, self.buffer, flusher=flusher, loop=loop, owner=self)
+        self._context = contextvars.copy_context()
+        self._outbox = Outbox(send, self.buffer, flusher=flusher, loop=loop, owner=self, context=self._context)
         self.buffer.attach(self._outbox.wake)
         self._wait: Wait = loop.wait()
         self._child: Child | None = None
@@ -262,31 +237,42 @@ class Stream:
                 del error  # or its traceback would hold this frame, and this frame it
 
     async def _clean_up(self) -> None:
-        self._outbox.abort()
+        insisted: BaseException | None = None
         with anyio.CancelScope(shield=True):
-            if self._child is not None:
+            try:
                 await self._wait_for_source(self._options.cleanup_timeout)
-                if self._child is not None:
-                    self._child.cancel_again()
-                    await self._wait_for_source(_LAST_CALL)
-                    left = "was left behind" if self._child is not None else "obeyed when it was cancelled once more"
-                    logger.warning(
-                        "the source of %s was not cleaned up within %s s (cleanup_timeout) and %s: %r",
-                        self.path, self._options.cleanup_timeout, left, self._source,
-                    )  # fmt: skip
-            if self._options.on_close is not None:
-                try:
-                    result = self._options.on_close(self.reason or "disconnected")
-                    if isawaitable(result):
-                        with anyio.fail_after(self._options.cleanup_timeout):
-                            await result
-                except Exception as exc:
-                    self._fail(exc)
+            except anyio.get_cancelled_exc_class() as exc:  # of asyncio's, which no shield stops: patience is over
+                insisted = exc
+            if self._child is not None:
+                self._child.cancel_again()
+                await self._wait_for_source(_LAST_CALL)
+                left = "was left behind" if self._child is not None else "obeyed when it was cancelled once more"
+                logger.warning(
+                    "the source of %s was not cleaned up within %s s (cleanup_timeout) and %s: %r",
+                    self.path, self._options.cleanup_timeout, left, self._source,
+                )  # fmt: skip
+            with anyio.move_on_after(_LAST_CALL):
+                await self._outbox.wait_closed()
+            await self._tell_reason()
+        if insisted is not None:
+            raise insisted
+
+    async def _tell_reason(self) -> None:
+        if self._options.on_close is None:
+            return
+        try:
+            result = self._options.on_close(self.reason or "disconnected")
+            if isawaitable(result):
+                with anyio.fail_after(self._options.cleanup_timeout):
+                    await result
+        except Exception as exc:
+            self._fail(exc)
 
     async def _wait_for_source(self, seconds: float) -> None:
-        self._source_done = anyio.Event()
-        with anyio.move_on_after(seconds):
-            await self._source_done.wait()
+        if self._child is not None:
+            self._source_done = anyio.Event()
+            with anyio.move_on_after(seconds):
+                await self._source_done.wait()
 
     # The source's task
 
@@ -296,16 +282,15 @@ class Stream:
             try:
                 if not self._stopped:
                     await self._iterate()
+            except BaseException as exc:
+                self._source_raised(exc)  # before the clean-up, which may raise or be cancelled itself
+                raise
             finally:
                 close = getattr(self._source, "aclose", None)
                 if close is not None:
                     await close()
-        except anyio.get_cancelled_exc_class() as exc:
-            if self._stopped:
-                raise
-            self._fail(exc)  # the source's own: it awaited something that was cancelled
-        except BaseException as exc:  # KeyboardInterrupt too: for the request's task to raise
-            self._fail(exc)
+        except BaseException as exc:
+            self._source_raised(exc)
         finally:
             self._source_ended()
 
@@ -343,8 +328,15 @@ class Stream:
             else:
                 step = following()
 
+    def _source_raised(self, exc: BaseException) -> None:
+        # A cancellation that is not ours is the source's own: it awaited something that was cancelled. Anything else,
+        # KeyboardInterrupt too, is for the request's task to raise.
+        if not (self._stopped and isinstance(exc, anyio.get_cancelled_exc_class())):
+            self._fail(exc)
+
     def _source_ended(self) -> None:
         self._child = None
+        self.ended_itself = self.reason is None
         if self._source_done is not None:
             self._source_done.set()
         if self._state is _State.CLOSED:
@@ -354,7 +346,6 @@ class Stream:
             self.close("failed")
         else:
             # While draining, it used its grace to say farewell.
-            self.ended_itself = self.reason is None
             self.close("drained" if self._state is _State.DRAINING else "finished")
 
     def _stop_source(self) -> None:
@@ -364,13 +355,15 @@ class Stream:
                 self._child.cancel()
 
     def _fail(self, exc: BaseException) -> None:
-        if self._error is None:
+        if self._state is _State.CLOSED:
+            logger.error("the source of %s raised after it was left behind", self.path, exc_info=exc)
+        elif self._error is None:
             self._error = exc
 
     # Transitions
 
     def _open_soon(self) -> None:
-        if self._state is _State.OPEN and self.reason is None:
+        if self.reason is None:
             self._open()
 
     def _open(self) -> None:
@@ -399,13 +392,11 @@ class Stream:
 
     def drain(self, retry: int, deadline: float) -> None:
         """The server is stopping: end, at the latest at `deadline`; the client is to return after `retry` ms."""
-        if self.reason is not None:
-            self._deadline = min(self._deadline, deadline)
-            self._keeper.arm(self, self._deadline)
+        self._deadline = min(self._deadline, deadline)
+        self._keeper.arm(self, self._deadline)
+        if self.reason is not None or self._draining.is_set():
             return
         self._farewell = ServerSentEvent(retry=retry).encode(self._options.sep)
-        self._deadline = deadline
-        self._keeper.arm(self, deadline)
         self._draining.set()
         if self._draining.watched:
             self._state = _State.DRAINING
@@ -510,7 +501,8 @@ class Stream:
     def _ping(self) -> None:
         factory = self._options.ping_message_factory
         try:
-            item = ServerSentEvent(comment="ping") if factory is None else factory()
+            # In the request's context: the heartbeat serves others too, and has none.
+            item = ServerSentEvent(comment="ping") if factory is None else self._context.run(factory)
             chunk = encode_item(item, self._options.sep, self._options.json_dumps)
         except Exception as exc:
             self._fail(exc)
