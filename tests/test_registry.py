@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 from asgi_sse import DrainReport, EventDecoder, EventSourceResponse, Request, StreamRegistry, create_app
-from asgi_sse.registry import default_registry
+from asgi_sse.registry import current_heartbeat, default_registry
 from asgi_sse.testing import open_stream
 
 pytestmark = pytest.mark.anyio
@@ -111,7 +111,8 @@ async def test_what_was_yielded_before_the_drain_is_sent() -> None:
 
 
 async def test_grace_for_those_that_watch() -> None:
-    app = create_app({"/watches": watches, "/ignores": ignores_its_grace, "/idle": idle_endpoint})
+    registry = StreamRegistry(drain_retry=(1234, 1234))
+    app = create_app({"/watches": watches, "/ignores": ignores_its_grace, "/idle": idle_endpoint}, registry=registry)
     async with (
         open_stream(app, "/watches") as farewell,
         open_stream(app, "/ignores") as ignoring,
@@ -121,9 +122,9 @@ async def test_grace_for_those_that_watch() -> None:
             assert (await stream.receive()).data == "first"
         report = await app.registry.drain()
         assert (report.finished, report.closed, report.cancelled, report.abandoned) == (1, 1, 1, 0)
-        assert 10 <= report.seconds <= 11.1
+        assert 10 <= report.seconds <= 10.1
         assert [event.data async for event in farewell] == ["farewell"]
-        assert farewell.retry is not None
+        assert farewell.retry == 1234
         assert farewell.complete
         assert [event.data async for event in ignoring] == []
         assert ignoring.complete
@@ -145,7 +146,7 @@ async def test_a_client_that_does_not_read_is_cut_at_the_deadline() -> None:
         report = await registry.drain(timeout=3)
         assert (report.cancelled, report.abandoned) == (1, 0)
         assert 3 <= report.seconds <= 4.1
-        assert not stream.complete
+    assert not stream.complete
 
 
 async def test_a_source_that_ignores_its_cancellation_is_left_behind() -> None:
@@ -186,6 +187,73 @@ async def test_new_streams_while_draining_are_told_to_return() -> None:
     assert not started
 
 
+async def test_a_stream_that_is_drained_in_its_first_step() -> None:
+    """The head does not wait for the deadline."""
+
+    async def waits(request: Request) -> AsyncIterator[str]:
+        assert not request.draining
+        (running,) = app.registry
+        running.drain(5, anyio.current_time() + 10)
+        await request.draining.wait()
+        await anyio.sleep(1)
+        yield "farewell"
+
+    app = create_app({"/": waits}, open_timeout=0)
+    began = anyio.current_time()
+    async with open_stream(app) as stream:
+        assert anyio.current_time() - began < 0.5
+        assert (await stream.receive(timeout=2)).data == "farewell"
+
+
+async def test_a_drain_that_has_begun_keeps_its_deadline() -> None:
+    registry = StreamRegistry(drain_timeout=2)
+    app = create_app({"/": ignores_its_grace}, registry=registry)
+    async with open_stream(app) as stream:
+        await stream.receive()
+        registry.begin_drain()
+        await anyio.sleep(1)
+        report = await registry.drain(timeout=60)
+        assert 0.9 <= report.seconds <= 1.1
+        assert report.cancelled == 1
+
+
+async def test_a_stream_that_fails_while_draining_ended_by_itself() -> None:
+    async def fails(request: Request) -> AsyncIterator[str]:
+        yield "first"
+        await request.draining.wait()
+        raise LookupError("farewell")
+
+    app = create_app({"/": fails})
+    with pytest.raises(LookupError, match="farewell"):
+        async with open_stream(app) as stream:
+            await stream.receive()
+            report = await app.registry.drain()
+            assert (report.finished, report.closed) == (1, 0)
+            await stream.receive()
+
+
+async def test_no_farewell_in_the_middle_of_an_event() -> None:
+    async def half() -> AsyncIterator[bytes]:
+        yield b"data: whole\n\ndata: ha"
+        await anyio.sleep_forever()
+
+    registry = StreamRegistry()
+    async with open_stream(EventSourceResponse(half(), registry=registry, opening_comment=False, retry=None)) as stream:
+        assert await stream.read() == b"data: whole\n\ndata: ha"
+        await registry.drain()
+        assert await stream.read() == b""
+        assert stream.complete
+
+
+async def test_what_finished_streams_leave_in_the_heartbeat_is_bounded() -> None:
+    registry = StreamRegistry()
+    for _ in range(500):
+        response = EventSourceResponse(idle(), registry=registry, ping=0, max_lifetime=86_400)
+        async with open_stream(response) as stream:
+            await stream.receive()
+    assert len(current_heartbeat()._entries) < 150
+
+
 async def test_drain_without_streams_and_twice() -> None:
     registry = StreamRegistry()
     assert (await registry.drain()).closed == 0
@@ -210,7 +278,8 @@ async def test_the_default_registry_is_one_a_loop_and_replaced_after_a_drain() -
         first = default_registry()
         assert len(first) == 1
         await first.drain()
-        assert stream.complete or await stream.read(timeout=5) is not None
+        assert [event async for event in stream] == []
+        assert stream.complete
     async with open_stream(EventSourceResponse(idle())) as stream:
         assert (await stream.receive()).data == "first"
     assert default_registry() is not first

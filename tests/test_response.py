@@ -2,9 +2,12 @@
 
 import asyncio
 import contextvars
+import gc
 import re
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -510,6 +513,200 @@ async def test_a_clean_up_that_takes_too_long_is_cancelled_and_told(caplog: pyte
         assert 3 <= anyio.current_time() - began < 3.2
     assert log == ["begins"]
     assert "not cleaned up within 3 s (cleanup_timeout) and obeyed" in caplog.text
+
+
+async def test_empty_items_do_not_stop_a_stream() -> None:
+    large = b"data: " + b"x" * 70_000 + b"\n\n"
+    body = await body_of(EventSourceResponse(items(b"", large, b"", b"", "end"), ping=0))
+    assert body == OPENING + large + b"data: end\n\n"
+
+
+async def test_a_source_of_nothing_but_empty_items_starves_nobody() -> None:
+    async def source() -> AsyncIterator[bytes]:
+        while True:
+            yield b""
+
+    async with open_stream(EventSourceResponse(source())) as stream:
+        assert await stream.read() == OPENING
+        await stream.disconnect()
+
+
+variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="nobody's")
+
+
+async def test_each_stream_has_its_own_context() -> None:
+    """Its source, its sends and its pings see the variables of its request, and no other's."""
+    seen: dict[str, set[str]] = {"a": set(), "b": set()}
+
+    def app_for(name: str) -> Any:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            async def sending(message: Any) -> None:
+                seen[name].add(f"send {variable.get()}")
+                await send(message)
+
+            async def source() -> AsyncIterator[str]:
+                seen[name].add(f"source {variable.get()}")
+                yield "x"
+                await anyio.sleep_forever()
+
+            def factory() -> ServerSentEvent:
+                seen[name].add(f"ping {variable.get()}")
+                return ServerSentEvent(comment="ping")
+
+            variable.set(name)
+            await EventSourceResponse(source(), ping=1, ping_message_factory=factory)(scope, receive, sending)
+
+        return app
+
+    async with open_stream(app_for("a")) as a, open_stream(app_for("b")) as b:
+        for stream in (a, b):
+            await stream.read()
+            await stream.read(timeout=5)
+    assert seen == {name: {f"send {name}", f"source {name}", f"ping {name}"} for name in "ab"}
+
+
+def test_an_event_loop_is_let_go_of() -> None:
+    loops = []
+
+    async def main() -> None:
+        loops.append(weakref.ref(asyncio.get_running_loop()))
+
+        async def source() -> AsyncIterator[str]:
+            yield "x"
+            await asyncio.sleep(0.01)
+
+        async with open_stream(EventSourceResponse(source(), ping=0.001)) as stream:
+            await stream.receive()
+
+    for _ in range(5):
+        asyncio.run(main())
+    gc.collect()
+    assert [loop() for loop in loops] == [None] * 5
+
+
+def test_a_stream_is_let_go_of_without_the_garbage_collector() -> None:
+    class Source:
+        def __aiter__(self) -> "Source":
+            return self
+
+        async def __anext__(self) -> str:
+            if self.left == 0:
+                raise StopAsyncIteration
+            self.left -= 1
+            return "x"
+
+        left = 3
+
+    async def main() -> None:
+        for _ in range(3):
+            source = Source()
+            alive.append(weakref.ref(source))
+            async with open_stream(EventSourceResponse(source)) as stream:
+                assert len([event async for event in stream]) == 3
+            del source, stream
+            await asyncio.sleep(0)
+
+    alive: list[weakref.ref[Source]] = []
+    gc.disable()
+    try:
+        asyncio.run(main())
+        assert [source() for source in alive] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_a_cancellation_by_the_server_during_the_clean_up_shortens_it() -> None:
+    """A second Ctrl-C must not wait for ten seconds of clean-up; and `on_close` is called all the same."""
+    log = []
+
+    async def source() -> AsyncIterator[str]:
+        try:
+            yield "x"
+        finally:
+            log.append("begins")
+            await asyncio.sleep(60)
+            log.append("ends")
+
+    async def main() -> None:
+        left, cleaning = asyncio.Event(), asyncio.Event()
+
+        async def receive() -> Any:
+            await left.wait()
+            cleaning.set()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if message.get("body"):
+                left.set()
+
+        response = EventSourceResponse(source(), on_close=log.append)
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+        request = asyncio.create_task(response(scope, receive, send))
+        await cleaning.wait()
+        while not log:
+            await asyncio.sleep(0)
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(request, 5)
+
+    asyncio.run(main())
+    assert log == ["begins", "disconnected"]
+
+
+async def test_what_an_iterator_raised_is_not_lost_when_its_clean_up_is_interrupted() -> None:
+    class Source:
+        def __aiter__(self) -> "Source":
+            return self
+
+        async def __anext__(self) -> str:
+            await anyio.sleep(1)
+            raise LookupError("its own")
+
+        async def aclose(self) -> None:
+            await anyio.sleep(5)
+
+    with pytest.raises(LookupError, match="its own"):
+        async with open_stream(EventSourceResponse(Source())) as stream:
+            await stream.read()
+            await anyio.sleep(2)
+            await stream.disconnect()
+
+
+async def test_what_a_source_raises_after_it_was_left_behind_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    release = anyio.Event()
+
+    async def source() -> AsyncIterator[str]:
+        yield "x"
+        while not release.is_set():
+            with suppress(BaseException):
+                await anyio.sleep(1)
+        raise LookupError("late")
+
+    registry = StreamRegistry()
+    async with open_stream(EventSourceResponse(source(), cleanup_timeout=1, registry=registry)) as stream:
+        await stream.receive()
+        await stream.disconnect()
+        release.set()
+        while registry.statistics().abandoned:
+            await anyio.sleep(0.1)
+    assert "was left behind" in caplog.text
+    assert "LookupError: late" in caplog.text
+
+
+async def test_a_source_that_awaits_for_another_library_fails_alone(anyio_backend_name: str) -> None:
+    if anyio_backend_name != "trio":
+        pytest.skip("it is asyncio's own wait that trio does not know")
+
+    async def source() -> AsyncIterator[str]:
+        yield "x"
+        await asyncio.sleep(0)
+
+    async with open_stream(EventSourceResponse(forever())) as other:
+        with pytest.raises(TypeError, match="trio"):
+            async with open_stream(EventSourceResponse(source())) as stream:
+                await stream.receive()
+                await stream.receive()
+        assert await other.read() == OPENING
 
 
 async def test_two_sends_are_never_in_flight() -> None:

@@ -250,7 +250,7 @@ async def test_body_without_one() -> None:
         assert await data(stream) == ["", ""]
 
 
-@pytest.mark.parametrize("headers", [{}, {"content-length": "101"}])
+@pytest.mark.parametrize("headers", [{}, {"content-length": "101"}, {"content-length": "9" * 5000}])
 async def test_body_over_the_limit(headers: dict[str, str]) -> None:
     async with open_stream(create_app({"/": echo}), method="POST", body=b"x" * 101, headers=headers) as stream:
         assert stream.status == 413
@@ -396,6 +396,73 @@ async def test_an_unread_body_neither_piles_up_nor_hides_the_disconnect() -> Non
     assert held[0] < 10
 
 
+async def test_a_large_body_that_was_read_does_not_hide_the_disconnect() -> None:
+    closed = []
+
+    async def endpoint(request: Request) -> Any:
+        await request.body()
+
+        async def source() -> AsyncIterator[str]:
+            try:
+                yield "x"
+                await anyio.sleep_forever()
+            finally:
+                closed.append(True)
+
+        return source()
+
+    async with open_stream(create_app({"/": endpoint}), method="POST", body=b"x" * 200_000) as stream:
+        await stream.receive()
+        with anyio.fail_after(5):
+            await stream.disconnect()
+    assert closed
+
+
+async def test_two_tasks_read_one_body() -> None:
+    bodies = []
+
+    async def endpoint(request: Request) -> Any:
+        async def read() -> None:
+            bodies.append(await request.body())
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(read)
+            tasks.start_soon(read)
+        return ticks()
+
+    async with open_stream(in_pieces(create_app({"/": endpoint}), [b"a", b"b"], 1), method="POST") as stream:
+        assert await data(stream) == ["tick"]
+    assert bodies == [b"ab", b"ab"]
+
+
+async def test_a_returned_app_gets_an_empty_body_that_was_read() -> None:
+    async def reading_app(scope: Any, receive: Any, send: Any) -> None:
+        assert await receive() == {"type": "http.request", "body": b"", "more_body": False}
+        scope["path_params"] = {}
+        await plain_app(scope, receive, send)
+
+    async def endpoint(request: Request) -> Any:
+        assert await request.body() == b""
+        return reading_app
+
+    async with open_stream(create_app({"/": endpoint}), method="POST", headers={"content-length": "0"}) as stream:
+        assert stream.status == 200
+
+
+async def test_an_http_error_of_a_returned_app_is_the_apps_own() -> None:
+    async def half_done(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise HTTPError(403)
+
+    async def endpoint() -> Any:
+        return half_done
+
+    with pytest.raises(HTTPError, match="403"):
+        async with open_stream(create_app({"/": endpoint})) as stream:
+            assert stream.status == 200
+            await stream.read()
+
+
 async def test_a_returned_app_gets_the_body_whole() -> None:
     async def reading_app(scope: Any, receive: Any, send: Any) -> None:
         body = b""
@@ -452,6 +519,16 @@ async def test_an_http_error_after_the_head_is_an_error_like_any() -> None:
             await stream.receive()
 
 
+async def test_the_head_is_held_for_as_long_as_the_app_says() -> None:
+    async def refuses() -> AsyncIterator[str]:
+        await anyio.sleep(2.5)
+        raise HTTPError(403)
+        yield
+
+    async with open_stream(create_app({"/": refuses}, open_timeout=3)) as stream:
+        assert stream.status == 403
+
+
 async def test_other_early_errors_reach_the_server_with_nothing_sent() -> None:
     async def broken() -> AsyncIterator[str]:
         await anyio.sleep(0.5)
@@ -480,14 +557,21 @@ async def test_defaults_hold_for_responses_that_were_not_told() -> None:
     async def own(request: Request) -> EventSourceResponse:
         return EventSourceResponse(idle(), ping=0)
 
+    async def as_built_in(request: Request) -> EventSourceResponse:
+        return EventSourceResponse(idle(), ping=15, retry=3000, max_lifetime=None)
+
     registry = StreamRegistry()
-    app = create_app({"/": idle, "/own": own}, ping=4, retry=7, registry=registry)
+    app = create_app(
+        {"/": idle, "/own": own, "/built-in": as_built_in}, ping=4, retry=7, max_lifetime=13, registry=registry
+    )
+    async with open_stream(app, "/built-in") as stream:
+        assert await text(stream) == ": stream opened\nretry: 3000\n\ndata: x\n\n"
     async with open_stream(app) as stream:
         assert await text(stream) == ": stream opened\nretry: 7\n\n: ping\n\n: ping\n\ndata: x\n\n"
     async with open_stream(app, "/own") as stream:
         assert await text(stream) == ": stream opened\nretry: 7\n\ndata: x\n\n"
     assert app.registry is registry
-    assert registry.statistics().opened == 2
+    assert registry.statistics().opened == 3
 
 
 async def test_lifespan() -> None:
