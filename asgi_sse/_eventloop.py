@@ -32,6 +32,10 @@ class Child(ABC):
         """Interrupt the task once, at the point where it waits. What it does then is not interrupted."""
 
     @abstractmethod
+    def spare(self) -> None:
+        """The task cleans up from now on: a cancellation that has not reached it yet shall not either."""
+
+    @abstractmethod
     def cancel_again(self) -> None:
         """Interrupt it a last time, its clean-up included."""
 
@@ -158,6 +162,9 @@ class _AsyncioChild(Child):
 
     def cancel(self) -> None:
         self._task.cancel()
+
+    def spare(self) -> None:
+        pass  # asyncio raises a cancellation at the next step, whatever that is
 
     def cancel_again(self) -> None:
         self._task.cancel()
@@ -316,6 +323,9 @@ class _TrioChild(Child):
 
     def cancel(self) -> None:
         self._outer.cancel()
+
+    def spare(self) -> None:
+        self._inner.shield = True
 
     def cancel_again(self) -> None:
         self._inner.shield = False

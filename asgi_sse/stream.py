@@ -286,6 +286,8 @@ class Stream:
                 self._source_raised(exc)  # before the clean-up, which may raise or be cancelled itself
                 raise
             finally:
+                if self._child is not None:
+                    self._child.spare()
                 close = getattr(self._source, "aclose", None)
                 if close is not None:
                     await close()

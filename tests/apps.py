@@ -1,5 +1,8 @@
 """The app that the tests of servers run, in a process of its own."""
 
+import asyncio
+import gc
+import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -77,8 +80,41 @@ async def pings(request: Request) -> Any:
     return EventSourceResponse(source(), ping=0.1)
 
 
+async def backlog() -> AsyncIterator[bytes]:
+    """20 MB that a client has missed."""
+    event = ServerSentEvent("x" * 990).encode()
+    for _ in range(20_000):
+        yield event
+
+
+def threaded_idle() -> Iterator[str]:
+    yield "first"
+    yield "second"
+    threading.Event().wait(0.05)
+    yield "third"
+
+
+async def figures() -> AsyncIterator[ServerSentEvent]:
+    gc.collect()
+    sources = (idle, backlog, threaded_idle)
+    codes = {source.__code__ for source in sources}
+    frames = (getattr(o, "ag_code", None) or getattr(o, "gi_code", None) for o in gc.get_objects())
+    yield ServerSentEvent(
+        {
+            "streams": len(app.registry),
+            "tasks": len(asyncio.all_tasks()),
+            "threads": threading.active_count(),
+            "generators": sum(code in codes for code in frames),
+            "closed": dict(app.registry.statistics().closed),
+        }
+    )
+
+
 app = create_app(
     {
+        "/backlog": backlog,
+        "/threaded-idle": threaded_idle,
+        "/figures": figures,
         "/numbers": numbers,
         "/crlf": numbers_crlf,
         "/threaded": threaded,

@@ -55,19 +55,29 @@ def wait_until_open(port: int, process: subprocess.Popen[bytes], seconds: float 
 @contextmanager
 def running(server: str, app: str = "apps:app", log: Path | None = None) -> Iterator[int]:
     """Serve `app` until the block is left; gives the port."""
+    with process(server, app, log) as (port, _):
+        yield port
+
+
+@contextmanager
+def process(
+    server: str, app: str = "apps:app", log: Path | None = None
+) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """Serve `app` until the block is left; gives the port and the process."""
     port = free_port()
     environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "PYTHONWARNINGS": "default"}
     with (log or Path(os.devnull)).open("wb") as output:
-        process = subprocess.Popen(
+        server_process = subprocess.Popen(
             command(server, app, port), env=environment, stdout=output, stderr=output, start_new_session=True
         )
         try:
-            wait_until_open(port, process)
-            yield port
+            wait_until_open(port, server_process)
+            yield port, server_process
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(5)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait(5)
+            if server_process.poll() is None:
+                os.killpg(server_process.pid, signal.SIGTERM)
+                try:
+                    server_process.wait(5)
+                except subprocess.TimeoutExpired:
+                    os.killpg(server_process.pid, signal.SIGKILL)
+                    server_process.wait(5)

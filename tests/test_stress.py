@@ -1,0 +1,120 @@
+"""Streams under stress, on real servers: what comes goes, and what does not read costs nothing.
+
+A sample of it unless ``ASGI_SSE_STRESS`` is ``full``.
+"""
+
+import json
+import os
+import signal
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import psutil
+import pytest
+from serving import process, running
+
+from asgi_sse import EventDecoder
+
+FULL = os.environ.get("ASGI_SSE_STRESS") == "full"
+CYCLES = 10_000 if FULL else 1_000
+SERVERS = ["uvicorn-httptools-uvloop", "uvicorn-h11-asyncio", "hypercorn-asyncio", "granian"]
+
+
+def request(port: int, path: str) -> socket.socket:
+    sock = socket.create_connection(("127.0.0.1", port), timeout=10)
+    sock.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+    return sock
+
+
+def read_until(sock: socket.socket, what: bytes) -> bytes:
+    data = b""
+    while what not in data:
+        chunk = sock.recv(65_536)
+        assert chunk, data
+        data += chunk
+    return data
+
+
+def figures(port: int) -> Any:
+    with request(port, "/figures") as sock:
+        data = read_until(sock, b'"closed"')
+        while chunk := sock.recv(65_536):
+            data += chunk
+    (line,) = [line for line in data.splitlines() if line.startswith(b"data: ")]
+    (event,) = EventDecoder().feed(line + b"\n\n")
+    return json.loads(str(event.data))
+
+
+def wait_until(seconds: float, condition: Any) -> float:
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, "it takes too long"
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("server", SERVERS if FULL else SERVERS[:1])
+def test_connections_leave_nothing_behind(server: str) -> None:
+    with running(server) as port:
+        for path in ("/idle?name=warm-up", "/threaded-idle"):
+            request(port, path).close()
+        wait_until(10, lambda: figures(port)["streams"] == 1)
+        before = figures(port)
+        began = time.monotonic()
+        for number in range(CYCLES):
+            sock = request(port, "/threaded-idle" if number % 10 == 0 else f"/idle?name={number}")
+            if number % 3:
+                read_until(sock, b"data: first")
+            if number % 2:  # a reset, as of a client that is killed
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.close()
+        seconds = time.monotonic() - began
+        wait_until(10, lambda: figures(port)["streams"] == 1 and figures(port)["tasks"] <= before["tasks"])
+        after = figures(port)
+        print(f"{server}: {CYCLES} connections in {seconds:.1f} s; before {before}, after {after}")
+    for name in ("streams", "tasks", "threads", "generators"):
+        assert after[name] <= before[name], (before, after)
+
+
+@pytest.fixture
+def clients() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.mark.parametrize("server", SERVERS[:2] if FULL else SERVERS[:1])
+def test_clients_that_stop_reading(server: str, clients: ExitStack) -> None:
+    """50 of them, each with 20 MB to come, and each of them still connected when the server is to stop."""
+    with process(server) as (port, running_process):
+        about = psutil.Process(running_process.pid)
+        with request(port, "/backlog") as sock:  # what the first of all costs is not theirs
+            read_until(sock, b"data: x")
+        wait_until(10, lambda: figures(port)["streams"] == 1)
+        before = about.memory_info().rss
+        for _ in range(50):
+            clients.enter_context(request(port, "/backlog"))
+        wait_until(10, lambda: figures(port)["streams"] == 51)
+        peak = 0
+
+        def all_dropped() -> bool:
+            nonlocal peak
+            peak = max(peak, about.memory_info().rss)
+            return bool(figures(port)["streams"] == 1)
+
+        seconds = wait_until(15, all_dropped)
+        closed = figures(port)["closed"]
+        began = time.monotonic()
+        running_process.send_signal(signal.SIGTERM)
+        running_process.wait(5)
+        ended = time.monotonic() - began
+    growth = (peak - before) / 2**20
+    print(
+        f"{server}: {growth:.1f} MB more; dropped within {seconds:.1f} s: {closed}; the server ended in {ended:.2f} s"
+    )
+    assert growth < 20
+    assert closed["timed_out"] == 50
+    assert ended < 2
