@@ -13,7 +13,9 @@ nox.options.sessions = ["lint", "types", "tests", "coverage"]
 PYTHONS = ["3.11", "3.12", "3.13"]
 # The oldest that pyproject.toml allows, with servers that go with them.
 MINIMUMS = ["anyio==4.8.0", "asgiref==3.8.0", "trio==0.27.0", "uvicorn==0.34.0", "hypercorn==0.17.3"]
-IN_PROCESS = [f"tests/test_{name}.py" for name in ("event", "decoder", "response", "hostile", "routing", "registry", "floors")]
+IN_PROCESS = [
+    f"tests/test_{name}.py" for name in ("event", "decoder", "response", "hostile", "routing", "registry", "floors")
+]
 FILES = ["asgi_sse", "tests", "examples", "benchmarks", "conftest.py", "noxfile.py"]
 
 

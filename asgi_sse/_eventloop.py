@@ -63,16 +63,19 @@ class Sender(ABC):
 
 
 class Wait(ABC):
-    """A wait of the current task that another one can call off.
+    """What the current task waits for in this block, another one can call off.
 
-    As a cancel scope of anyio's, without the 1 KiB that each of those costs an idle stream on asyncio.
+    A cancel scope, as anyio's, without the 1 KiB that each of those costs an idle stream on asyncio. Any
+    other cancellation passes through.
     """
 
     __slots__ = ()
 
     @abstractmethod
-    async def run(self, main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Await `main`, until it is called off. Any other cancellation is raised."""
+    def __enter__(self) -> None: ...
+
+    @abstractmethod
+    def __exit__(self, kind: object, exc: object, traceback: object) -> bool | None: ...
 
     @abstractmethod
     def call_off(self) -> None:
@@ -171,37 +174,33 @@ class _AsyncioChild(Child):
 
 
 class _AsyncioWait(Wait):
-    __slots__ = ("_called_off", "_task")
+    __slots__ = ("_before", "_called_off", "_task")
 
     def __init__(self) -> None:
-        self._task: asyncio.Task[Any] | None = None  # while it waits
+        self._task: asyncio.Task[Any] | None = None  # while it is in the block
         self._called_off = False
+        self._before = 0
 
-    async def run(self, main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        task = asyncio.current_task()
-        if task is None or self._is_called_off():
-            return
-        self._task = task
-        before = task.cancelling()
-        try:
-            await main()
-        except asyncio.CancelledError:
-            # As asyncio.timeout does: take our own cancellation back, and no other one.
-            if not self._is_called_off() or task.uncancel() > before:
-                raise
-        finally:
-            self._task = None
+    def __enter__(self) -> None:
+        self._task = asyncio.current_task()
+        if self._task is not None:
+            self._before = self._task.cancelling()
+            if self._called_off:
+                self._task.cancel()
 
-    def _is_called_off(self) -> bool:
-        return self._called_off
+    def __exit__(self, kind: object, exc: object, traceback: object) -> bool | None:
+        task, self._task = self._task, None
+        # As asyncio.timeout does: take our own cancellation back, and no other one.
+        return (
+            self._called_off and kind is asyncio.CancelledError and task is not None and task.uncancel() <= self._before
+        )
 
     def call_off(self) -> None:
-        task, self._task = self._task, None
-        if task is asyncio.current_task():
-            return  # it does not wait: it is about to come out by itself
+        if self._called_off or (self._task is not None and self._task is asyncio.current_task()):
+            return  # in the second case it does not wait: it is about to come out by itself
         self._called_off = True
-        if task is not None:
-            task.cancel()
+        if self._task is not None:
+            self._task.cancel()
 
 
 class _AsyncioSender(Sender):
@@ -357,9 +356,11 @@ class _TrioWait(Wait):
     def __init__(self, module: types.ModuleType) -> None:
         self._scope: trio.CancelScope = module.CancelScope()
 
-    async def run(self, main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        with self._scope:
-            await main()
+    def __enter__(self) -> None:
+        self._scope.__enter__()
+
+    def __exit__(self, kind: object, exc: object, traceback: object) -> bool | None:
+        return self._scope.__exit__(kind, exc, traceback)  # type: ignore[arg-type]
 
     def call_off(self) -> None:
         self._scope.cancel()

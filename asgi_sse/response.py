@@ -1,7 +1,7 @@
 """`EventSourceResponse`: a stream of events as a plain ASGI callable."""
 
 import re
-from collections.abc import AsyncIterable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import EllipsisType
 from typing import Any, Final, TypeAlias, cast
@@ -43,6 +43,7 @@ class Defaults:
 
 
 _PLAIN: Final = StreamOptions()
+_NOTHING: Final[dict[str, Any]] = {}
 _ALWAYS_TOLD: Final = frozenset({"ping", "retry", "send_timeout", "max_lifetime", "cleanup_timeout", "json_dumps"})
 
 
@@ -87,6 +88,8 @@ class EventSourceResponse:
         ValueError: A parameter is out of range, or a header cannot be sent.
     """
 
+    __slots__ = ("__dict__", "_content", "_given", "_headers", "_options", "_registry", "_status", "_stream")
+
     def __init__(
         self,
         content: AsyncIterable[Any] | Iterable[Any],
@@ -127,13 +130,13 @@ class EventSourceResponse:
             name: value
             for name, value in given.items()
             if value is not ... and (name in _ALWAYS_TOLD or value != getattr(_PLAIN, name))
-        }
+        } or _NOTHING
         self._options = replace(_PLAIN, **self._given) if self._given else _PLAIN  # checked now, not at the request
         self._status = _check_status(status_code)
         self._headers = _merge_headers(headers)
         self._registry = registry
         self._content: AsyncIterable[Any] | Iterable[Any] | None = content
-        self.opened = False
+        self._stream: Stream | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the request, and return when the stream is over and its source cleaned up.
@@ -148,8 +151,16 @@ class EventSourceResponse:
             raise TypeError(f"an event stream answers HTTP requests, not {scope['type']!r}")
         await self.serve(scope, Inbox(receive), send, DrainingEvent())
 
-    async def serve(self, scope: Scope, inbox: Inbox, send: Send, draining: DrainingEvent) -> None:
-        """As `__call__`, for a request of which parts may have been read."""
+    @property
+    def opened(self) -> bool:
+        """Whether the head is sent, or will be: from then on no other status is possible."""
+        return self._stream is not None and self._stream.opened
+
+    def serve(self, scope: Scope, inbox: Inbox, send: Send, draining: DrainingEvent) -> Awaitable[None]:
+        """As `__call__`, for a request of which parts may have been read.
+
+        Not a coroutine function: its frame would stay with each idle stream.
+        """
         content, self._content = self._content, None
         if content is None:
             raise StreamClosedError("this response was sent before; make a new one for each request")
@@ -162,17 +173,12 @@ class EventSourceResponse:
             registry = default_registry() if defaults is None else defaults.registry
         source = iterate(content)
         head: Message = {"type": "http.response.start", "status": self._status, "headers": list(self._headers)}
-        if scope["method"] == "HEAD" or registry.draining:
-            body = b""
-            if scope["method"] != "HEAD":  # a 503 would stop a browser's EventSource for good
-                body = ServerSentEvent(retry=registry.farewell_retry()).encode(options.sep)
-            close = getattr(source, "aclose", None)
-            if close is not None:
-                await close()
-            self.opened = True
-            await _send_at_once(send, head, body, options.send_timeout)
-            return
-        stream = Stream(
+        if scope["method"] == "HEAD":
+            return _send_at_once(send, head, b"", options.send_timeout, source)
+        if registry.draining:  # a 503 would stop a browser's EventSource for good
+            farewell = ServerSentEvent(retry=registry.farewell_retry()).encode(options.sep)
+            return _send_at_once(send, head, farewell, options.send_timeout, source)
+        self._stream = Stream(
             source,
             head=head,
             path=scope["path"],
@@ -183,14 +189,13 @@ class EventSourceResponse:
             keeper=registry,
             draining=draining,
         )
-        del content, source, head
-        try:
-            await stream.run()
-        finally:
-            self.opened = stream.opened
+        return self._stream.run()
 
 
-async def _send_at_once(send: Send, head: Message, body: bytes, timeout: float | None) -> None:
+async def _send_at_once(send: Send, head: Message, body: bytes, timeout: float | None, source: Any) -> None:
+    close = getattr(source, "aclose", None)
+    if close is not None:
+        await close()
     try:
         with anyio.fail_after(timeout or None):
             await send(head)

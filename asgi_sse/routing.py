@@ -263,7 +263,7 @@ class RouteTable:
                 for literal, segment in zip(literals, segments, strict=True)
             ):
                 found = (segment for literal, segment in zip(literals, segments, strict=True) if literal is None)
-                return app, dict(zip(names, found, strict=True))
+                return app, dict(zip(names, found, strict=True)) if names else {}
         return None
 
 

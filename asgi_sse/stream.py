@@ -12,7 +12,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from enum import Enum
 from inspect import isawaitable
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 import anyio
 
@@ -125,7 +125,7 @@ class Stream:
     ) -> None:
         loop = current_loop()
         self._loop: EventLoop = loop
-        self._source = source
+        self._source: AsyncIterator[Any] | None = source  # until it is closed
         self._head = head
         self._inbox = inbox
         self._send = send
@@ -216,7 +216,8 @@ class Stream:
             self._loop.call_soon(lambda: self._loop.call_soon(self._open_soon))
         self._keeper.arm(self, self._next_check())
         try:
-            await self._wait.run(self._inbox.watch)
+            with self._wait:
+                await self._inbox.watch()
         finally:
             # The client has left, or the server cancels the request, unless the end has begun already.
             self._over("disconnected" if self._inbox.disconnected or not self._keeper.draining else "drained")
@@ -277,58 +278,52 @@ class Stream:
     # The source's task
 
     async def _pump(self) -> None:
-        self._pumping = True
-        try:
-            try:
-                if not self._stopped:
-                    await self._iterate()
-            except BaseException as exc:
-                self._source_raised(exc)  # before the clean-up, which may raise or be cancelled itself
-                raise
-            finally:
-                if self._child is not None:
-                    self._child.spare()
-                close = getattr(self._source, "aclose", None)
-                if close is not None:
-                    await close()
-        except BaseException as exc:
-            self._source_raised(exc)
-        finally:
-            self._source_ended()
-
-    async def _iterate(self) -> None:
-        source = self._source
-        buffer = self.buffer
+        source, buffer = cast("AsyncIterator[Any]", self._source), self.buffer
         sep, json_dumps = self._options.sep, self._options.json_dumps
         interrupt: type[BaseException] = anyio.get_cancelled_exc_class()
-        following = source.__anext__
-        step: Awaitable[Any] = following()
         opened = False
-        while True:
-            try:
+        self._pumping = True
+        try:
+            following = source.__anext__
+            step: Awaitable[Any] | None = None if self._stopped else following()
+            while step is not None:
                 item = await step
-            except StopAsyncIteration:
-                return
-            if self._stopped:
-                return  # it swallowed its cancellation, and yielded
-            try:
-                chunk = encode_item(item, sep, json_dumps)
-                full = buffer.push(chunk)
-                if not opened:
-                    self._open()
-                    opened = True
-                del item, chunk  # or an idle stream would keep its last event
-                if full:
-                    await buffer.room()
-            except (InvalidEventError, interrupt) as exc:
-                # Raised at the source's yield: so the traceback names the line, and the source sees a cancellation
-                # wherever it is.
-                throw: Callable[[BaseException], Awaitable[Any]] | None = getattr(source, "athrow", None)
-                if throw is None:
-                    raise
-                step = throw(exc)
-            else:
-                step = following()
+                if self._stopped:
+                    break  # it swallowed its cancellation, and yielded
+                try:
+                    full = buffer.push(encode_item(item, sep, json_dumps))
+                    if not opened:
+                        self._open()
+                        opened = True
+                    del item  # or an idle stream would keep its last event
+                    if full:
+                        await buffer.room()
+                except (InvalidEventError, interrupt) as exc:
+                    # Raised at the source's yield: so the traceback names the line, and the source sees a cancellation
+                    # wherever it is.
+                    throw: Callable[[BaseException], Awaitable[Any]] | None = getattr(source, "athrow", None)
+                    if throw is None:
+                        raise
+                    step = throw(exc)
+                else:
+                    step = following()
+        except StopAsyncIteration:
+            pass
+        except BaseException as exc:
+            self._source_raised(exc)
+        await self._close_source()
+        self._source_ended()
+
+    async def _close_source(self) -> None:
+        if self._child is not None:
+            self._child.spare()
+        try:
+            close = getattr(self._source, "aclose", None)
+            if close is not None:
+                await close()
+        except BaseException as exc:
+            self._source_raised(exc)
+        self._source = None  # whoever keeps the response does not keep what the source holds
 
     def _source_raised(self, exc: BaseException) -> None:
         # A cancellation that is not ours is the source's own: it awaited something that was cancelled. Anything else,
