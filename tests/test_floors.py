@@ -66,5 +66,5 @@ def test_imports_go_down(path: Path) -> None:
 @pytest.mark.parametrize("path", [p for p in FILES if room_of(p) not in FLOORS[-1]], ids=lambda p: p.stem)
 def test_the_core_needs_anyio_and_asgiref_alone(path: Path) -> None:
     foreign = {name for name in imports(path) if not name.startswith(".")} - set(sys.stdlib_module_names)
-    allowed = {"anyio", "asgiref"} | ({"trio"} if path.stem == "_eventloop" else set())  # for its types
+    allowed = {"anyio", "asgiref"} | ({"trio"} if path.stem == "on_trio" else set())
     assert foreign <= allowed

@@ -1,0 +1,100 @@
+"""What the rest of this package needs of an event loop."""
+
+import contextvars
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from .._types import Message, Send
+
+
+class Child(ABC):
+    """A task that runs apart from the request's, and outlives it where it must."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def cancel(self) -> None:
+        """Interrupt the task once, at the point where it waits. What it does then is not interrupted."""
+
+    @abstractmethod
+    def spare(self) -> None:
+        """The task cleans up from now on: a cancellation that has not reached it yet shall not either."""
+
+    @abstractmethod
+    def cancel_again(self) -> None:
+        """Interrupt it a last time, its clean-up included."""
+
+
+class Sender(ABC):
+    """Makes the calls of one ``send``, in a private context, never two at a time."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def start(self, message: Message) -> bool:
+        """Send a message. True: it is sent; False: under way, and the callback will be called.
+
+        Raises:
+            BaseException: What ``send`` raised, if it did so at once.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Cancel what is under way; the callback is not called any more."""
+
+    @abstractmethod
+    async def wait_closed(self) -> None:
+        """Wait until what was under way is over."""
+
+
+class Wait(ABC):
+    """What the current task waits for in this block, another one can call off.
+
+    A cancel scope, as anyio's, without the 1 KiB that each of those costs an idle stream on asyncio. Any
+    other cancellation passes through.
+    """
+
+    __slots__ = ()
+
+    @abstractmethod
+    def __enter__(self) -> None: ...
+
+    @abstractmethod
+    def __exit__(self, kind: object, exc: object, traceback: object) -> bool | None: ...
+
+    @abstractmethod
+    def call_off(self) -> None:
+        """End the wait, or the one that is still to come."""
+
+
+class EventLoop(ABC):
+    """The event loop, or trio run, that the caller is in."""
+
+    @abstractmethod
+    def time(self) -> float:
+        """The loop's clock, in seconds."""
+
+    @abstractmethod
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Call in the next turn, in the order of asking."""
+
+    @abstractmethod
+    def call_threadsafe(self, callback: Callable[[], None]) -> bool:
+        """Call in the next turn, from any thread. False: the loop is closed."""
+
+    @abstractmethod
+    def call_at(self, when: float, callback: Callable[[], None]) -> None:
+        """Call at a time of `time()`. Nothing is given that would cancel it: it would keep the loop alive."""
+
+    @abstractmethod
+    def spawn(self, main: Callable[[], Coroutine[Any, Any, None]]) -> Child:
+        """Run `main`, which must not raise, in a task and a context of its own."""
+
+    @abstractmethod
+    def wait(self) -> Wait:
+        """A wait for the current task."""
+
+    @abstractmethod
+    def sender(self, send: Send, sent: Callable[[BaseException | None], None], context: contextvars.Context) -> Sender:
+        """What makes the calls of `send`, in `context`; `sent` is called after each that was under way."""

@@ -1,0 +1,160 @@
+"""asyncio and uvloop: sends are driven as eager tasks, everything else by callbacks."""
+
+import asyncio
+import contextvars
+import sys
+import weakref
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+from .._types import Message, Send
+from .base import Child, EventLoop, Sender, Wait
+
+_EAGER: Final[dict[str, Any]] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
+
+
+class AsyncioLoop(EventLoop):
+    def __init__(self) -> None:
+        # Weak, since anyio keeps a RunVar's value as long as its loop lives.
+        self._ref = weakref.ref(asyncio.get_running_loop())
+        # For callbacks that serve many streams: in the context of the one that asked, they would see its variables and
+        # keep them.
+        self._context = contextvars.Context()
+
+    @property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        loop = self._ref()
+        if loop is None:
+            raise RuntimeError("the event loop of the stream is gone")
+        return loop
+
+    def time(self) -> float:
+        return self._loop.time()
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        self._loop.call_soon(callback, context=self._context)
+
+    def call_threadsafe(self, callback: Callable[[], None]) -> bool:
+        try:
+            self._loop.call_soon_threadsafe(callback, context=self._context)
+        except RuntimeError:
+            return False
+        return True
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> None:
+        self._loop.call_at(when, callback, context=self._context)
+
+    def spawn(self, main: Callable[[], Coroutine[Any, Any, None]]) -> Child:
+        # A plain task, whatever the loop's task factory: an eager one would run the source inside the request's step.
+        task = asyncio.Task(main(), loop=self._loop, name="asgi_sse source", context=contextvars.copy_context())
+        return AsyncioChild(task)
+
+    def wait(self) -> Wait:
+        return AsyncioWait()
+
+    def sender(self, send: Send, sent: Callable[[BaseException | None], None], context: contextvars.Context) -> Sender:
+        return AsyncioSender(self._loop, send, sent, context)
+
+
+class AsyncioChild(Child):
+    __slots__ = ("_task",)
+
+    def __init__(self, task: asyncio.Task[None]) -> None:
+        self._task = task
+
+    def cancel(self) -> None:
+        self._task.cancel()
+
+    def spare(self) -> None:
+        pass  # asyncio raises a cancellation at the next step, whatever that is
+
+    def cancel_again(self) -> None:
+        self._task.cancel()
+
+
+class AsyncioWait(Wait):
+    __slots__ = ("_before", "_called_off", "_task")
+
+    def __init__(self) -> None:
+        self._task: asyncio.Task[Any] | None = None  # while it is in the block
+        self._called_off = False
+        self._before = 0
+
+    def __enter__(self) -> None:
+        self._task = asyncio.current_task()
+        if self._task is not None:
+            self._before = self._task.cancelling()
+            if self._called_off:
+                self._task.cancel()
+
+    def __exit__(self, kind: object, exc: object, traceback: object) -> bool | None:
+        task, self._task = self._task, None
+        # As asyncio.timeout does: take our own cancellation back, and no other one.
+        return (
+            self._called_off and kind is asyncio.CancelledError and task is not None and task.uncancel() <= self._before
+        )
+
+    def call_off(self) -> None:
+        if self._called_off or (self._task is not None and self._task is asyncio.current_task()):
+            return  # in the second case it does not wait: it is about to come out by itself
+        self._called_off = True
+        if self._task is not None:
+            self._task.cancel()
+
+
+class AsyncioSender(Sender):
+    """Each send is driven as an eager task, so that one which does not wait needs no turn of the loop.
+
+    None of the servers measured waits while the socket is writable, but for hypercorn on trio.
+    Python 3.11 has no eager tasks: there each send takes a turn.
+    """
+
+    __slots__ = ("_context", "_loop", "_send", "_sent", "_task")
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        send: Send,
+        sent: Callable[[BaseException | None], None],
+        context: contextvars.Context,
+    ) -> None:
+        self._loop = loop
+        self._send = send
+        self._sent: Callable[[BaseException | None], None] | None = sent  # until it is closed
+        self._context = context
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self, message: Message) -> bool:
+        task = asyncio.Task(_awaited(self._send, message), loop=self._loop, context=self._context, **_EAGER)
+        if not task.done():
+            self._task = task
+            task.add_done_callback(self._finished)
+            return False
+        if (error := _error_of(task)) is not None:
+            raise error
+        return True
+
+    def close(self) -> None:
+        self._sent = None
+        if self._task is not None:
+            self._task.cancel()
+
+    async def wait_closed(self) -> None:
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        error = _error_of(task)  # read even where nobody asks, or asyncio would report it as never retrieved
+        self._task = None
+        if self._sent is not None:
+            self._sent(error)
+
+
+async def _awaited(send: Send, message: Message) -> None:
+    # granian's send gives an awaitable that is no coroutine, which no task takes.
+    await send(message)
+
+
+def _error_of(task: asyncio.Task[None]) -> BaseException | None:
+    # Who but the server would cancel a send? It has closed the connection.
+    return ConnectionAbortedError("the send was cancelled") if task.cancelled() else task.exception()

@@ -1,0 +1,176 @@
+"""trio: system tasks, in which a source is cancelled once, as on asyncio, and a stream has a writer."""
+
+import contextvars
+import types
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any
+
+import trio
+
+from .._types import Message, Send
+from .base import Child, EventLoop, Sender, Wait
+
+
+class TrioLoop(EventLoop):
+    # System tasks, not a nursery of the request's: a source that ignores its cancellation must be left behind, and
+    # no nursery lets go of a child.
+    def __init__(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+
+    def time(self) -> float:
+        return trio.current_time()
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        self._token.run_sync_soon(callback)
+
+    def call_threadsafe(self, callback: Callable[[], None]) -> bool:
+        try:
+            self._token.run_sync_soon(callback)
+        except trio.RunFinishedError:
+            return False
+        return True
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> None:
+        async def wait() -> None:
+            await trio.sleep_until(when)
+            callback()
+
+        trio.lowlevel.spawn_system_task(wait, name="asgi_sse timer")
+
+    def spawn(self, main: Callable[[], Coroutine[Any, Any, None]]) -> Child:
+        child = TrioChild()
+        context = contextvars.copy_context()
+        trio.lowlevel.spawn_system_task(child.run, main, name="asgi_sse source", context=context)
+        return child
+
+    def wait(self) -> Wait:
+        return TrioWait()
+
+    def sender(self, send: Send, sent: Callable[[BaseException | None], None], context: contextvars.Context) -> Sender:
+        return TrioSender(send, sent, context)
+
+
+class TrioChild(Child):
+    """A task that one cancellation interrupts once, as on asyncio.
+
+    trio cancels a scope for good: every later wait raises again, which would cut short a ``finally``
+    that waits. So the task runs in two scopes; the outer one is cancelled, and the inner one turns
+    into a shield at the moment in which the first ``Cancelled`` is handed in.
+    """
+
+    __slots__ = ("_inner", "_outer")
+
+    def __init__(self) -> None:
+        self._outer = trio.CancelScope()
+        self._inner = trio.CancelScope()
+
+    async def run(self, main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        with self._outer, self._inner:
+            await self._interruptible(main())
+
+    def cancel(self) -> None:
+        self._outer.cancel()
+
+    def spare(self) -> None:
+        self._inner.shield = True
+
+    def cancel_again(self) -> None:
+        self._inner.shield = False
+
+    @types.coroutine
+    def _interruptible(self, coroutine: Coroutine[Any, Any, None]) -> Generator[Any, Any, None]:
+        try:
+            trap = coroutine.send(None)
+            while True:
+                try:
+                    outcome = yield trap
+                except BaseException as exc:  # trio throws for a trap that it does not know, such as one of asyncio's
+                    trap = coroutine.throw(exc)
+                    continue
+                # What trio hands to a waiting task is an outcome.Value or outcome.Error. An Error while our scope is
+                # cancelled is that cancellation, or else coincides with it, and is as good a reason to clean up.
+                if self._outer.cancel_called and hasattr(outcome, "error"):
+                    self._inner.shield = True
+                trap = coroutine.send(outcome)
+        except StopIteration:
+            return
+        finally:
+            coroutine.close()
+
+
+class TrioWait(Wait):
+    __slots__ = ("_scope",)
+
+    def __init__(self) -> None:
+        self._scope = trio.CancelScope()
+
+    def __enter__(self) -> None:
+        self._scope.__enter__()
+
+    def __exit__(self, kind: object, exc: object, traceback: object) -> bool | None:
+        return self._scope.__exit__(kind, exc, traceback)  # type: ignore[arg-type]
+
+    def call_off(self) -> None:
+        self._scope.cancel()
+
+
+class TrioSender(Sender):
+    """One writer task a stream, since trio starts no task but in a later turn."""
+
+    __slots__ = ("_context", "_ended", "_message", "_scope", "_send", "_sent", "_wake")
+
+    def __init__(
+        self,
+        send: Send,
+        sent: Callable[[BaseException | None], None],
+        context: contextvars.Context,
+    ) -> None:
+        self._send = send
+        self._sent: Callable[[BaseException | None], None] | None = sent  # until it is closed
+        self._context = context
+        self._scope = trio.CancelScope()
+        self._wake = trio.Event()
+        self._message: Message | None = None
+        self._ended: trio.Event | None = None  # of the writer, once it has started
+
+    def start(self, message: Message) -> bool:
+        self._message = message
+        if self._ended is not None:
+            self._wake.set()
+        else:
+            self._ended = trio.Event()
+            trio.lowlevel.spawn_system_task(self._run, name="asgi_sse writer", context=self._context)
+        return False
+
+    def close(self) -> None:
+        self._sent = None
+        self._scope.cancel()
+
+    async def wait_closed(self) -> None:
+        if self._ended is not None:
+            await self._ended.wait()
+
+    async def _run(self) -> None:
+        try:
+            with self._scope:
+                await self._write()
+        finally:
+            if self._ended is not None:
+                self._ended.set()
+
+    async def _write(self) -> None:
+        while self._sent is not None:
+            message, self._message = self._message, None
+            if message is None:
+                self._wake = trio.Event()
+                await self._wake.wait()
+                continue
+            error: BaseException | None = None
+            try:
+                await self._send(message)
+            except trio.Cancelled:
+                raise
+            except Exception as exc:
+                error = exc
+            if self._sent is not None:
+                self._sent(error)
