@@ -17,7 +17,7 @@ class Inbox:
     """
 
     __slots__ = (
-        "_changed", "_chunks", "_complete", "_readers", "_receive", "_replayed", "_size", "_watched",
+        "_busy", "_changed", "_chunks", "_complete", "_readers", "_receive", "_replayed", "_size",
         "discarded", "disconnected",
     )  # fmt: skip
 
@@ -27,7 +27,7 @@ class Inbox:
         self._size = 0
         self._complete = False
         self.discarded = False
-        self._watched = False
+        self._busy = False  # somebody waits in receive()
         self._changed: anyio.Event | None = None
         self.disconnected = False
         self._readers = 0
@@ -35,16 +35,17 @@ class Inbox:
 
     async def watch(self) -> None:
         """Read on until the client has left."""
-        self._watched = True
-        try:
-            while not self.disconnected:
-                if self._size > _AHEAD and not (self._complete or self.reading or self.discarded):
-                    await self._change()  # leave the rest with the server, whose buffers are bounded
-                else:
-                    self._take(await self._receive())
-        finally:
-            self._watched = False
-            self._notify()
+        while not self.disconnected:
+            ahead = self._size > _AHEAD and not (self._complete or self.reading or self.discarded)
+            if ahead or self._busy:  # what is left stays with the server, whose buffers are bounded
+                await self._change()
+                continue
+            self._busy = True
+            try:  # not _read_once: its frame would stay with each idle stream
+                self._take(await self._receive())
+            finally:
+                self._busy = False
+                self._notify()
 
     async def body(self, limit: int) -> bytes | None:
         """The whole body; ``None`` if it exceeds `limit` bytes, was discarded, or the client left before its end."""
@@ -52,7 +53,7 @@ class Inbox:
         self._notify()
         try:
             while not (self._complete or self._size > limit or self.discarded or self.disconnected):
-                if self._watched:
+                if self._busy:
                     await self._change()
                 else:
                     await self._read_once()
@@ -64,11 +65,11 @@ class Inbox:
         return b"".join(self._chunks) if self._complete and not self.discarded else None
 
     async def _read_once(self) -> None:
-        self._watched = True  # for the time of one message
+        self._busy = True
         try:
             self._take(await self._receive())
         finally:
-            self._watched = False
+            self._busy = False
             self._notify()
 
     @property
@@ -109,7 +110,6 @@ class Inbox:
             if chunk and not self.discarded:
                 self._chunks.append(chunk)
             self._complete = not message.get("more_body", False)
-        self._notify()
 
     async def _change(self) -> None:
         if self._changed is None:

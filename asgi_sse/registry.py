@@ -30,9 +30,10 @@ _VOID: Final = 64
 class Heartbeat:
     """Looks at each stream of one event loop when the stream has asked for it.
 
-    One timer serves all streams: it is armed for the earliest time that any of them asked for. A
-    stream has one valid entry; what became void is left in the heap until its time comes, since a
-    busy stream moves its next ping with every send.
+    One timer serves all streams: it is set for the earliest time that any of them asked for (a later one
+    that was set before goes off as well, and finds what it finds). A stream has one valid entry; what
+    became void is left in the heap until its time comes, since a busy stream moves its next ping with
+    every send.
     """
 
     def __init__(self, loop: EventLoop) -> None:
@@ -40,7 +41,7 @@ class Heartbeat:
         self._entries: list[tuple[float, int, list[Stream]]] = []
         self._void = 0
         self._numbers = count()
-        self._armed = math.inf
+        self._timers: list[float] = []  # when those go off that are set
 
     def arm(self, stream: Stream, when: float) -> None:
         """Look at `stream` at `when`, or before."""
@@ -63,15 +64,13 @@ class Heartbeat:
         stream.check_at = math.inf
 
     def _set_timer(self) -> None:
-        when = self._entries[0][0] if self._entries else math.inf
-        if when < self._armed:
-            self._armed = when
+        if self._entries and self._entries[0][0] < min(self._timers, default=math.inf):
+            when = self._entries[0][0]
+            self._timers.append(when)
             self._loop.call_at(when, partial(self._beat, when))
 
     def _beat(self, when: float) -> None:
-        if when != self._armed:
-            return  # an earlier one was set since
-        self._armed = math.inf
+        self._timers.remove(when)
         now = max(when, self._loop.time())  # asyncio may call early by the resolution of its clock
         due = []
         while self._entries and self._entries[0][0] <= now:

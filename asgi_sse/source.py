@@ -74,6 +74,7 @@ class ThreadedIterator:
         self._ended = False
         self._closing = False
         self._in_next = False
+        self._unheard = False  # the stream has ended without waiting for the thread
         self._kib = 0  # handed over since the last batch was taken
 
     def __aiter__(self) -> "ThreadedIterator":
@@ -118,6 +119,7 @@ class ThreadedIterator:
         with anyio.move_on_after(patience):
             await wanted.wait()
         with self._changed:
+            self._unheard = not self._ended
             self._raise_error()
 
     def _raise_error(self) -> None:
@@ -185,12 +187,11 @@ class ThreadedIterator:
 
     def _end(self, error: BaseException | None) -> None:
         with self._changed:
-            unheard = error is not None and self._closing and self._in_next
             self._in_next = False
             self._ended = True
             self._error = error
             self._wake()
-        if unheard:
+        if error is not None and self._unheard:
             logger.error("a synchronous source raised after its stream had ended", exc_info=error)
 
     def _wake(self) -> None:

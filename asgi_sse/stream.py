@@ -15,6 +15,7 @@ from inspect import isawaitable
 from typing import Any, Final, Protocol, cast
 
 import anyio
+import anyio.lowlevel
 
 from ._eventloop import Child, EventLoop, Wait, current_loop
 from ._types import CloseReason, Message, Send
@@ -238,25 +239,28 @@ class Stream:
                 del error  # or its traceback would hold this frame, and this frame it
 
     async def _clean_up(self) -> None:
-        insisted: BaseException | None = None
         with anyio.CancelScope(shield=True):
             try:
                 await self._wait_for_source(self._options.cleanup_timeout)
-            except anyio.get_cancelled_exc_class() as exc:  # of asyncio's, which no shield stops: patience is over
-                insisted = exc
-            if self._child is not None:
-                self._child.cancel_again()
-                await self._wait_for_source(_LAST_CALL)
-                left = "was left behind" if self._child is not None else "obeyed when it was cancelled once more"
-                logger.warning(
-                    "the source of %s was not cleaned up within %s s (cleanup_timeout) and %s: %r",
-                    self.path, self._options.cleanup_timeout, left, self._source,
-                )  # fmt: skip
-            with anyio.move_on_after(_LAST_CALL):
-                await self._outbox.wait_closed()
-            await self._tell_reason()
-        if insisted is not None:
-            raise insisted
+                with anyio.move_on_after(_LAST_CALL):
+                    await self._outbox.wait_closed()
+            finally:  # no shield stops a cancellation of asyncio's own: then patience is over
+                try:
+                    if self._child is not None:
+                        await self._insist()
+                finally:
+                    await self._tell_reason()
+
+    async def _insist(self) -> None:
+        source = self._source
+        if self._child is not None:
+            self._child.cancel_again()
+            await self._wait_for_source(_LAST_CALL)
+        left = "was left behind" if self._child is not None else "obeyed when it was cancelled once more"
+        logger.warning(
+            "the source of %s was not cleaned up within %s s (cleanup_timeout) and %s: %r",
+            self.path, self._options.cleanup_timeout, left, source,
+        )  # fmt: skip
 
     async def _tell_reason(self) -> None:
         if self._options.on_close is None:
@@ -299,12 +303,7 @@ class Stream:
                     if full:
                         await buffer.room()
                 except (InvalidEventError, interrupt) as exc:
-                    # Raised at the source's yield: so the traceback names the line, and the source sees a cancellation
-                    # wherever it is.
-                    throw: Callable[[BaseException], Awaitable[Any]] | None = getattr(source, "athrow", None)
-                    if throw is None:
-                        raise
-                    step = throw(exc)
+                    step = await self._throw(exc)
                 else:
                     step = following()
         except StopAsyncIteration:
@@ -313,6 +312,15 @@ class Stream:
             self._source_raised(exc)
         await self._close_source()
         self._source_ended()
+
+    async def _throw(self, exc: BaseException) -> Awaitable[Any]:
+        """Raise `exc` at the source's yield: so its traceback names the line, and a cancellation is seen everywhere."""
+        throw: Callable[[BaseException], Awaitable[Any]] | None = getattr(self._source, "athrow", None)
+        if throw is None:
+            raise exc
+        if isinstance(exc, InvalidEventError):
+            await anyio.lowlevel.checkpoint()  # or a source that catches each would starve the loop
+        return throw(exc)
 
     async def _close_source(self) -> None:
         if self._child is not None:
@@ -346,9 +354,9 @@ class Stream:
             self.close("drained" if self._state is _State.DRAINING else "finished")
 
     def _stop_source(self) -> None:
-        if self._child is not None and not self._stopped:
+        if not self._stopped:
             self._stopped = True
-            if self._pumping:  # else its first step finds that there is nothing to do but to close the source
+            if self._child is not None and self._pumping:  # else its first step finds that it is to close the source
                 self._child.cancel()
 
     def _fail(self, exc: BaseException) -> None:
@@ -482,7 +490,10 @@ class Stream:
 
     def _next_check(self) -> float:
         options, outbox = self._options, self._outbox
-        when = min(self._lifetime_ends, self._deadline, self._send_deadline())
+        when = min(self._deadline, self._send_deadline())
+        if self.reason is not None:
+            return when
+        when = min(when, self._lifetime_ends)
         if not outbox.opened:
             return min(when, self._open_at)
         if options.ping:

@@ -13,7 +13,7 @@ from typing import Any
 import anyio
 import pytest
 
-from asgi_sse import EventSourceResponse, StreamRegistry
+from asgi_sse import EventSourceResponse, InvalidEventError, StreamRegistry
 from asgi_sse.testing import open_stream
 
 pytestmark = pytest.mark.anyio
@@ -60,6 +60,16 @@ async def holds_a_task_group_across_yields(log: Log) -> AsyncIterator[Any]:
             tasks.start_soon(anyio.sleep_forever)
             yield "first"
             await anyio.sleep_forever()
+    finally:
+        await anyio.sleep(0.5)
+        log.finals += 1
+
+
+async def waits_for_its_task_group(log: Log) -> AsyncIterator[Any]:
+    try:
+        yield "first"
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(anyio.sleep_forever)
     finally:
         await anyio.sleep(0.5)
         log.finals += 1
@@ -177,6 +187,7 @@ async def is_cancelled_by_what_it_awaits(log: Log) -> AsyncIterator[Any]:
         (awaits_in_finally, 1, "disconnected", 0.5, None),
         (holds_a_scope_across_yields, 1, "disconnected", 0.5, None),
         (holds_a_task_group_across_yields, 1, "disconnected", 0.5, None),
+        (waits_for_its_task_group, 1, "disconnected", 0.5, None),
         (holds_an_asyncio_timeout_across_yields, 1, "disconnected", 0.5, None),
         (swallows_once_and_waits, 1, "disconnected", CLEANUP_TIMEOUT, None),
         (swallows_once_and_yields, 1, "disconnected", 0.5, None),
@@ -285,6 +296,18 @@ async def test_a_timeout_of_the_source_fires_at_its_yield(kind: str, anyio_backe
         assert stream.complete
     assert len(seen) == 1
     assert 1 <= seen[0] < 1.1
+
+
+async def test_a_source_that_catches_what_it_did_wrong_starves_nobody() -> None:
+    async def source() -> AsyncIterator[Any]:
+        while True:
+            with suppress(InvalidEventError):
+                yield {"wrong": True}
+
+    async with open_stream(EventSourceResponse(source())) as stream:
+        assert b"opened" in await stream.read()
+        with anyio.fail_after(5):
+            await stream.disconnect()
 
 
 async def test_a_stuck_stream_does_not_hold_up_the_others() -> None:

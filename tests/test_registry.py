@@ -10,6 +10,7 @@ import pytest
 
 from asgi_sse import DrainReport, EventDecoder, EventSourceResponse, Request, StreamRegistry, create_app
 from asgi_sse.registry import current_heartbeat, default_registry
+from asgi_sse.stream import Stream
 from asgi_sse.testing import open_stream
 
 pytestmark = pytest.mark.anyio
@@ -252,6 +253,31 @@ async def test_what_finished_streams_leave_in_the_heartbeat_is_bounded() -> None
         async with open_stream(response) as stream:
             await stream.receive()
     assert len(current_heartbeat()._entries) < 150
+
+
+async def test_the_heartbeat_rests_while_an_expired_stream_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = 0
+    tick = Stream.tick
+
+    def counting(stream: Stream) -> float:
+        nonlocal ticks
+        ticks += 1
+        assert ticks < 20, "the heartbeat spins"
+        return tick(stream)
+
+    async def fast() -> AsyncIterator[str]:
+        while True:
+            yield "x" * 10_000
+
+    monkeypatch.setattr(Stream, "tick", counting)
+    response = EventSourceResponse(fast(), max_lifetime=1, send_timeout=None)
+    async with open_stream(response, capacity=1) as stream:
+        for _ in range(10):
+            await anyio.sleep(1)
+        while await stream.read():
+            pass
+        assert stream.complete
+    assert ticks >= 1
 
 
 async def test_drain_without_streams_and_twice() -> None:

@@ -435,6 +435,33 @@ async def test_two_tasks_read_one_body() -> None:
     assert bodies == [b"ab", b"ab"]
 
 
+async def test_a_task_reads_the_body_while_the_stream_watches() -> None:
+    """One reader of `receive()` at a time, whoever it is, and the disconnect is seen by the one that is left."""
+    bodies = []
+
+    async def endpoint(request: Request) -> Any:
+        async def source() -> AsyncIterator[str]:
+            async with anyio.create_task_group() as tasks:
+
+                async def read() -> None:
+                    bodies.append(await request.body())
+
+                tasks.start_soon(read)
+                await anyio.sleep(5)
+                yield "x"
+                await anyio.sleep_forever()
+
+        return source()
+
+    async with open_stream(
+        in_pieces(create_app({"/": endpoint}, open_timeout=10), [b"a", b"b", b"c"], 1), method="POST"
+    ) as stream:
+        await stream.receive(timeout=10)
+        with anyio.fail_after(5):
+            await stream.disconnect()
+    assert bodies == [b"abc"]
+
+
 async def test_a_returned_app_gets_an_empty_body_that_was_read() -> None:
     async def reading_app(scope: Any, receive: Any, send: Any) -> None:
         assert await receive() == {"type": "http.request", "body": b"", "more_body": False}

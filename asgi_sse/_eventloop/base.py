@@ -19,7 +19,7 @@ class Child(ABC):
 
     @abstractmethod
     def spare(self) -> None:
-        """The task cleans up from now on: a cancellation that has not reached it yet shall not either."""
+        """The task cleans up from now on: a cancellation that has not reached it yet shall not, nor one to come."""
 
     @abstractmethod
     def cancel_again(self) -> None:

@@ -57,16 +57,18 @@ class AsyncioLoop(EventLoop):
 
 
 class AsyncioChild(Child):
-    __slots__ = ("_task",)
+    __slots__ = ("_spared", "_task")
 
     def __init__(self, task: asyncio.Task[None]) -> None:
         self._task = task
+        self._spared = False
 
     def cancel(self) -> None:
-        self._task.cancel()
+        if not self._spared:
+            self._task.cancel()
 
     def spare(self) -> None:
-        pass  # asyncio raises a cancellation at the next step, whatever that is
+        self._spared = True
 
     def cancel_again(self) -> None:
         self._task.cancel()
@@ -89,10 +91,10 @@ class AsyncioWait(Wait):
 
     def __exit__(self, kind: object, exc: object, traceback: object) -> bool | None:
         task, self._task = self._task, None
+        if task is None or not self._called_off:
+            return None
         # As asyncio.timeout does: take our own cancellation back, and no other one.
-        return (
-            self._called_off and kind is asyncio.CancelledError and task is not None and task.uncancel() <= self._before
-        )
+        return task.uncancel() <= self._before and kind is asyncio.CancelledError
 
     def call_off(self) -> None:
         if self._called_off or (self._task is not None and self._task is asyncio.current_task()):

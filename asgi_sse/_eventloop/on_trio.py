@@ -55,12 +55,13 @@ class TrioChild(Child):
 
     trio cancels a scope for good: every later wait raises again, which would cut short a ``finally``
     that waits. So the task runs in two scopes; the outer one is cancelled, and the inner one turns
-    into a shield at the moment in which the first ``Cancelled`` is handed in.
+    into a shield when the task goes on after it was told so for the first time.
     """
 
-    __slots__ = ("_inner", "_outer")
+    __slots__ = ("_delivered", "_inner", "_outer")
 
     def __init__(self) -> None:
+        self._delivered = False
         self._outer = trio.CancelScope()
         self._inner = trio.CancelScope()
 
@@ -75,6 +76,7 @@ class TrioChild(Child):
         self._inner.shield = True
 
     def cancel_again(self) -> None:
+        self._outer.cancel()
         self._inner.shield = False
 
     @types.coroutine
@@ -83,19 +85,30 @@ class TrioChild(Child):
             trap = coroutine.send(None)
             while True:
                 try:
-                    outcome = yield trap
+                    outcome = yield self._noticing(trap)
                 except BaseException as exc:  # trio throws for a trap that it does not know, such as one of asyncio's
                     trap = coroutine.throw(exc)
                     continue
-                # What trio hands to a waiting task is an outcome.Value or outcome.Error. An Error while our scope is
-                # cancelled is that cancellation, or else coincides with it, and is as good a reason to clean up.
-                if self._outer.cancel_called and hasattr(outcome, "error"):
+                if self._delivered:
                     self._inner.shield = True
                 trap = coroutine.send(outcome)
         except StopIteration:
             return
         finally:
             coroutine.close()
+
+    def _noticing(self, trap: Any) -> Any:
+        # A wait is told of a cancellation by its abort function. A nursery does not raise it there and then, but when
+        # its children have ended; so what is handed in when the task goes on does not tell.
+        abort = getattr(trap, "abort_func", None)
+        if abort is None:
+            return trap
+
+        def notice(raise_cancel: Any) -> Any:
+            self._delivered = self._delivered or self._outer.cancel_called
+            return abort(raise_cancel)
+
+        return type(trap)(notice)
 
 
 class TrioWait(Wait):
