@@ -18,6 +18,7 @@ from asgi_sse import (
     InvalidEventError,
     SendTimeoutError,
     ServerSentEvent,
+    SSEError,
     StreamClosedError,
     StreamRegistry,
 )
@@ -856,6 +857,26 @@ async def test_a_blocked_synchronous_source_does_not_hold_the_disconnect() -> No
     assert not closed.is_set()
     release.set()
     assert await anyio.to_thread.run_sync(closed.wait, 5)
+
+
+@pytest.mark.real_time
+async def test_threads_are_bounded_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asgi_sse.source._threads", threading.BoundedSemaphore(1))
+    release = threading.Event()
+
+    def source() -> Any:
+        yield "x"
+        release.wait(30)
+
+    async with open_stream(EventSourceResponse(source())) as first:
+        await first.receive()
+        with pytest.raises(SSEError, match="synchronous sources run already"):
+            async with open_stream(EventSourceResponse(source())):
+                pass
+        release.set()
+        assert [event async for event in first] == []
+    async with open_stream(EventSourceResponse(["next"])) as after:
+        assert (await after.receive()).data == "next"
 
 
 @pytest.mark.real_time
