@@ -224,7 +224,7 @@ class Outbox:
     """
 
     __slots__ = (
-         "_cut", "_dirty",  "_farewell", "_feed", "_flusher", "_head", "_inserts", "_last", "_loop", "_owner",
+        "_cut", "_dirty", "_farewell", "_feed", "_flusher", "_head", "_inserts", "_last", "_loop", "_owner",
         "_sender", "_state", "bytes_sent", "idle_since", "opened", "waiting_since",
     )  # fmt: skip
 

@@ -34,7 +34,6 @@ _LAST_CALL: Final = 0.1
 _ABORT_WAIT: Final = 1.0
 """Seconds that the server has to report the end of an aborted connection: it then logs no error."""
 
-
 _SENT: Final[Message] = {}  # in place of a head, of which an idle stream need not keep a copy
 
 
@@ -385,13 +384,11 @@ class Stream:
         self._keeper.arm(self, self._next_check())
 
     def close(self, reason: CloseReason) -> None:
-        """Begin to close, unless that has begun already: the first reason counts."""
+        """Begin to end the body, unless that has begun already: the first reason counts."""
         if self.reason is not None:
             return
         if reason == "failed" and not self._outbox.opened:
             self._over("failed")  # early enough for the caller to answer with a status of its own
-        elif reason in ("disconnected", "timed_out"):
-            self._over(reason)
         else:
             self._finish(reason)
 
