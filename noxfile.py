@@ -79,6 +79,7 @@ def wheel(session: nox.Session) -> None:
 def stress(session: nox.Session) -> None:
     """The tests of streams under stress, at their full size; the tests run a sample of each."""
     session.install("-e", ".[test]")
+    session.run("python", "-m", "pytest", "-rP", "tests/test_hostile.py", "-k", "test_hostile_source")
     session.run("python", "-m", "pytest", "-rP", "tests/test_stress.py", env={"ASGI_SSE_STRESS": "full"})
 
 

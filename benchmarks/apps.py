@@ -6,7 +6,10 @@ from typing import Any
 
 
 def raw() -> Any:
-    """No library at all: one send an event, and a turn of the loop, without which nobody else would have one."""
+    """No library at all, and no more than an endless stream needs: its source, one send an event, and a watch.
+
+    ``/gen`` gives the loop a turn after each send, without which nobody else would have one.
+    """
     start = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
 
     async def watch(receive: Any, task: Any) -> None:
@@ -21,14 +24,13 @@ def raw() -> Any:
             await send({"type": "lifespan.shutdown.complete"})
             return
         await send(start)
-        if scope["path"] == "/idle":
-            await send({"type": "http.response.body", "body": b"data: first\n\n", "more_body": True})
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            return
         watcher = asyncio.create_task(watch(receive, asyncio.current_task()))
         number = 0
         try:
+            if scope["path"] == "/idle":
+                async for event in idle():
+                    body = f"data: {event['data']}\n\n".encode()
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
             while True:
                 number += 1
                 body = b'id: %d\ndata: {"token": "hello world %d"}\n\n' % (number, number)

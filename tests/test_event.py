@@ -4,14 +4,24 @@ import copy
 import enum
 import json
 import pickle
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asgi_sse import EventDecoder, InvalidEventError, JSONServerSentEvent, ServerSentEvent, SSEError
+from asgi_sse import (
+    EventDecoder,
+    EventSourceResponse,
+    InvalidEventError,
+    JSONServerSentEvent,
+    ServerSentEvent,
+    SSEError,
+)
 
 VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())["vectors"]
 
@@ -194,3 +204,49 @@ def test_no_field_injects_another(junk: bytes) -> None:
             continue
         assert len(decode(event.encode())) == 1
     assert [e.data for e in decode(ServerSentEvent("x", comment=text).encode())] == ["x"]
+
+
+_lines = st.text(st.sampled_from("ab \x00\n\r\x1b\x7f-é\u2028\ud800"), max_size=4)
+
+
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "data": st.none() | _lines | st.integers() | st.booleans(),
+                "event": st.none() | _lines,
+                "id": st.none() | _lines | st.integers(),
+                "retry": st.none() | st.integers(0, 9),
+                "comment": st.none() | _lines,
+                "other": st.none(),
+            },
+        )
+        | _lines
+    )
+)
+def test_an_item_is_the_event_that_it_stands_for(items: list[Any]) -> None:
+    """Byte for byte, and refused alike, whichever way through the encoder it takes."""
+    expected = b""
+    for item in items:
+        with suppress(InvalidEventError, TypeError):
+            expected += (ServerSentEvent(**item) if isinstance(item, dict) else ServerSentEvent(item)).encode()
+
+    async def source() -> AsyncIterator[Any]:
+        for item in items:
+            with suppress(InvalidEventError):
+                yield item
+
+    sent = bytearray()
+
+    async def send(message: Any) -> None:
+        sent.extend(message.get("body", b""))
+
+    response = EventSourceResponse(source(), retry=None, opening_comment=False)
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+
+    async def receive() -> Any:
+        await anyio.sleep_forever()
+
+    anyio.run(response, scope, receive, send)
+    assert sent == expected

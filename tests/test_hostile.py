@@ -1,6 +1,6 @@
 """Sources that do not do as they are told: each ends once, with its reason, in its time, on asyncio and trio.
 
-The parameters are the table of what is promised.
+The parameters are the table of what is promised; what each did is printed, for ``pytest -rP``.
 """
 
 import asyncio
@@ -209,6 +209,7 @@ async def test_hostile_source(
     seconds: float,
     error: type[BaseException] | None,
     anyio_backend_name: str,
+    request: pytest.FixtureRequest,
 ) -> None:
     if "asyncio" in source.__code__.co_names and anyio_backend_name == "trio":
         pytest.skip("it uses asyncio itself")
@@ -238,6 +239,9 @@ async def test_hostile_source(
                 pass
             assert not stream.complete
         took = anyio.current_time() - began
+    outcome = "left behind" if registry.statistics().abandoned else f"finally {log.finals} x"
+    backend = request.node.callspec.params["anyio_backend"]
+    print(f"{source.__name__:40} {backend:14} {outcome:12} {','.join(reasons):12} {took:5.2f} s")
     assert (log.finals, reasons) == (finals, [reason])
     assert seconds <= took < seconds + 0.05
     assert raised is None if error is None else type(raised) is error
