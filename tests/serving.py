@@ -16,12 +16,15 @@ SERVERS: dict[str, list[str]] = {
     "uvicorn-httptools-uvloop": ["uvicorn", "--http=httptools", "--loop=uvloop"],
     "uvicorn-httptools-asyncio": ["uvicorn", "--http=httptools", "--loop=asyncio"],
     "uvicorn-h11-asyncio": ["uvicorn", "--http=h11", "--loop=asyncio"],
+    "uvicorn-zttp": ["uvicorn", "--http=zttp"],
+    "uvicorn-zttp-h2": ["uvicorn", "--http=zttp", "--http2"],
     "hypercorn-asyncio": ["hypercorn", "--worker-class=asyncio"],
     "hypercorn-trio": ["hypercorn", "--worker-class=trio"],
     "hypercorn-asyncio-h2": ["hypercorn", "--worker-class=asyncio"],
     "hypercorn-trio-h2": ["hypercorn", "--worker-class=trio"],
     "granian": ["granian", "--interface=asgi", "--no-log"],
     "granian-h2": ["granian", "--interface=asgi", "--no-log"],
+    "daphne": ["daphne"],
 }
 
 
@@ -35,7 +38,8 @@ def free_port() -> int:
 def command(server: str, app: str, port: int) -> list[str]:
     """The command line that serves `app` (``module:name``)."""
     module, *options = SERVERS[server]
-    address = {"hypercorn": [f"--bind=127.0.0.1:{port}"]}.get(module, ["--host=127.0.0.1", f"--port={port}"])
+    addresses = {"hypercorn": [f"--bind=127.0.0.1:{port}"], "daphne": ["--bind=127.0.0.1", f"--port={port}"]}
+    address = addresses.get(module, ["--host=127.0.0.1", f"--port={port}"])
     return [sys.executable, "-m", module, *options, *address, app]
 
 

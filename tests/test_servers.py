@@ -129,6 +129,8 @@ def test_requests(server: Server) -> None:
 
 
 def test_a_source_that_breaks_does_not_look_complete(server: Server) -> None:
+    if server.name == "daphne":
+        pytest.skip("daphne leaves the connection of any app that failed after the head open")
     body = b""
     with (
         pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)),
@@ -142,8 +144,8 @@ def test_a_source_that_breaks_does_not_look_complete(server: Server) -> None:
 
 
 def test_a_client_that_does_not_read_is_dropped(server: Server) -> None:
-    if server.h2 and server.name.startswith("hypercorn"):
-        pytest.skip("over HTTP/2, hypercorn's send takes everything and never waits")
+    if server.name in ("hypercorn-asyncio-h2", "hypercorn-trio-h2", "uvicorn-zttp-h2", "daphne"):
+        pytest.skip("this server's send takes everything and never waits")
     name, authority = "stuck", f"127.0.0.1:{server.port}"
     with socket.create_connection(("127.0.0.1", server.port)) as sock:
         if server.h2:
