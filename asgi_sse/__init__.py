@@ -11,6 +11,7 @@ from .errors import (
     StreamClosedError,
 )
 from .event import JSONServerSentEvent, ServerSentEvent
+from .middleware import SSEMiddleware
 from .registry import DrainReport, StreamRegistry
 from .response import EventSourceResponse
 from .routing import HTTPError, Request
@@ -28,6 +29,7 @@ __all__ = [
     "JSONServerSentEvent",
     "Request",
     "SSEError",
+    "SSEMiddleware",
     "SendTimeoutError",
     "ServerSentEvent",
     "StreamClosedError",

@@ -107,21 +107,14 @@ def _demo(options: argparse.Namespace) -> int:
         return _fail(f"cannot listen on {host} port {port}: {reason}; give another --host or --port")
 
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
-    app = create_demo()
 
     class DemoServer(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             print(f"The demo runs at {url} (Ctrl-C ends it)", flush=True)  # noqa: T201
 
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            # uvicorn sends lifespan.shutdown only when the last response has ended, and streams have no end of
-            # their own. Begun and not awaited, so that uvicorn does the waiting: a second Ctrl-C cuts it short.
-            app.registry.begin_drain()
-            await super().shutdown(sockets)
-
     with listener:
-        DemoServer(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+        DemoServer(uvicorn.Config(create_demo(), log_level="warning")).run(sockets=[listener])
     # uvicorn raises the signal again that ended it. Still here: SIGINT, which the parent has made this process ignore.
     return _INTERRUPTED
 

@@ -4,7 +4,8 @@ import heapq
 import logging
 import math
 import random
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -15,6 +16,8 @@ from anyio.lowlevel import RunVar
 
 from ._eventloop import EventLoop, current_loop
 from ._types import CloseReason
+from .server import Server
+from .shutdown import ShutdownWatch
 from .stream import Stream
 
 logger = logging.getLogger(__name__)
@@ -22,6 +25,9 @@ logger = logging.getLogger(__name__)
 _AFTER_DEADLINE: Final = 2.5
 """Seconds past its deadline for which `drain` waits for streams that it has cancelled by then: one each for the end of
 a body that nobody takes and for the server to report the end of its connection."""
+
+_DOUBT: Final = 5.0
+"""Seconds past the drain's deadline after which a server that was said to stop by a signal alone is taken to run on."""
 
 _VOID: Final = 64
 """Void entries from which on it is worth to look whether they are the most."""
@@ -142,10 +148,28 @@ class RegistryStatistics:
     longest_wait: float
 
 
+class _Drain:
+    """A drain under way: the streams that it waits for."""
+
+    __slots__ = ("emptied", "loop", "remaining")
+
+    def __init__(self, loop: EventLoop, streams: Iterable[Stream]) -> None:
+        self.loop = loop
+        self.remaining = set(streams)
+        self.emptied = anyio.Event()
+
+    def discard(self, stream: Stream) -> None:
+        if stream in self.remaining:
+            self.remaining.discard(stream)
+            if not self.remaining:
+                self.loop.call_threadsafe(self.emptied.set)
+
+
 class StreamRegistry:
     """The running streams of one app, and how they end when its server stops.
 
-    Iterating gives the running streams, ``len()`` counts them.
+    Iterating gives the running streams, ``len()`` counts them. One registry may serve several servers in
+    one process: when one of them stops, the streams of the others go on.
 
     Args:
         drain_timeout: Seconds that streams have to end when the server stops.
@@ -157,18 +181,18 @@ class StreamRegistry:
     """
 
     def __init__(self, *, drain_timeout: float = 10.0, drain_retry: tuple[int, int] = (1000, 5000)) -> None:
-        if isinstance(drain_timeout, bool) or not isinstance(drain_timeout, int | float) or not drain_timeout >= 0:
-            raise ValueError(f"drain_timeout={drain_timeout!r} is no length of time; give seconds of at least 0")
         low, high = drain_retry
         if not (isinstance(low, int) and isinstance(high, int) and 0 <= low <= high):
             raise ValueError(f"drain_retry={drain_retry!r} is no range; give two whole milliseconds, the lower first")
-        self._drain_timeout = drain_timeout
+        self._drain_timeout = _seconds("drain_timeout", drain_timeout)
         self._drain_retry = (low, high)
         self._streams: dict[Stream, Heartbeat] = {}
         self._abandoned: set[Stream] = set()  # kept, or asyncio could collect a task that still runs
-        self._draining = False
-        self._drain_within = drain_timeout
-        self._emptied: dict[anyio.Event, EventLoop] = {}
+        self._draining = False  # as a whole
+        # Servers that stop, each with the time of its loop from when on it does not any more.
+        self._stopping: weakref.WeakKeyDictionary[Server, float] = weakref.WeakKeyDictionary()
+        self._watches: weakref.WeakKeyDictionary[Server, ShutdownWatch] = weakref.WeakKeyDictionary()
+        self._drains: list[_Drain] = []
         self._opened = 0
         self._closed: dict[CloseReason, int] = {}
         self._events = 0
@@ -182,8 +206,8 @@ class StreamRegistry:
 
     @property
     def draining(self) -> bool:
-        """Whether the server is stopping: streams that come now are told to return later."""
-        return self._draining
+        """Whether a server is stopping, or `begin_drain` or `drain` was called: who comes is told to return."""
+        return self._draining or bool(self._stopping)
 
     def statistics(self) -> RegistryStatistics:
         """The figures as of now."""
@@ -205,31 +229,55 @@ class StreamRegistry:
     def begin_drain(self) -> None:
         """Ask every stream to end; give those that watch ``Request.draining`` time for it.
 
-        Safe from any thread, and from a callback of a signal handler. Idempotent.
+        Safe from any thread, and from a handler of a signal. Idempotent. Lasts until a server starts with
+        this registry.
         """
-        self._begin_drain(self._drain_timeout)
+        self._draining = True
+        self._begin(list(self._streams), self._drain_timeout)
 
     async def drain(self, timeout: float | None = None) -> DrainReport:
-        """End every stream, and wait for it.
+        """End every stream, and wait for it. Lasts until a server starts with this registry.
 
         Args:
             timeout: Seconds for it; ``None``: ``drain_timeout``.
 
         Returns:
             What became of the streams.
+
+        Raises:
+            ValueError: `timeout` is no length of time.
         """
+        within = self._drain_timeout if timeout is None else _seconds("timeout", timeout)
+        self._draining = True
+        return await self._drain(list(self._streams), within, "by call")
+
+    def _begin(self, streams: list[Stream], within: float) -> None:
+        """Ask `streams` to end, each in its own loop. One that is draining already keeps the earlier deadline."""
+        loops: dict[EventLoop, list[Stream]] = {}
+        for stream in streams:
+            loops.setdefault(stream.loop, []).append(stream)
+        for loop, those in loops.items():
+            loop.call_threadsafe(partial(self._drain_streams, those, within))
+
+    def _drain_streams(self, streams: list[Stream], within: float) -> None:
+        for stream in streams:
+            stream.drain(self.farewell_retry(), stream.loop.time() + within)
+
+    async def _drain(self, streams: list[Stream], within: float, cause: str) -> DrainReport:
         loop = current_loop()
         began = loop.time()
-        within = self._drain_timeout if timeout is None else timeout
-        streams = list(self)
-        self._begin_drain(within)
-        with anyio.move_on_after(within + _AFTER_DEADLINE):
-            while self._streams:
-                emptied = anyio.Event()
-                self._emptied[emptied] = loop
-                await emptied.wait()
-        abandoned = sum(stream in self._streams or stream.abandoned for stream in streams)
-        cancelled = sum(stream.forced and not (stream in self._streams or stream.abandoned) for stream in streams)
+        drain = _Drain(loop, streams)
+        self._drains.append(drain)
+        self._begin(streams, within)
+        try:
+            with anyio.move_on_after(within + _AFTER_DEADLINE):
+                if drain.remaining:
+                    await drain.emptied.wait()
+        finally:
+            self._drains.remove(drain)
+        left = drain.remaining
+        abandoned = sum(stream in left or stream.abandoned for stream in streams)
+        cancelled = sum(stream.forced and not (stream in left or stream.abandoned) for stream in streams)
         finished = sum(stream.ended_itself and not stream.forced for stream in streams)
         report = DrainReport(
             finished=finished,
@@ -239,21 +287,58 @@ class StreamRegistry:
             seconds=loop.time() - began,
         )
         if streams:
-            logger.info("drained %d streams: %s", len(streams), report)
+            logger.info("drained %d streams (%s): %s", len(streams), cause, report)
         return report
 
-    def _begin_drain(self, within: float) -> None:
-        self._drain_within = within
-        self._draining = True
-        for stream in self:  # one that is draining already keeps its deadline, if that is earlier
-            stream.loop.call_threadsafe(partial(self._drain_stream, stream))
+    # What a server's requests and lifespan need (response, middleware)
 
-    def _drain_stream(self, stream: Stream) -> None:
-        stream.drain(self.farewell_retry(), stream.loop.time() + self._drain_within)
+    def watch(self, server: Server) -> None:
+        """Learn from `server` itself that it stops, before its lifespan tells. Called in its event loop."""
+        if server not in self._watches:
+            self._watches[server] = ShutdownWatch(server, self._server_stops)
 
-    def reopen(self) -> None:
-        """A server starts with this registry: what an earlier one left is over."""
+    def is_draining(self, server: Server) -> bool:
+        """Whether streams that come through `server` now are told to return later."""
+        if self._draining or not self._stopping:
+            return self._draining
+        now = server.loop.time()
+        marks = [(stops, until) for stops, until in list(self._stopping.items()) if stops.covers(server)]
+        for stops, until in marks:
+            if now >= until:
+                del self._stopping[stops]
+        return any(now < until for _, until in marks)
+
+    def start(self, server: Server) -> None:
+        """`server` starts with this registry: what an earlier one left is over."""
         self._draining = False
+        for stopped in [stopped for stopped in self._stopping if stopped.covers(server)]:
+            del self._stopping[stopped]
+
+    async def stop(self, server: Server) -> DrainReport:
+        """`server` says that it stops: end its streams, and wait for it."""
+        self._stopping[server] = math.inf
+        report = await self._drain(self._streams_of(server), self._drain_timeout, "lifespan.shutdown")
+        watch = self._watches.pop(server, None)
+        if watch is not None:
+            watch.close()
+        return report
+
+    def _server_stops(self, server: Server, cause: str, certain: bool) -> None:  # noqa: FBT001
+        known = self.is_draining(server)
+        until = math.inf if certain else server.loop.time() + self._drain_timeout + _DOUBT
+        self._stopping[server] = max(until, self._stopping.get(server, 0.0))
+        if not known:
+            streams = self._streams_of(server)
+            # Asked in this turn: daphne cancels what still runs in the next one.
+            self._drain_streams(streams, self._drain_timeout)
+
+            async def report() -> None:
+                await self._drain(streams, self._drain_timeout, cause)
+
+            server.loop.spawn(report)
+
+    def _streams_of(self, server: Server) -> list[Stream]:
+        return [stream for stream in list(self._streams) if server.covers(stream.server)]
 
     # What a stream needs (stream.Keeper)
 
@@ -261,8 +346,8 @@ class StreamRegistry:
         """See `stream.Keeper`."""
         self._streams[stream] = current_heartbeat()
         self._opened += 1
-        if self._draining:  # by another thread, since the response looked
-            self._drain_stream(stream)
+        if self.is_draining(stream.server):  # by another thread, since the response looked
+            self._drain_streams([stream], self._drain_timeout)
 
     def arm(self, stream: Stream, when: float) -> None:
         """See `stream.Keeper`."""
@@ -284,19 +369,24 @@ class StreamRegistry:
         self._closed[reason] = self._closed.get(reason, 0) + 1
         self._events += stream.events
         self._bytes += stream.bytes_sent
-        if not self._streams:
-            for emptied, loop in self._emptied.items():
-                loop.call_threadsafe(emptied.set)
-            self._emptied.clear()
+        for drain in list(self._drains):
+            drain.discard(stream)
 
 
 _default: RunVar[StreamRegistry] = RunVar("asgi_sse default registry")
 
 
 def default_registry() -> StreamRegistry:
-    """The registry of streams that were given none, in the running event loop. One that has drained is replaced."""
-    registry = _default.get(None)
-    if registry is None or (registry.draining and not len(registry)):
+    """The registry of streams that were given none, in the running event loop."""
+    try:
+        return _default.get()
+    except LookupError:
         registry = StreamRegistry()
         _default.set(registry)
-    return registry
+        return registry
+
+
+def _seconds(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        raise ValueError(f"{name}={value!r} is no length of time; give seconds of at least 0")
+    return value

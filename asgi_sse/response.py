@@ -14,6 +14,7 @@ from .event import JSONDumps, ServerSentEvent
 from .inbox import Inbox
 from .options import StreamOptions
 from .registry import StreamRegistry, default_registry
+from .server import Server, server_of
 from .source import check_content, iterate
 from .stream import DrainingEvent, Stream
 
@@ -40,6 +41,7 @@ class Defaults:
 
     registry: StreamRegistry
     options: StreamOptions
+    watch: bool = True  # for the server's shutdown
 
 
 _PLAIN: Final = StreamOptions()
@@ -149,14 +151,14 @@ class EventSourceResponse:
         """
         if scope["type"] != "http":
             raise TypeError(f"an event stream answers HTTP requests, not {scope['type']!r}")
-        await self.serve(scope, Inbox(receive), send, DrainingEvent())
+        await self.serve(scope, Inbox(receive), send, server_of(send), DrainingEvent())
 
     @property
     def opened(self) -> bool:
         """Whether the head is sent, or will be: from then on no other status is possible."""
         return self._stream is not None and self._stream.opened
 
-    def serve(self, scope: Scope, inbox: Inbox, send: Send, draining: DrainingEvent) -> Awaitable[None]:
+    def serve(self, scope: Scope, inbox: Inbox, send: Send, server: Server, draining: DrainingEvent) -> Awaitable[None]:
         """As `__call__`, for a request of which parts may have been read.
 
         Not a coroutine function: its frame would stay with each idle stream.
@@ -175,7 +177,9 @@ class EventSourceResponse:
         head: Message = {"type": "http.response.start", "status": self._status, "headers": list(self._headers)}
         if scope["method"] == "HEAD":
             return _send_at_once(send, head, b"", options.send_timeout, source)
-        if registry.draining:  # a 503 would stop a browser's EventSource for good
+        if defaults is None or defaults.watch:
+            registry.watch(server)
+        if registry.is_draining(server):  # a 503 would stop a browser's EventSource for good
             farewell = ServerSentEvent(retry=registry.farewell_retry()).encode(options.sep)
             return _send_at_once(send, head, farewell, options.send_timeout, source)
         self._stream = Stream(
@@ -185,6 +189,7 @@ class EventSourceResponse:
             client=scope.get("client"),
             inbox=inbox,
             send=send,
+            server=server,
             options=options,
             keeper=registry,
             draining=draining,

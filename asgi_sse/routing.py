@@ -14,6 +14,7 @@ from ._types import ASGIApp, Receive, Scope, Send
 from .errors import StreamClosedError, shown
 from .inbox import Inbox
 from .response import SCOPE_KEY, Defaults, EventSourceResponse, encode_header
+from .server import Server, server_of
 from .stream import DrainingEvent
 
 _METHODS: Final = ("GET", "HEAD", "POST")  # POST since prompts are too large for a URL
@@ -91,11 +92,12 @@ class Request:
         scope: The ASGI scope.
     """
 
-    __slots__ = ("_draining", "_headers", "_inbox", "_query", "scope")
+    __slots__ = ("_draining", "_headers", "_inbox", "_query", "_server", "scope")
 
-    def __init__(self, scope: Scope, inbox: Inbox) -> None:
+    def __init__(self, scope: Scope, inbox: Inbox, server: Server) -> None:
         self.scope = scope
         self._inbox = inbox
+        self._server = server
         self._draining = DrainingEvent()
         self._headers: Values | None = None
         self._query: Values | None = None
@@ -172,7 +174,7 @@ class Request:
         """
         self._draining.watched = True
         defaults: Defaults | None = self.scope.get(SCOPE_KEY)
-        if defaults is not None and defaults.registry.draining:
+        if defaults is not None and defaults.registry.is_draining(self._server):
             self._draining.set()
         return self._draining
 
@@ -350,7 +352,8 @@ class _Endpoint:
             await send_text(scope, send, HTTPError(405, headers={"allow": ", ".join(_METHODS)}))
             return
         inbox = Inbox(receive)
-        request = Request(scope, inbox)
+        server = server_of(send)
+        request = Request(scope, inbox, server)
         response: EventSourceResponse | None = None
         try:
             result = self._function(request) if self._takes_request else self._function()
@@ -358,7 +361,8 @@ class _Endpoint:
                 result = await result
             if isinstance(result, EventSourceResponse) or not callable(result):
                 response = result if isinstance(result, EventSourceResponse) else self._respond(result)
-                await response.serve(scope, inbox, send, request._draining)  # noqa: SLF001 (looking would ask for grace)
+                draining = request._draining  # noqa: SLF001 (looking would ask for grace)
+                await response.serve(scope, inbox, send, server, draining)
                 return
         except StreamClosedError:
             if not inbox.disconnected:

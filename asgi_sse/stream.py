@@ -17,14 +17,14 @@ from typing import Any, Final, Protocol, cast
 import anyio
 import anyio.lowlevel
 
-from ._eventloop import Child, EventLoop, Wait, current_loop
+from ._eventloop import Child, EventLoop, Wait
 from ._types import CloseReason, Message, Send
 from .errors import InvalidEventError, SendTimeoutError, StreamClosedError
 from .event import ServerSentEvent, encode_item
 from .inbox import Inbox
 from .options import StreamOptions
 from .outbox import Buffer, Outbox, current_flusher
-from .transport import abort_transport
+from .server import Server, abort_transport
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,6 @@ class _State(Enum):
 
 class Keeper(Protocol):
     """What a stream needs of the registry that keeps it."""
-
-    @property
-    def draining(self) -> bool:
-        """Whether the server is stopping."""
-        ...
 
     def add(self, stream: "Stream") -> None:
         """The stream has begun."""
@@ -107,7 +102,7 @@ class Stream:
         "__weakref__", "_began", "_child", "_context", "_deadline", "_draining", "_error", "_farewell", "_head",
         "_inbox", "_keeper", "_lifetime_ends", "_loop", "_open_at", "_options", "_outbox", "_pumping", "_send",
         "_source", "_source_done", "_state", "_stopped", "_wait", "abandoned", "buffer", "check_at", "client",
-        "ended_itself", "entry", "forced", "path", "reason",
+        "ended_itself", "entry", "forced", "path", "reason", "server",
     )  # fmt: skip
 
     def __init__(
@@ -119,12 +114,14 @@ class Stream:
         client: Any,
         inbox: Inbox,
         send: Send,
+        server: Server,
         options: StreamOptions,
         keeper: Keeper,
         draining: DrainingEvent,
     ) -> None:
-        loop = current_loop()
+        loop = server.loop
         self._loop: EventLoop = loop
+        self.server = server
         self._source: AsyncIterator[Any] | None = source  # until it is closed
         self._head = head
         self._inbox = inbox
@@ -220,7 +217,7 @@ class Stream:
                 await self._inbox.watch()
         finally:
             # The client has left, or the server cancels the request, unless the end has begun already.
-            self._over("disconnected" if self._inbox.disconnected or not self._keeper.draining else "drained")
+            self._over("disconnected" if self._inbox.disconnected or not self._draining.is_set() else "drained")
             try:
                 await self._clean_up()
             finally:
@@ -255,11 +252,13 @@ class Stream:
         if self._child is not None:
             self._child.cancel_again()
             await self._wait_for_source(_LAST_CALL)
+        time = (
+            "before the server's deadline"
+            if self.forced
+            else f"within {self._options.cleanup_timeout} s (cleanup_timeout)"
+        )
         left = "was left behind" if self._child is not None else "obeyed when it was cancelled once more"
-        logger.warning(
-            "the source of %s was not cleaned up within %s s (cleanup_timeout) and %s: %r",
-            self.path, self._options.cleanup_timeout, left, source,
-        )  # fmt: skip
+        logger.warning("the source of %s was not cleaned up %s and %s: %r", self.path, time, left, source)
 
     async def _tell_reason(self) -> None:
         if self._options.on_close is None:
@@ -459,6 +458,11 @@ class Stream:
         """Do what is due. Gives when to look again, in the loop's time; ``inf`` for never."""
         now = self._loop.time()
         if self._outbox.done:
+            if now < self._deadline:
+                return self._deadline
+            if self._source_done is not None:  # its clean-up takes longer than the server may
+                self.forced = True
+                self._source_done.set()
             return math.inf
         if now >= self._deadline:
             self.forced = True

@@ -19,7 +19,6 @@ import asyncio
 import codecs
 import os
 import re
-import signal
 import stat
 import sys
 import zlib
@@ -27,12 +26,11 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import closing, suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import anyio
 
-from asgi_sse import HTTPError, Request, ServerSentEvent, create_app
-from asgi_sse.app import SSEApp
+from asgi_sse import HTTPError, Request, ServerSentEvent, SSEMiddleware, StreamRegistry, create_app
 
 CHUNK = 65_536
 MAX_LINE = 1_048_576
@@ -234,7 +232,7 @@ def _end_of_lines(file: FileIO) -> int:
     return start + os.pread(file.fileno(), CHUNK, start).rfind(b"\n") + 1
 
 
-def tail_app(path: str | Path, *, interval: float = 0.1) -> SSEApp:
+def tail_app(path: str | Path, *, interval: float = 0.1) -> SSEMiddleware:
     """The ASGI app that streams a log.
 
     Args:
@@ -254,41 +252,26 @@ def tail_app(path: str | Path, *, interval: float = 0.1) -> SSEApp:
     async def index(request: Request) -> None:
         raise HTTPError(200, f"curl -N http://{request.headers.get('host', 'HOST')}/events\n")
 
-    return create_app({"/": index, "/events": events})
+    registry = StreamRegistry(drain_timeout=0.5)  # until a client that does not read is dropped when the server stops
+    return create_app({"/": index, "/events": events}, registry=registry)
 
 
-def serve_uvicorn(app: SSEApp, host: str, port: int) -> None:
+def serve_uvicorn(app: SSEMiddleware, host: str, port: int) -> None:
     """Serve until Ctrl-C or SIGTERM."""
     import uvicorn  # noqa: PLC0415 (one of the two servers is enough)
 
-    class Server(uvicorn.Server):
-        async def shutdown(self, sockets: Any = None) -> None:
-            await app.registry.drain(0.5)  # else it would wait until all clients have left
-            await super().shutdown(sockets)
-
     with suppress(KeyboardInterrupt):  # raised once more behind the shutdown
-        Server(uvicorn.Config(app, host=host, port=port)).run()
+        uvicorn.run(app, host=host, port=port)
 
 
-def serve_hypercorn(app: SSEApp, host: str, port: int) -> None:
+def serve_hypercorn(app: SSEMiddleware, host: str, port: int) -> None:
     """Serve until Ctrl-C or SIGTERM."""
     from hypercorn.asyncio import serve  # noqa: PLC0415
     from hypercorn.config import Config  # noqa: PLC0415
 
-    async def main() -> None:
-        stop = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-
-        async def stopped() -> None:
-            await stop.wait()
-            await app.registry.drain(0.5)
-
-        config = Config()
-        config.bind = [f"{host}:{port}"]
-        await serve(app, config, shutdown_trigger=stopped)  # type: ignore[arg-type]  # its types are narrower than ASGI's
-
-    asyncio.run(main())
+    config = Config()
+    config.bind = [f"{host}:{port}"]
+    asyncio.run(serve(app, config))  # type: ignore[arg-type]  # its types are narrower than ASGI's
 
 
 def main() -> None:

@@ -13,11 +13,12 @@ PACKAGE = Path(asgi_sse.__file__).parent
 FLOORS = [
     {"_types", "errors"},
     {"event", "decoder", "_eventloop"},
-    {"outbox", "inbox", "transport", "source", "lifespan", "options"},
-    {"stream"},
+    {"outbox", "inbox", "server", "source", "lifespan", "options"},
+    {"stream", "shutdown"},
     {"registry"},
     {"response"},
     {"routing"},
+    {"middleware"},
     {"app"},
     {"testing", "cli", "demo", "__main__"},
 ]

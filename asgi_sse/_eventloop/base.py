@@ -2,7 +2,7 @@
 
 import contextvars
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from .._types import Message, Send
@@ -90,6 +90,10 @@ class EventLoop(ABC):
     @abstractmethod
     def spawn(self, main: Callable[[], Coroutine[Any, Any, None]]) -> Child:
         """Run `main`, which must not raise, in a task and a context of its own."""
+
+    @abstractmethod
+    def coroutines(self) -> Iterable[Any]:
+        """The coroutines of the tasks in which the server behind the current task may run."""
 
     @abstractmethod
     def wait(self) -> Wait:

@@ -4,7 +4,7 @@ import asyncio
 import contextvars
 import sys
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Final
 
 from .._types import Message, Send
@@ -48,6 +48,9 @@ class AsyncioLoop(EventLoop):
         # A plain task, whatever the loop's task factory: an eager one would run the source inside the request's step.
         task = asyncio.Task(main(), loop=self._loop, name="asgi_sse source", context=contextvars.copy_context())
         return AsyncioChild(task)
+
+    def coroutines(self) -> Iterable[Any]:
+        return [task.get_coro() for task in asyncio.all_tasks(self._loop)]
 
     def wait(self) -> Wait:
         return AsyncioWait()

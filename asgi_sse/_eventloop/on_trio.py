@@ -2,7 +2,7 @@
 
 import contextvars
 import types
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Iterable
 from typing import Any
 
 import trio
@@ -42,6 +42,12 @@ class TrioLoop(EventLoop):
         context = contextvars.copy_context()
         trio.lowlevel.spawn_system_task(child.run, main, name="asgi_sse source", context=context)
         return child
+
+    def coroutines(self) -> Iterable[Any]:
+        task: trio.lowlevel.Task | None = trio.lowlevel.current_task()
+        while task is not None:  # up to the one that all are children of
+            yield task.coro
+            task = task.parent_nursery.parent_task if task.parent_nursery is not None else None
 
     def wait(self) -> Wait:
         return TrioWait()

@@ -13,8 +13,9 @@ import anyio
 import psutil
 
 from .._types import Receive, Scope, Send
-from ..app import SSEApp, create_app
+from ..app import create_app
 from ..event import ServerSentEvent
+from ..middleware import SSEMiddleware
 from ..registry import StreamRegistry
 from ..routing import HTTPError, Request, send_text
 
@@ -116,7 +117,7 @@ async def _page(scope: Scope, _receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else _PAGE, "more_body": False})
 
 
-def create_demo() -> SSEApp:
+def create_demo() -> SSEMiddleware:
     """The demo: the page at ``/``, its stream at ``/figures``."""
     registry = StreamRegistry(drain_timeout=_DRAIN_TIMEOUT)
 

@@ -1,0 +1,223 @@
+"""Learns early that the server is stopping.
+
+``lifespan.shutdown`` comes too late: uvicorn and hypercorn send it after the last response has ended,
+and a stream has no end of its own. So a watch asks three sources, each of them best effort: the
+process's signals, chained; uvicorn's ``Server.shutdown``, which also runs where no signal came; and
+hypercorn's ``terminated`` event, since its workers get no signal. A server that is not known, or has
+changed, leaves what is left of them, and the lifespan.
+"""
+
+import asyncio
+import contextvars
+import functools
+import logging
+import signal
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Final
+
+from .server import Server
+
+if TYPE_CHECKING:
+    from ._eventloop import Child
+
+logger = logging.getLogger(__name__)
+
+_HYPERCORN: Final = ("hypercorn.asyncio.run", "hypercorn.trio.run")
+
+
+class ShutdownWatch:
+    """Watches one server, from now until it is closed or nobody holds it any more.
+
+    Args:
+        server: The server; the caller runs in its event loop.
+        stopping: A method, held weakly, that is called in the server's event loop when it stops: with the
+            server, with what told it, and with whether that is certain. A signal is not: who handles it may
+            let the server run on. May be called more than once.
+    """
+
+    def __init__(self, server: Server, stopping: Callable[[Server, str, bool], None]) -> None:
+        self._server = weakref.ref(server)
+        self._stopping = weakref.WeakMethod(stopping)
+        self._hook: _UvicornHook | None = None
+        self._waiting: Child | None = None
+        try:
+            self._watch_signals()
+            self._watch_server(server)
+        except Exception:  # a server that has changed inside: the other sources remain
+            logger.debug("cannot watch all of the server's shutdown", exc_info=True)
+
+    def fire(self, cause: str, *, certain: bool) -> None:
+        """The server stops. Safe in a signal handler."""
+        server = self._server()
+        if server is not None:
+            server.loop.call_threadsafe(partial(self._tell, server, cause, certain))
+
+    def _tell(self, server: Server, cause: str, certain: bool) -> None:  # noqa: FBT001
+        stopping = self._stopping()
+        if stopping is not None:
+            stopping(server, cause, certain)
+
+    def close(self) -> None:
+        """Watch no longer, and leave everything as it was."""
+        _signal_watches.discard(self)
+        _restore_signals()
+        if self._hook is not None:
+            self._hook.remove(self)
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+    def _watch_signals(self) -> None:
+        # Python runs handlers in the main thread alone, and a server in another thread is not meant by them.
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if _chain_signals():
+            _signal_watches.add(self)
+            weakref.finalize(self, _restore_signals).atexit = False
+
+    def _watch_server(self, server: Server) -> None:
+        found = [
+            (config, watched)
+            for config, watched in _running_servers(server)
+            if server.config is None or config is server.config
+        ]
+        if len(found) != 1:  # of several, an unknown one may be any
+            logger.debug("%d servers found to watch; signals and the lifespan remain", len(found))
+            return
+        _, watched = found[0]
+        if hasattr(watched, "terminated"):
+            # Without the variables of the request that happens to be the first.
+            spawn = partial(server.loop.spawn, partial(_wait_for, watched.terminated, weakref.ref(self)))
+            self._waiting = contextvars.Context().run(spawn)
+        else:
+            self._hook = _UvicornHook.over(watched)
+            self._hook.watches.add(self)
+
+
+def _running_servers(server: Server) -> Iterator[tuple[Any, Any]]:
+    """The servers that run in this event loop, each with its configuration.
+
+    Found in the frames of its tasks, since nothing that a request holds leads to them.
+    """
+    seen = set()
+    for coroutine in server.loop.coroutines():
+        step: Any = coroutine
+        while step is not None:
+            frame: Any = getattr(step, "cr_frame", None)
+            module = frame and frame.f_globals.get("__name__")
+            watched = config = None
+            if module == "uvicorn.server":
+                watched = frame.f_locals.get("self")
+                config = getattr(watched, "config", None)
+            elif module in _HYPERCORN:
+                watched, config = frame.f_locals.get("context"), frame.f_locals.get("config")
+            known = hasattr(watched, "shutdown") or hasattr(watched, "terminated")
+            if known and config is not None and id(watched) not in seen:
+                seen.add(id(watched))
+                yield config, watched
+            step = getattr(step, "cr_await", None)
+
+
+# uvicorn
+
+
+class _UvicornHook:
+    """Stands before the ``shutdown`` of one uvicorn server: tells who watches, then does what it did."""
+
+    def __init__(self, server: Any) -> None:
+        self._server = weakref.ref(server)
+        self._shutdown = type(server).shutdown
+        self.watches: weakref.WeakSet[ShutdownWatch] = weakref.WeakSet()
+
+    @classmethod
+    def over(cls, server: Any) -> "_UvicornHook":
+        """The hook of `server`: there is one, however many watch."""
+        hook = vars(server).get("shutdown")
+        if not isinstance(hook, cls):
+            if hook is not None:
+                raise TypeError(f"somebody else has replaced the shutdown of {server!r}")
+            hook = server.shutdown = cls(server)
+        return hook
+
+    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for watch in list(self.watches):
+            watch.fire("uvicorn is shutting down", certain=True)
+        return await self._shutdown(self._server(), *args, **kwargs)
+
+    def remove(self, watch: ShutdownWatch) -> None:
+        self.watches.discard(watch)
+        server = self._server()
+        if not self.watches and server is not None and vars(server).get("shutdown") is self:
+            del server.shutdown
+
+
+# hypercorn
+
+
+async def _wait_for(terminated: Any, watch: "weakref.ref[ShutdownWatch]") -> None:
+    try:
+        await terminated.wait()
+        watching = watch()
+        if watching is not None:
+            watching.fire("hypercorn is shutting down", certain=True)
+    except Exception:
+        logger.debug("cannot wait for hypercorn's shutdown", exc_info=True)
+
+
+# Signals
+
+_signal_watches: "weakref.WeakSet[ShutdownWatch]" = weakref.WeakSet()
+
+
+class _Chained:
+    """Our handler of one signal, with the one that was there before, which alone decides what becomes of it."""
+
+    def __init__(self, previous: Callable[[int, FrameType | None], Any]) -> None:
+        self.previous = previous
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        for watch in list(_signal_watches):
+            watch.fire(signal.Signals(number).name, certain=False)
+        self.previous(number, frame)
+
+
+def _signals() -> Iterator[signal.Signals]:
+    """What stops a server. gunicorn's SIGQUIT does; elsewhere it is often taken to write out stacks."""
+    names = ["SIGINT", "SIGTERM", "SIGBREAK", *(["SIGQUIT"] if "gunicorn" in sys.modules else [])]
+    return (getattr(signal, name) for name in names if hasattr(signal, name))
+
+
+def _chain_signals() -> bool:
+    """Put our handler before each that a server has set. Whether there is any."""
+    chained = False
+    for number in _signals():
+        handler = signal.getsignal(number)
+        if not isinstance(handler, _Chained):
+            if not callable(handler) or _is_default(handler):
+                continue
+            signal.signal(number, _Chained(handler))
+        chained = True
+    return chained
+
+
+def _is_default(handler: Any) -> bool:
+    """Whether it is a handler of Python's own, for KeyboardInterrupt: no server stops by it in an orderly way."""
+    if handler is signal.default_int_handler:
+        return True
+    if isinstance(handler, functools.partial):  # asyncio.Runner's
+        return isinstance(getattr(handler.func, "__self__", None), asyncio.Runner)
+    return str(getattr(handler, "__module__", None)).startswith("trio.")
+
+
+def _restore_signals() -> None:
+    """Take our handlers away, if nobody needs them, and nobody has put another one over them."""
+    if list(_signal_watches) or threading.current_thread() is not threading.main_thread():
+        return  # without a watch they do no more than to call what was there
+    for number in _signals():
+        handler = signal.getsignal(number)
+        if isinstance(handler, _Chained):
+            signal.signal(number, handler.previous)
