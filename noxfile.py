@@ -14,7 +14,8 @@ PYTHONS = ["3.11", "3.12", "3.13"]
 # The oldest that pyproject.toml allows, with servers that go with them.
 MINIMUMS = ["anyio==4.8.0", "asgiref==3.8.0", "trio==0.27.0", "uvicorn==0.34.0", "hypercorn==0.17.3"]
 IN_PROCESS = [
-    f"tests/test_{name}.py" for name in ("event", "decoder", "response", "hostile", "routing", "registry", "floors")
+    f"tests/test_{name}.py"
+    for name in ("event", "decoder", "response", "hostile", "routing", "registry", "shutdown", "floors")
 ]
 FILES = ["asgi_sse", "tests", "examples", "benchmarks", "conftest.py", "noxfile.py"]
 
@@ -81,6 +82,13 @@ def stress(session: nox.Session) -> None:
     session.install("-e", ".[test]")
     session.run("python", "-m", "pytest", "-rP", "tests/test_hostile.py", "-k", "test_hostile_source")
     session.run("python", "-m", "pytest", "-rP", "tests/test_stress.py", env={"ASGI_SSE_STRESS": "full"})
+
+
+@nox.session
+def matrix(session: nox.Session) -> None:
+    """The shutdown of every server, all rows; the tests run a sample."""
+    session.install("-e", ".[test]", "sse-starlette>=3.0")
+    session.run("python", "-m", "pytest", "-rP", "tests/test_matrix.py", env={"ASGI_SSE_MATRIX": "full"})
 
 
 @nox.session

@@ -51,6 +51,12 @@ class ShutdownWatch:
         except Exception:  # a server that has changed inside: the other sources remain
             logger.debug("cannot watch all of the server's shutdown", exc_info=True)
 
+    @property
+    def alive(self) -> bool:
+        """Whether the server's event loop has not come to its end."""
+        server = self._server()
+        return server is not None and not server.loop.closed
+
     def fire(self, cause: str, *, certain: bool) -> None:
         """The server stops. Safe in a signal handler."""
         server = self._server()
@@ -130,7 +136,8 @@ class _UvicornHook:
 
     def __init__(self, server: Any) -> None:
         self._server = weakref.ref(server)
-        self._shutdown = type(server).shutdown
+        self._shutdown = server.shutdown  # the method, or what somebody else has put in its place
+        self._was_method = "shutdown" not in vars(server)
         self.watches: weakref.WeakSet[ShutdownWatch] = weakref.WeakSet()
 
     @classmethod
@@ -138,21 +145,22 @@ class _UvicornHook:
         """The hook of `server`: there is one, however many watch."""
         hook = vars(server).get("shutdown")
         if not isinstance(hook, cls):
-            if hook is not None:
-                raise TypeError(f"somebody else has replaced the shutdown of {server!r}")
             hook = server.shutdown = cls(server)
         return hook
 
     async def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for watch in list(self.watches):
             watch.fire("uvicorn is shutting down", certain=True)
-        return await self._shutdown(self._server(), *args, **kwargs)
+        return await self._shutdown(*args, **kwargs)
 
     def remove(self, watch: ShutdownWatch) -> None:
         self.watches.discard(watch)
         server = self._server()
         if not self.watches and server is not None and vars(server).get("shutdown") is self:
-            del server.shutdown
+            if self._was_method:
+                del server.shutdown
+            else:
+                server.shutdown = self._shutdown
 
 
 # hypercorn
@@ -215,8 +223,10 @@ def _is_default(handler: Any) -> bool:
 
 def _restore_signals() -> None:
     """Take our handlers away, if nobody needs them, and nobody has put another one over them."""
-    if list(_signal_watches) or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         return  # without a watch they do no more than to call what was there
+    if any(watch.alive for watch in list(_signal_watches)):
+        return
     for number in _signals():
         handler = signal.getsignal(number)
         if isinstance(handler, _Chained):

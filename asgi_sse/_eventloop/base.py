@@ -75,6 +75,11 @@ class EventLoop(ABC):
     def time(self) -> float:
         """The loop's clock, in seconds."""
 
+    @property
+    @abstractmethod
+    def closed(self) -> bool:
+        """Whether it has come to its end."""
+
     @abstractmethod
     def call_soon(self, callback: Callable[[], None]) -> None:
         """Call in the next turn, in the order of asking."""

@@ -31,6 +31,11 @@ class AsyncioLoop(EventLoop):
     def time(self) -> float:
         return self._loop.time()
 
+    @property
+    def closed(self) -> bool:
+        loop = self._ref()
+        return loop is None or loop.is_closed()
+
     def call_soon(self, callback: Callable[[], None]) -> None:
         self._loop.call_soon(callback, context=self._context)
 

@@ -20,6 +20,10 @@ class TrioLoop(EventLoop):
     def time(self) -> float:
         return trio.current_time()
 
+    @property
+    def closed(self) -> bool:
+        return not self.call_threadsafe(_nothing)  # trio does not tell otherwise
+
     def call_soon(self, callback: Callable[[], None]) -> None:
         self._token.run_sync_soon(callback)
 
@@ -193,3 +197,7 @@ class TrioSender(Sender):
                 error = exc
             if self._sent is not None:
                 self._sent(error)
+
+
+def _nothing() -> None:
+    """What a run that has ended does not take."""

@@ -1,0 +1,490 @@
+"""How a registry learns that its server stops, and what that leaves behind: nothing."""
+
+import gc
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import anyio
+import pytest
+import uvicorn
+from serving import free_port
+
+from asgi_sse import EventSourceResponse, Request, SSEMiddleware, StreamRegistry, create_app
+from asgi_sse.testing import open_stream
+
+pytestmark = pytest.mark.anyio
+
+
+async def idle() -> AsyncIterator[str]:
+    yield "first"
+    await anyio.sleep_forever()
+
+
+@pytest.fixture
+def handled() -> Iterator[list[int]]:
+    """The numbers of the signals that a handler of ours, as a server's, was called with."""
+    numbers: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        numbers.append(number)
+
+    before = signal.signal(signal.SIGTERM, handle)
+    yield numbers
+    signal.signal(signal.SIGTERM, before)
+
+
+async def the_end_of(stream: Any) -> bytes:
+    body = b""
+    while chunk := await stream.read(timeout=60):
+        body += chunk
+    return body
+
+
+# Signals
+
+
+async def test_a_signal_drains_and_reaches_who_handled_it_before(
+    handled: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "asgi_sse")
+    app = create_app({"/": idle})
+    async with open_stream(app) as stream, open_stream(app) as other:
+        await stream.receive()
+        await other.receive()
+        signal.raise_signal(signal.SIGTERM)
+        assert b"retry: " in await the_end_of(stream)
+        assert b"retry: " in await the_end_of(other)
+        assert stream.complete
+        assert other.complete
+    assert handled == [signal.SIGTERM]
+    assert app.registry.statistics().closed == {"drained": 2}
+    await anyio.sleep(0.1)
+    (line,) = [record.getMessage() for record in caplog.records if "drained" in record.getMessage()]
+    assert "drained 2 streams (SIGTERM)" in line
+
+
+async def test_a_bare_response_needs_nothing_to_be_drained(handled: list[int]) -> None:
+    async with open_stream(EventSourceResponse(idle())) as stream:
+        await stream.receive()
+        signal.raise_signal(signal.SIGTERM)
+        assert b"retry: " in await the_end_of(stream)
+        assert stream.complete
+    async with open_stream(EventSourceResponse(idle())) as stream:  # the server is still about to stop
+        assert b"data" not in await the_end_of(stream)
+    assert handled
+
+
+async def test_a_signal_that_stops_no_server_is_forgotten(handled: list[int]) -> None:
+    app = create_app({"/": idle}, registry=StreamRegistry(drain_timeout=2))
+    async with open_stream(app) as stream:
+        await stream.receive()
+        signal.raise_signal(signal.SIGTERM)
+        await the_end_of(stream)
+    assert handled
+    async with open_stream(app) as stream:
+        assert b"data" not in await the_end_of(stream)
+    await anyio.sleep(8)
+    async with open_stream(app) as stream:
+        assert (await stream.receive()).data == "first"
+        signal.raise_signal(signal.SIGTERM)  # and the next one counts again
+        await the_end_of(stream)
+        assert stream.complete
+
+
+async def test_without_signals(handled: list[int]) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    app = create_app({"/": idle}, signals=False)
+    async with open_stream(app) as stream:
+        await stream.receive()
+        assert signal.getsignal(signal.SIGTERM) is handler
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(TimeoutError):
+            await stream.read(timeout=5)
+    assert handled
+
+
+async def test_python_s_own_handlers_stay(anyio_backend_name: str) -> None:
+    """asyncio.Runner's for Ctrl-C too, and trio's: a KeyboardInterrupt is not for us."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    async with open_stream(create_app({"/": idle})) as stream:
+        await stream.receive()
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_handler_that_was_put_over_ours_stays(handled: list[int]) -> None:
+    def theirs(number: int, frame: Any) -> None:
+        """Somebody else's, set later."""
+
+    async def main() -> None:
+        app = create_app({"/": idle})
+        async with open_stream(app) as stream:
+            await stream.receive()
+            ours = signal.signal(signal.SIGTERM, theirs)
+        del app
+        gc.collect()
+        assert signal.signal(signal.SIGTERM, ours) is theirs
+
+    anyio.run(main)
+    gc.collect()
+
+
+def test_apps_that_come_and_go_leave_nothing(handled: list[int]) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    apps: list[weakref.ref[Any]] = []
+
+    async def use() -> None:
+        for _ in range(15):
+            app = create_app({"/": idle})
+            async with open_stream(app) as stream:
+                await stream.receive()
+            apps.append(weakref.ref(app.registry))
+
+    for _ in range(100):
+        anyio.run(use)
+    gc.collect()
+    assert len(apps) == 1500
+    assert not any(ref() for ref in apps)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+# Several servers
+
+
+class Served:
+    """A uvicorn server in a thread of this process."""
+
+    def __init__(self, app: Any, kind: type[uvicorn.Server] = uvicorn.Server) -> None:
+        self.port = free_port()
+        self.server = kind(uvicorn.Config(app, port=self.port, log_level="critical", lifespan="auto"))
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        while not self.server.started:
+            assert self.thread.is_alive()
+            time.sleep(0.01)
+
+    def connect(self) -> socket.socket:
+        sock = socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        return sock
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(5)
+        assert not self.thread.is_alive(), "the server hangs"
+
+
+def read_until(sock: socket.socket, what: bytes) -> bytes:
+    data = b""
+    while what not in data:
+        chunk = sock.recv(65_536)
+        assert chunk, data
+        data += chunk
+    return data
+
+
+def bare_app() -> Any:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        await EventSourceResponse(idle())(scope, receive, send)
+
+    return app
+
+
+def closure_app() -> Any:
+    """As Starlette's own middlewares do, it wraps ``send`` in a function."""
+    inner = bare_app()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async def wrapped_send(message: Any) -> None:
+            await send(message)
+
+        await inner(scope, receive, wrapped_send)
+
+    return app
+
+
+@contextmanager
+def two_servers(app: Any) -> Iterator[tuple[Served, Served]]:
+    with ExitStack() as stack:
+        servers = Served(app), Served(app)
+        for server in servers:
+            stack.callback(server.stop)
+        yield servers
+
+
+@pytest.mark.parametrize("make", [lambda: create_app({"/": idle}), bare_app, closure_app])
+def test_two_servers_in_one_process_leave_each_other_alone(make: Callable[[], Any]) -> None:
+    with two_servers(make()) as (first, second):
+        with first.connect() as doomed, second.connect() as other:
+            read_until(doomed, b"data: first")
+            read_until(other, b"data: first")
+            first.stop()
+            assert read_until(doomed, b"0\r\n\r\n").count(b"retry: ") == 1
+            other.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                other.recv(1)
+            with second.connect() as newcomer:
+                read_until(newcomer, b"data: first")
+            other.settimeout(10)
+            second.stop()
+            read_until(other, b"0\r\n\r\n")
+        third = Served(make())
+        with third.connect() as after:
+            read_until(after, b"data: first")
+            third.stop()
+
+
+def test_one_app_serves_again_after_its_server_has_stopped() -> None:
+    app = create_app({"/": idle})
+    for _ in range(3):
+        server = Served(app)
+        with server.connect() as sock:
+            read_until(sock, b"data: first")
+            server.stop()
+            read_until(sock, b"0\r\n\r\n")
+        assert "shutdown" not in vars(server.server)  # as it was
+
+
+def test_a_shutdown_that_somebody_else_replaced_is_kept() -> None:
+    called = []
+    server = Served(create_app({"/": idle}))
+    original = server.server.shutdown
+
+    async def theirs(*args: Any, **kwargs: Any) -> None:
+        called.append(True)
+        await original(*args, **kwargs)
+
+    server.server.shutdown = theirs  # type: ignore[method-assign]
+    with server.connect() as sock:
+        read_until(sock, b"data: first")
+        server.stop()
+        read_until(sock, b"0\r\n\r\n")
+    assert called == [True]
+    assert server.server.shutdown is theirs
+
+
+def test_a_server_that_is_not_known_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    """Signals and the lifespan remain."""
+    caplog.set_level(logging.DEBUG, "asgi_sse")
+
+    async def main() -> None:
+        async with open_stream(create_app({"/": idle})) as stream:
+            await stream.receive()
+
+    anyio.run(main)
+    assert "0 servers found to watch" in caplog.text
+
+
+def test_a_server_that_cannot_be_watched_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "asgi_sse")
+
+    class Frozen(uvicorn.Server):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "shutdown":
+                raise AttributeError(name)
+            super().__setattr__(name, value)
+
+    server = Served(create_app({"/": idle}), Frozen)
+    with server.connect() as sock:
+        read_until(sock, b"data: first")
+    server.stop()
+    assert "cannot watch all of the server's shutdown" in caplog.text
+
+
+# The lifespan
+
+
+async def run_lifespan(app: Any, between: Callable[[], Any] = lambda: None) -> list[str]:
+    """Start and stop `app`; gives the types of what it answered."""
+    answers: list[str] = []
+    messages = iter(["lifespan.startup", "lifespan.shutdown"])
+    scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}
+
+    async def receive() -> Any:
+        kind = next(messages, None)
+        if kind is None:
+            await anyio.sleep_forever()
+        if kind == "lifespan.shutdown":
+            result = between()
+            if result is not None:
+                await result
+        return {"type": kind}
+
+    async def send(message: Any) -> None:
+        answers.append(message["type"])
+
+    await app(scope, receive, send)
+    return answers
+
+
+COMPLETE = ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+
+
+async def test_the_lifespan_reaches_the_app_after_the_streams_have_ended() -> None:
+    order: list[Any] = []
+
+    async def source() -> AsyncIterator[str]:
+        try:
+            yield "first"
+            await anyio.sleep_forever()
+        finally:
+            await anyio.sleep(1)
+            order.append("the source is cleaned up")
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        scope["state"]["pool"] = "open"
+        assert (await receive())["type"] == "lifespan.startup"
+        await send({"type": "lifespan.startup.complete"})
+        assert (await receive())["type"] == "lifespan.shutdown"
+        order.append("the app closes its pool")
+        await send({"type": "lifespan.shutdown.complete"})
+
+    app = SSEMiddleware(inner, {"/": source})
+    async with anyio.create_task_group() as tasks:
+
+        async def client() -> None:
+            async with open_stream(app) as stream:
+                await stream.receive()
+                opened.set()
+                await the_end_of(stream)
+
+        opened = anyio.Event()
+        tasks.start_soon(client)
+        assert await run_lifespan(app, opened.wait) == COMPLETE
+    assert order == ["the source is cleaned up", "the app closes its pool"]
+
+
+async def raises(scope: Any, receive: Any, send: Any) -> None:
+    raise ValueError("only HTTP")
+
+
+async def returns(scope: Any, receive: Any, send: Any) -> None:
+    """Whatever it is asked."""
+
+
+async def returns_after_start(scope: Any, receive: Any, send: Any) -> None:
+    await receive()
+    await send({"type": "lifespan.startup.complete"})
+
+
+async def takes_and_returns(scope: Any, receive: Any, send: Any) -> None:
+    await receive()
+
+
+@pytest.mark.parametrize("inner", [raises, returns, returns_after_start, takes_and_returns])
+async def test_an_app_without_a_lifespan_is_answered_in_its_place(inner: Any) -> None:
+    app = SSEMiddleware(inner, {"/": idle})
+    assert await run_lifespan(app) == COMPLETE
+    assert app.registry.draining
+
+
+@pytest.mark.parametrize(("inner", "answers"), [(returns, []), (returns_after_start, COMPLETE[:1])])
+async def test_strict_leaves_the_lifespan_to_the_app(inner: Any, answers: list[str]) -> None:
+    assert await run_lifespan(SSEMiddleware(inner, strict_lifespan=True)) == answers
+    with pytest.raises(ValueError, match="only HTTP"):
+        await run_lifespan(SSEMiddleware(raises, strict_lifespan=True))
+
+
+async def test_a_start_up_that_fails_stays_fatal() -> None:
+    async def fails(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "lifespan.startup.failed", "message": "no database"})
+
+    assert await run_lifespan(SSEMiddleware(fails)) == ["lifespan.startup.failed"]
+
+    async def breaks(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        raise LookupError("no database")
+
+    with pytest.raises(LookupError, match="no database"):
+        await run_lifespan(SSEMiddleware(breaks))
+
+
+async def test_everything_else_goes_to_the_app() -> None:
+    seen = []
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        seen.append((scope["type"], scope["path"]))
+        await EventSourceResponse(["of the app"])(scope, receive, send)
+
+    app = SSEMiddleware(inner, {"/ours": idle}, retry=77)
+    async with open_stream(app, "/theirs") as stream:
+        assert await the_end_of(stream) == b": stream opened\nretry: 77\n\ndata: of the app\n\n"
+    async with open_stream(app, "/ours") as stream:
+        assert (await stream.receive()).data == "first"
+    assert seen == [("http", "/theirs")]
+    assert app.registry.statistics().opened == 2
+
+
+def test_bad_input() -> None:
+    with pytest.raises(TypeError, match="not an ASGI app"):
+        SSEMiddleware({"/": idle})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="no option 'pong'"):
+        SSEMiddleware(raises, pong=5)
+
+
+async def test_bad_timeout() -> None:
+    with pytest.raises(ValueError, match="timeout=-1"):
+        await StreamRegistry().drain(-1)
+
+
+# What draining means to an endpoint
+
+
+async def test_a_request_that_comes_while_its_server_stops_sees_it_at_once(handled: list[int]) -> None:
+    seen = []
+
+    async def looks(request: Request) -> AsyncIterator[str]:
+        seen.append(bool(request.draining))
+        yield "x"
+
+    app = create_app({"/": looks, "/idle": idle})
+    async with open_stream(app, "/idle") as stream:
+        await stream.receive()
+        signal.raise_signal(signal.SIGTERM)
+        await the_end_of(stream)
+
+    def endpoint(request: Request) -> Any:
+        seen.append(bool(request.draining))
+        return idle()
+
+    app = create_app({"/": endpoint}, registry=app.registry)
+    async with open_stream(app) as stream:
+        assert b"data" not in await the_end_of(stream)
+    assert seen == [True]
+    assert handled
+
+
+async def test_a_clean_up_does_not_outlast_the_server() -> None:
+    """Whatever ``cleanup_timeout`` allows: the drain has a deadline."""
+
+    async def slow() -> AsyncIterator[str]:
+        try:
+            yield "first"
+            await anyio.sleep_forever()
+        finally:
+            await anyio.sleep(100)
+
+    registry = StreamRegistry(drain_timeout=3)
+    async with open_stream(EventSourceResponse(slow(), registry=registry, cleanup_timeout=50)) as stream:
+        await stream.receive()
+        report = await registry.drain()
+        assert b"retry: " in await the_end_of(stream)
+        assert stream.complete
+    assert 3 <= report.seconds < 3.3
+    assert report.cancelled == 1
+
+
+def test_no_signal_handler_is_set_at_import() -> None:
+    code = "import signal; b = [signal.getsignal(s) for s in signal.valid_signals()]; import asgi_sse; "
+    code += "assert b == [signal.getsignal(s) for s in signal.valid_signals()]"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
