@@ -58,7 +58,7 @@ def test_the_readme_names_each_default(readme: str) -> None:
 @pytest.mark.real_time
 async def test_the_readme_runs(readme: str) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     names: dict[str, Any] = {}
     apps = []
     for block in blocks:
@@ -71,8 +71,15 @@ async def test_the_readme_runs(readme: str) -> None:
         assert stream.status == 400
     async with open_stream(apps[0], "/answers/small", method="POST", body=b"hi") as stream:
         assert [event.data async for event in stream] == ["You", "said:", "hi", "[DONE]"]
-    async with open_stream(apps[1], "/events") as stream:
+    async with open_stream(apps[1], "/ticks") as stream:
+        assert (await stream.receive()).id == "1"
+    async with open_stream(apps[2], "/events") as stream:
         assert [event.data async for event in stream] == ["hello"]
+    async with open_stream(apps[3], "/ticks") as stream:
+        assert (await stream.receive()).id == "1"
+        apps[3].registry.begin_drain()
+        assert [event async for event in stream] == []
+        assert stream.complete
     names["app"] = apps[0]
     with anyio.fail_after(10):
         await names["test_ticks"]()
