@@ -63,7 +63,7 @@ def minimums(session: nox.Session) -> None:
 @nox.session
 def wheel(session: nox.Session) -> None:
     """What the wheel installs is what is tested: the tests run without the tree beside them."""
-    session.install("build", "pytest", "hypothesis", "trio", "asgi-lifespan")
+    session.install("build", "pytest", "hypothesis", "trio", "asgi-lifespan", "uvicorn")
     out = Path(session.create_tmp())
     shutil.rmtree(out / "dist", ignore_errors=True)
     session.run("python", "-m", "build", "--wheel", "--outdir", str(out / "dist"), silent=True)
