@@ -1,7 +1,7 @@
 """`SSEMiddleware`: event streams beside any ASGI app, and their end when its server stops."""
 
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any, Final
 
@@ -9,13 +9,18 @@ from asgiref.compatibility import guarantee_single_callable
 
 from . import lifespan
 from ._types import ASGIApp, Receive, Scope, Send
+from .compression import Guard
+from .cors import CORS, is_preflight
 from .options import StreamOptions
+from .passage import Passage, Terms
 from .registry import StreamRegistry
 from .response import SCOPE_KEY, Defaults
-from .routing import RouteTable, route_path
+from .routing import METHODS, Endpoint, RouteTable, route_path
 from .server import server_of
 
+_OWN: Final = ("routes", "registry", "compression", "adopt", "cors", "signals", "strict_lifespan")
 _OPTIONS: Final = tuple(field.name for field in fields(StreamOptions))
+_COMPRESSION: Final = ("bypass", "refuse", "off")
 
 
 class SSEMiddleware:
@@ -32,6 +37,14 @@ class SSEMiddleware:
         registry: Where the streams run. Default: a new one.
         signals: Whether to learn of the server's shutdown early, from its signals and its own state.
             Without, an endless stream holds uvicorn and hypercorn unless the registry is drained by call.
+        compression: What to do about middlewares inside of the app that compress event streams, which holds
+            their events back. ``"bypass"``: keep ``Accept-Encoding`` from them where a request accepts
+            ``text/event-stream``; ``"refuse"``: answer a stream that was compressed with a 500 that says by
+            whom; ``"off"``: nothing, and look for none.
+        adopt: Whether to take care of event streams that the app sends by itself: comments that keep them
+            alive, a send timeout, a disconnect that reaches them, an end when the server stops.
+        cors: Which other origins may read our routes: origins, ``"*"``, a function that is asked of each, or
+            `CORS` for more. Default: none.
         strict_lifespan: Leave the lifespan to the app alone: if it has none, the server is told so.
         **defaults: What `EventSourceResponse` takes about how streams behave (``ping``, ``retry``,
             ``send_timeout``, …), as defaults of all streams.
@@ -51,6 +64,9 @@ class SSEMiddleware:
         routes: Mapping[str, Any] | None = None,
         *,
         registry: StreamRegistry | None = None,
+        compression: str = "bypass",
+        adopt: bool = True,
+        cors: CORS | str | Iterable[str] | Callable[[str], bool] | None = None,
         signals: bool = True,
         strict_lifespan: bool = False,
         **defaults: Any,
@@ -59,14 +75,22 @@ class SSEMiddleware:
             raise TypeError(f"app={app!r} is not an ASGI app; give the app, and the routes after it")
         unknown = [name for name in defaults if name not in _OPTIONS]
         if unknown:
-            known = ", ".join(("routes", "registry", "signals", "strict_lifespan", *_OPTIONS))
+            known = ", ".join((*_OWN, *_OPTIONS))
             raise TypeError(f"there is no option {unknown[0]!r}; there are {known}")
+        if compression not in _COMPRESSION:
+            raise ValueError(f"compression={compression!r}; give one of {', '.join(map(repr, _COMPRESSION))}")
         # Most sources that fail at all fail within a second: until then the head can wait for their status.
         defaults.setdefault("open_timeout", 1.0)
         self.app: ASGIApp = guarantee_single_callable(app)  # type: ignore[no-untyped-call]
         self.registry = StreamRegistry() if registry is None else registry
         self._routes = RouteTable(routes or {})
-        self._defaults = Defaults(self.registry, StreamOptions(**defaults), watch=signals)
+        options = StreamOptions(**defaults)
+        guarded = compression != "off"
+        self._defaults = Defaults(self.registry, options, watch=signals, guard=guarded)
+        self._guard = Guard(self.app, compression, self.registry.count_compressed) if guarded else None
+        adopted = replace(options, retry=None, opening_comment=False, open_timeout=0, on_error=None)
+        self._terms = Terms(self.registry, adopted if adopt else None, watch=signals, guard=self._guard)
+        self._cors = cors if cors is None or isinstance(cors, CORS) else CORS(cors)
         self._strict_lifespan = strict_lifespan
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,20 +98,46 @@ class SSEMiddleware:
         if scope["type"] == "http":
             scope[SCOPE_KEY] = self._defaults
             found = self._routes.find(route_path(scope))
-            if found is not None:
-                app, scope["path_params"] = found
-                await app(scope, receive, send)
+            if found is None:
+                await self._pass(self.app, scope, receive, send)
                 return
+            app, scope["path_params"] = found
+            if self._cors is not None:
+                if is_preflight(scope):
+                    await self._cors.answer_preflight(scope, send, ", ".join(METHODS))
+                    return
+                send = self._cors.wrap(scope, send)
+            if isinstance(app, Endpoint):
+                await app(scope, receive, send)
+            else:
+                await self._pass(app, scope, receive, send)
         elif scope["type"] == "lifespan":
-            server = server_of(send)
-            await lifespan.chain(
-                self.app,
-                scope,
-                receive,
-                send,
-                startup=partial(self.registry.start, server),
-                shutdown=partial(self.registry.stop, server),
-                strict=self._strict_lifespan,
-            )
-            return
-        await self.app(scope, receive, send)
+            await self._lifespan(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    async def _pass(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._guard is not None:
+            self._guard.look()
+        if self._guard is None and self._terms.options is None:
+            await app(scope, receive, send)
+        else:
+            await Passage(scope, receive, send, self._terms).run(app)
+
+    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        server = server_of(send)
+
+        def startup() -> None:
+            self.registry.start(server)
+            if self._guard is not None:
+                self._guard.look()
+
+        await lifespan.chain(
+            self.app,
+            scope,
+            receive,
+            send,
+            startup=startup,
+            shutdown=partial(self.registry.stop, server),
+            strict=self._strict_lifespan,
+        )

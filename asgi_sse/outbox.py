@@ -154,6 +154,11 @@ class Buffer:
         finally:
             self._room = None
 
+    def release(self) -> None:
+        """Let go who waits for room: nothing will be taken any more."""
+        if self._room is not None:
+            self._room.set()
+
     def take(self, limit: int) -> bytes:
         """See `Feed`."""
         chunks = self._chunks

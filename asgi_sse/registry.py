@@ -4,7 +4,7 @@ import heapq
 import logging
 import math
 import random
-import weakref
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -137,6 +137,7 @@ class RegistryStatistics:
         events: Items that sources have given.
         bytes: Bytes of body handed to the server.
         longest_wait: Seconds for which the slowest client has not taken its message.
+        compressed: Streams that a middleware has ``encoded``, ``held`` or ``buffered``, by which.
     """
 
     open: int
@@ -146,6 +147,7 @@ class RegistryStatistics:
     events: int
     bytes: int
     longest_wait: float
+    compressed: Mapping[str, int]
 
 
 class _Drain:
@@ -190,13 +192,16 @@ class StreamRegistry:
         self._abandoned: set[Stream] = set()  # kept, or asyncio could collect a task that still runs
         self._draining = False  # as a whole
         # Servers that stop, each with the time of its loop from when on it does not any more.
-        self._stopping: weakref.WeakKeyDictionary[Server, float] = weakref.WeakKeyDictionary()
-        self._watches: weakref.WeakKeyDictionary[Server, ShutdownWatch] = weakref.WeakKeyDictionary()
+        # Both are replaced as a whole, and never changed: servers in other threads look at them.
+        self._stopping: dict[Server, float] = {}
+        self._watches: dict[Server, ShutdownWatch] = {}
+        self._lock = threading.Lock()  # for who replaces them
         self._drains: list[_Drain] = []
         self._opened = 0
         self._closed: dict[CloseReason, int] = {}
         self._events = 0
         self._bytes = 0
+        self._compressed: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -207,7 +212,9 @@ class StreamRegistry:
     @property
     def draining(self) -> bool:
         """Whether a server is stopping, or `begin_drain` or `drain` was called: who comes is told to return."""
-        return self._draining or bool(self._stopping)
+        return self._draining or any(
+            not server.loop.closed and server.loop.time() < until for server, until in self._stopping.items()
+        )
 
     def statistics(self) -> RegistryStatistics:
         """The figures as of now."""
@@ -220,6 +227,7 @@ class StreamRegistry:
             events=self._events + sum(stream.events for stream in running),
             bytes=self._bytes + sum(stream.bytes_sent for stream in running),
             longest_wait=max((stream.waiting for stream in running), default=0.0),
+            compressed=dict(self._compressed),
         )
 
     def farewell_retry(self) -> int:
@@ -257,7 +265,9 @@ class StreamRegistry:
         for stream in streams:
             loops.setdefault(stream.loop, []).append(stream)
         for loop, those in loops.items():
-            loop.call_threadsafe(partial(self._drain_streams, those, within))
+            if not loop.call_threadsafe(partial(self._drain_streams, those, within)):
+                for stream in those:  # of an event loop that was closed under them
+                    self.discard(stream)
 
     def _drain_streams(self, streams: list[Stream], within: float) -> None:
         for stream in streams:
@@ -267,6 +277,8 @@ class StreamRegistry:
         loop = current_loop()
         began = loop.time()
         drain = _Drain(loop, streams)
+        # Each stream is in the log once, however many ask for its end.
+        new = [stream for stream in streams if not any(stream in other.remaining for other in self._drains)]
         self._drains.append(drain)
         self._begin(streams, within)
         try:
@@ -275,67 +287,88 @@ class StreamRegistry:
                     await drain.emptied.wait()
         finally:
             self._drains.remove(drain)
+            seconds = loop.time() - began
+            if new:
+                report = self._report(new, drain, seconds)
+                logger.info("drained %d stream%s (%s): %s", len(new), "s" * (len(new) != 1), cause, report)
+        return self._report(streams, drain, seconds)
+
+    @staticmethod
+    def _report(streams: list[Stream], drain: _Drain, seconds: float) -> DrainReport:
         left = drain.remaining
         abandoned = sum(stream in left or stream.abandoned for stream in streams)
         cancelled = sum(stream.forced and not (stream in left or stream.abandoned) for stream in streams)
         finished = sum(stream.ended_itself and not stream.forced for stream in streams)
-        report = DrainReport(
+        return DrainReport(
             finished=finished,
             closed=len(streams) - finished - cancelled - abandoned,
             cancelled=cancelled,
             abandoned=abandoned,
-            seconds=loop.time() - began,
+            seconds=seconds,
         )
-        if streams:
-            logger.info("drained %d streams (%s): %s", len(streams), cause, report)
-        return report
 
     # What a server's requests and lifespan need (response, middleware)
 
     def watch(self, server: Server) -> None:
         """Learn from `server` itself that it stops, before its lifespan tells. Called in its event loop."""
         if server not in self._watches:
-            self._watches[server] = ShutdownWatch(server, self._server_stops)
+            watch = ShutdownWatch(server, self._server_stops, self._forget)
+            with self._lock:
+                alive = {known: other for known, other in self._watches.items() if other.alive}
+                self._watches = {**alive, server: watch}
 
     def is_draining(self, server: Server) -> bool:
         """Whether streams that come through `server` now are told to return later."""
         if self._draining or not self._stopping:
             return self._draining
         now = server.loop.time()
-        marks = [(stops, until) for stops, until in list(self._stopping.items()) if stops.covers(server)]
-        for stops, until in marks:
-            if now >= until:
-                del self._stopping[stops]
-        return any(now < until for _, until in marks)
+        return any(stops.covers(server) and now < until for stops, until in self._stopping.items())
 
     def start(self, server: Server) -> None:
         """`server` starts with this registry: what an earlier one left is over."""
         self._draining = False
-        for stopped in [stopped for stopped in self._stopping if stopped.covers(server)]:
-            del self._stopping[stopped]
+        for stopped in self._stopping:
+            if stopped.covers(server):
+                self._forget(stopped)
 
-    async def stop(self, server: Server) -> DrainReport:
-        """`server` says that it stops: end its streams, and wait for it."""
-        self._stopping[server] = math.inf
-        report = await self._drain(self._streams_of(server), self._drain_timeout, "lifespan.shutdown")
-        watch = self._watches.pop(server, None)
+    async def stop(self, server: Server) -> None:
+        """`server` says that it stops: end its streams, wait for it, and forget it."""
+        self._mark(server, math.inf)
+        try:
+            await self._drain(self._streams_of(server), self._drain_timeout, "lifespan.shutdown")
+        finally:
+            for known in {*self._stopping, *self._watches}:
+                if known.covers(server):
+                    self._forget(known)
+
+    def _mark(self, server: Server, until: float) -> None:
+        with self._lock:
+            self._stopping = {**self._stopping, server: max(until, self._stopping.get(server, 0.0))}
+
+    def _forget(self, server: Server) -> None:
+        """`server` has stopped: another one may follow in its place."""
+        with self._lock:
+            self._stopping = {known: until for known, until in self._stopping.items() if known is not server}
+            watch = self._watches.get(server)
+            self._watches = {known: other for known, other in self._watches.items() if known is not server}
         if watch is not None:
             watch.close()
-        return report
+
+    def count_compressed(self, kind: str) -> None:
+        """A middleware has encoded, held or buffered a stream."""
+        self._compressed[kind] = self._compressed.get(kind, 0) + 1
 
     def _server_stops(self, server: Server, cause: str, certain: bool) -> None:  # noqa: FBT001
         known = self.is_draining(server)
-        until = math.inf if certain else server.loop.time() + self._drain_timeout + _DOUBT
-        self._stopping[server] = max(until, self._stopping.get(server, 0.0))
+        self._mark(server, math.inf if certain else server.loop.time() + self._drain_timeout + _DOUBT)
+        streams = self._streams_of(server)
+        self._drain_streams(streams, self._drain_timeout)  # in this turn: daphne cancels what is left in the next one
         if not known:
-            streams = self._streams_of(server)
-            # Asked in this turn: daphne cancels what still runs in the next one.
-            self._drain_streams(streams, self._drain_timeout)
 
             async def report() -> None:
                 await self._drain(streams, self._drain_timeout, cause)
 
-            server.loop.spawn(report)
+            server.loop.spawn(report, "asgi_sse drain")
 
     def _streams_of(self, server: Server) -> list[Stream]:
         return [stream for stream in list(self._streams) if server.covers(stream.server)]

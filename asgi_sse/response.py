@@ -9,6 +9,7 @@ from typing import Any, Final, TypeAlias, cast
 import anyio
 
 from ._types import CloseReason, Message, Receive, Scope, Send
+from .compression import watch_head
 from .errors import SendTimeoutError, StreamClosedError
 from .event import JSONDumps, ServerSentEvent
 from .inbox import Inbox
@@ -26,9 +27,12 @@ SCOPE_KEY: Final = "asgi_sse"
 _TOKEN: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
 _NO_BODY: Final = frozenset({204, 205, 304})
 
+PASSAGE_KEY: Final = "asgi_sse.passage"
+"""Where a request's scope holds what takes it through an app that is wrapped."""
+
 # no-transform asks proxies not to compress; X-Accel-Buffering turns off nginx's buffering. No Connection header:
 # HTTP/2 forbids it.
-_HEADERS: Final = (
+EVENT_STREAM_HEADERS: Final = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store, no-transform"),
     (b"x-accel-buffering", b"no"),
@@ -42,6 +46,7 @@ class Defaults:
     registry: StreamRegistry
     options: StreamOptions
     watch: bool = True  # for the server's shutdown
+    guard: bool = True  # against compression
 
 
 _PLAIN: Final = StreamOptions()
@@ -151,7 +156,9 @@ class EventSourceResponse:
         """
         if scope["type"] != "http":
             raise TypeError(f"an event stream answers HTTP requests, not {scope['type']!r}")
-        await self.serve(scope, Inbox(receive), send, server_of(send), DrainingEvent())
+        passage = scope.get(PASSAGE_KEY)
+        server = server_of(send) if passage is None else passage.server
+        await self.serve(scope, Inbox(receive), send, server, DrainingEvent())
 
     @property
     def opened(self) -> bool:
@@ -182,6 +189,7 @@ class EventSourceResponse:
         if registry.is_draining(server):  # a 503 would stop a browser's EventSource for good
             farewell = ServerSentEvent(retry=registry.farewell_retry()).encode(options.sep)
             return _send_at_once(send, head, farewell, options.send_timeout, source)
+        passage = scope.get(PASSAGE_KEY)
         self._stream = Stream(
             source,
             head=head,
@@ -189,11 +197,16 @@ class EventSourceResponse:
             client=scope.get("client"),
             inbox=inbox,
             send=send,
+            connection=send if passage is None else passage.connection,
             server=server,
             options=options,
             keeper=registry,
             draining=draining,
         )
+        if passage is not None:
+            passage.carries(self._stream)
+        elif defaults is None or defaults.guard:
+            watch_head(head["headers"], send, server.loop, scope["path"], registry.count_compressed)
         return self._stream.run()
 
 
@@ -217,7 +230,7 @@ def _check_status(status: int) -> int:
 
 def _merge_headers(headers: Headers | None) -> tuple[tuple[bytes, bytes], ...]:
     if not headers:
-        return _HEADERS
+        return EVENT_STREAM_HEADERS
     given = tuple(encode_header(name, value) for name, value in _pairs(headers))
     for name, value in given:
         if name in (b"content-length", b"transfer-encoding"):
@@ -227,7 +240,7 @@ def _merge_headers(headers: Headers | None) -> tuple[tuple[bytes, bytes], ...]:
         if name == b"content-type" and not value.lower().startswith(b"text/event-stream"):
             raise ValueError(f"headers: content-type {value.decode('latin-1')!r}: clients read text/event-stream alone")
     names = {name for name, _ in given}
-    return tuple(pair for pair in _HEADERS if pair[0] not in names) + given
+    return tuple(pair for pair in EVENT_STREAM_HEADERS if pair[0] not in names) + given
 
 
 def _pairs(headers: Headers) -> Iterable[tuple[str, str]]:

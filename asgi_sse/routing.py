@@ -13,11 +13,11 @@ from asgiref.compatibility import double_to_single_callable
 from ._types import ASGIApp, Receive, Scope, Send
 from .errors import StreamClosedError, shown
 from .inbox import Inbox
-from .response import SCOPE_KEY, Defaults, EventSourceResponse, encode_header
+from .response import PASSAGE_KEY, SCOPE_KEY, Defaults, EventSourceResponse, encode_header
 from .server import Server, server_of
 from .stream import DrainingEvent
 
-_METHODS: Final = ("GET", "HEAD", "POST")  # POST since prompts are too large for a URL
+METHODS: Final = ("GET", "HEAD", "POST")  # POST since prompts are too large for a URL
 _PHRASES: Final = {status.value: status.phrase for status in HTTPStatus}
 _PARAMETER: Final = re.compile(r"\{([^{}]*)\}")
 
@@ -319,7 +319,7 @@ def _endpoint(pattern: str, target: Any) -> ASGIApp:
         raise TypeError(
             f"route {pattern!r}: {target!r} takes {required} arguments; an endpoint takes a Request or none"
         )
-    return _Endpoint(pattern, target, takes_request=required == 1 or bool(_positional(target)))
+    return Endpoint(pattern, target, takes_request=required == 1 or bool(_positional(target)))
 
 
 def _positional(function: Any) -> list[inspect.Parameter]:
@@ -339,7 +339,7 @@ def _arity(function: Any) -> int | None:
     return sum(p.default is p.empty for p in positional)
 
 
-class _Endpoint:
+class Endpoint:
     """Runs an endpoint for one request after another."""
 
     def __init__(self, pattern: str, function: Callable[..., Any], *, takes_request: bool) -> None:
@@ -348,11 +348,13 @@ class _Endpoint:
         self._takes_request = takes_request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["method"] not in _METHODS:
-            await send_text(scope, send, HTTPError(405, headers={"allow": ", ".join(_METHODS)}))
+        """Answer one request."""
+        if scope["method"] not in METHODS:
+            await send_text(scope, send, HTTPError(405, headers={"allow": ", ".join(METHODS)}))
             return
         inbox = Inbox(receive)
-        server = server_of(send)
+        passage = scope.get(PASSAGE_KEY)
+        server = server_of(send) if passage is None else passage.server
         request = Request(scope, inbox, server)
         response: EventSourceResponse | None = None
         try:

@@ -1,10 +1,12 @@
 """What is behind ``send``: the server that a request came through, and the transport of its connection.
 
 Best effort throughout: ASGI has no way to ask, so this looks at the objects of the servers it knows,
-through any middleware that wraps ``send``. What it does not know is no error.
+through the middlewares that wrap ``send``. What it does not know is no error.
 """
 
 import functools
+import logging
+import weakref
 from collections.abc import Iterator
 from types import FunctionType
 from typing import Any, Final
@@ -14,76 +16,120 @@ from anyio.lowlevel import RunVar
 from ._eventloop import EventLoop, current_loop
 from ._types import Send
 
+logger = logging.getLogger(__name__)
+
 _DEPTH: Final = 24  # of wrappers: hypercorn has three of its own, a stack of middlewares one each
 _KNOWN: Final = ("uvicorn.", "hypercorn.")
+_SHARED: Final = ("hypercorn.protocol.h2", "hypercorn.protocol.h3", "uvicorn.protocols.http.zttp_h2_impl")
 
 
 class Server:
-    """A server, as far as its requests and its lifespan tell: its event loop, and its configuration if we know it."""
+    """A server, as far as its requests and its lifespan tell.
 
-    __slots__ = ("__weakref__", "config", "loop")
+    Attributes:
+        loop: Its event loop.
+    """
 
-    def __init__(self, loop: EventLoop, config: Any) -> None:
+    __slots__ = ("__weakref__", "_config", "_instance", "loop")
+
+    def __init__(self, loop: EventLoop, config: Any, instance: Any) -> None:
         self.loop = loop
-        self.config = config
+        self._config = _reference(config)  # weak, since it holds the app
+        self._instance = _reference(instance)
+
+    @property
+    def config(self) -> Any:
+        """Its configuration, which its requests and its lifespan have in common; ``None``: not known."""
+        return self._config()
+
+    @property
+    def instance(self) -> Any:
+        """What only the requests of this one have, of several with one configuration; ``None``: not known."""
+        return self._instance()
 
     def covers(self, other: "Server") -> bool:
-        """Whether `other` may be the same server: in one event loop, an unknown one may be any."""
-        return self.loop is other.loop and (self.config is other.config or self.config is None or other.config is None)
+        """Whether `other` may be the same server: what is not known of one may be anything."""
+        return self.loop is other.loop and _may_be(self.config, other.config) and _may_be(self.instance, other.instance)
 
 
-_servers: RunVar[dict[Any, Server]] = RunVar("asgi_sse servers")
+def _may_be(one: Any, other: Any) -> bool:
+    return one is other or one is None or other is None
+
+
+def _reference(thing: Any) -> Any:
+    try:
+        return weakref.ref(thing)
+    except TypeError:
+        return _unknown
+
+
+def _unknown() -> None:
+    """In place of a weak reference to what is not known."""
+
+
+_servers: "RunVar[weakref.WeakValueDictionary[tuple[int, int], Server]]" = RunVar("asgi_sse servers")
 
 
 def server_of(send: Send) -> Server:
-    """The server behind the ``send`` of a request, or of a lifespan; always the same object for the same one."""
+    """The server behind the ``send`` of a request, or of a lifespan."""
     try:
         servers = _servers.get()
     except LookupError:
-        servers = {}
+        servers = weakref.WeakValueDictionary()
         _servers.set(servers)
+    config, instance = _identify(send)
+    key = (id(config), id(instance))
+    server = servers.get(key)
+    if server is None or server.config is not config or server.instance is not instance:
+        server = servers[key] = Server(current_loop(), config, instance)
+    return server
+
+
+def _identify(send: Send) -> tuple[Any, Any]:
     try:
-        config = next(filter(None, map(_config_of, _behind(send))), None)
-    except Exception:  # some middleware's object that does not like to be looked at
-        config = None
-    if config not in servers:
-        servers[config] = Server(current_loop(), config)
-    return servers[config]
-
-
-def _config_of(owner: Any) -> Any:
-    """The server's configuration: of all its objects, the one that its requests and its lifespan share."""
-    if not type(owner).__module__.startswith(_KNOWN):
-        return None
-    protocol = getattr(getattr(owner, "on_response", None), "__self__", None)  # of uvicorn's cycle of one request
-    return getattr(owner, "config", None) or getattr(protocol, "config", None)
+        for owner in behind(send):
+            if type(owner).__module__.startswith(_KNOWN):
+                # uvicorn's cycle of one request leads to its protocol by a method; its lifespan has a configuration
+                # alone. hypercorn's stream has both.
+                protocol = getattr(getattr(owner, "on_response", None), "__self__", owner)
+                config = getattr(protocol, "config", None)
+                if config is not None:
+                    return config, getattr(protocol, "server_state", None) or getattr(protocol, "context", None)
+    except Exception:  # of a middleware's object that does not like to be looked at
+        logger.debug("cannot look behind %r", send, exc_info=True)
+    return None, None
 
 
 def abort_transport(send: Send) -> bool:
     """Close the connection behind `send` at once, unsent bytes and all.
 
-    Knows uvicorn's and hypercorn's HTTP/1.1; an HTTP/2 connection carries other streams and is left
-    alone. False: it could not.
+    Knows uvicorn's and hypercorn's HTTP/1.1; a connection of HTTP/2 or HTTP/3 carries other streams and is
+    left alone. False: it could not.
     """
-    for owner in _behind(send):
-        if "h2" in type(owner).__module__.rpartition(".")[2]:
-            return False
-        transport = getattr(owner, "transport", None) or getattr(getattr(owner, "writer", None), "transport", None)
-        abort = getattr(transport, "abort", None)
-        if callable(abort):
-            abort()
-            return True
+    try:
+        for owner in behind(send):
+            if type(owner).__module__ in _SHARED:
+                return False
+            transport = getattr(owner, "transport", None) or getattr(getattr(owner, "writer", None), "transport", None)
+            abort = getattr(transport, "abort", None)
+            if callable(abort) and not hasattr(transport, "sendto"):  # a datagram's is the whole server's
+                abort()
+                return True
+    except Exception:
+        logger.debug("cannot look behind %r", send, exc_info=True)
     return False
 
 
-def _behind(send: Any) -> Iterator[Any]:
-    """Whose ``send`` it is, and whose it calls in turn, from the app to the socket."""
+def behind(send: Any) -> Iterator[Any]:
+    """Whose ``send`` it is, and whose it calls in turn, from the app to the socket; functions themselves."""
     for _ in range(_DEPTH):
         if isinstance(send, functools.partial):
             send = send.func
         elif isinstance(send, FunctionType):  # a middleware's closure
-            cells = zip(send.__code__.co_freevars, send.__closure__ or (), strict=True)
-            send = next((_content(cell) for name, cell in cells if "send" in name), None)
+            yield send
+            cells = dict(zip(send.__code__.co_freevars, send.__closure__ or (), strict=True))
+            names = sorted((name for name in cells if "send" in name), key=lambda name: name != "send")
+            send = _content(cells[names[0]]) if names else None
         else:
             owner = getattr(send, "__self__", send)  # a method, or an object that is called
             if owner is None:

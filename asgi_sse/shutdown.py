@@ -18,15 +18,14 @@ import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+from ._eventloop import EventLoop
 from .server import Server
-
-if TYPE_CHECKING:
-    from ._eventloop import Child
 
 logger = logging.getLogger(__name__)
 
+_HOOK: Final = "_asgi_sse_hook"
 _HYPERCORN: Final = ("hypercorn.asyncio.run", "hypercorn.trio.run")
 
 
@@ -38,70 +37,81 @@ class ShutdownWatch:
         stopping: A method, held weakly, that is called in the server's event loop when it stops: with the
             server, with what told it, and with whether that is certain. A signal is not: who handles it may
             let the server run on. May be called more than once.
+        stopped: A method, held weakly, that is called with the server when it has stopped, if that is known.
     """
 
-    def __init__(self, server: Server, stopping: Callable[[Server, str, bool], None]) -> None:
-        self._server = weakref.ref(server)
+    def __init__(
+        self,
+        server: Server,
+        stopping: Callable[[Server, str, bool], None],
+        stopped: Callable[[Server], None],
+    ) -> None:
+        self._server = server
         self._stopping = weakref.WeakMethod(stopping)
-        self._hook: _UvicornHook | None = None
-        self._waiting: Child | None = None
-        try:
-            self._watch_signals()
-            self._watch_server(server)
-        except Exception:  # a server that has changed inside: the other sources remain
-            logger.debug("cannot watch all of the server's shutdown", exc_info=True)
+        self._stopped = weakref.WeakMethod(stopped)
+        self._hook: _UvicornHook | _HypercornHook | None = None
+        for watch in (self._watch_signals, self._watch_server):
+            try:
+                watch()
+            except Exception:  # a server that has changed inside: the other sources remain
+                logger.debug("cannot watch all of the server's shutdown", exc_info=True)
 
     @property
     def alive(self) -> bool:
         """Whether the server's event loop has not come to its end."""
-        server = self._server()
-        return server is not None and not server.loop.closed
+        return not self._server.loop.closed
 
     def fire(self, cause: str, *, certain: bool) -> None:
         """The server stops. Safe in a signal handler."""
-        server = self._server()
-        if server is not None:
-            server.loop.call_threadsafe(partial(self._tell, server, cause, certain))
+        self._server.loop.call_threadsafe(partial(self._tell, cause, certain))
 
-    def _tell(self, server: Server, cause: str, certain: bool) -> None:  # noqa: FBT001
+    def _tell(self, cause: str, certain: bool) -> None:  # noqa: FBT001
         stopping = self._stopping()
         if stopping is not None:
-            stopping(server, cause, certain)
+            stopping(self._server, cause, certain)
+
+    def over(self) -> None:
+        """The server has stopped."""
+        stopped = self._stopped()
+        if stopped is not None:
+            stopped(self._server)
 
     def close(self) -> None:
         """Watch no longer, and leave everything as it was."""
-        _signal_watches.discard(self)
-        _restore_signals()
-        if self._hook is not None:
-            self._hook.remove(self)
-        if self._waiting is not None:
-            self._waiting.cancel()
+        try:
+            _signal_watches.discard(self)
+            _restore_signals()
+            if self._hook is not None:
+                self._hook.remove(self)
+        except Exception:
+            logger.debug("cannot leave everything as it was", exc_info=True)
 
     def _watch_signals(self) -> None:
         # Python runs handlers in the main thread alone, and a server in another thread is not meant by them.
         if threading.current_thread() is not threading.main_thread():
             return
+        _signal_watches.add(self)  # first: another watch that dies meanwhile would take our handlers away
         if _chain_signals():
-            _signal_watches.add(self)
             weakref.finalize(self, _restore_signals).atexit = False
+        else:
+            _signal_watches.discard(self)
 
-    def _watch_server(self, server: Server) -> None:
+    def _watch_server(self) -> None:
+        server = self._server
         found = [
             (config, watched)
             for config, watched in _running_servers(server)
-            if server.config is None or config is server.config
+            if server.covers(Server(server.loop, config, getattr(watched, "server_state", watched)))
         ]
         if len(found) != 1:  # of several, an unknown one may be any
             logger.debug("%d servers found to watch; signals and the lifespan remain", len(found))
             return
         _, watched = found[0]
         if hasattr(watched, "terminated"):
-            # Without the variables of the request that happens to be the first.
-            spawn = partial(server.loop.spawn, partial(_wait_for, watched.terminated, weakref.ref(self)))
-            self._waiting = contextvars.Context().run(spawn)
+            self._hook = _HypercornHook.over(watched, server.loop)
         else:
             self._hook = _UvicornHook.over(watched)
-            self._hook.watches.add(self)
+        self._hook.watches.add(self)
 
 
 def _running_servers(server: Server) -> Iterator[tuple[Any, Any]]:
@@ -135,9 +145,9 @@ class _UvicornHook:
     """Stands before the ``shutdown`` of one uvicorn server: tells who watches, then does what it did."""
 
     def __init__(self, server: Any) -> None:
+        # Weak, and no bound method: the server holds us, and would hold its event loop.
         self._server = weakref.ref(server)
-        self._shutdown = server.shutdown  # the method, or what somebody else has put in its place
-        self._was_method = "shutdown" not in vars(server)
+        self._replaced = vars(server).get("shutdown")  # by somebody else, before us
         self.watches: weakref.WeakSet[ShutdownWatch] = weakref.WeakSet()
 
     @classmethod
@@ -151,29 +161,57 @@ class _UvicornHook:
     async def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for watch in list(self.watches):
             watch.fire("uvicorn is shutting down", certain=True)
-        return await self._shutdown(*args, **kwargs)
+        server = self._server()
+        try:
+            if self._replaced is not None:
+                return await self._replaced(*args, **kwargs)
+            return await type(server).shutdown(server, *args, **kwargs)  # type: ignore[union-attr]
+        finally:
+            for watch in list(self.watches):
+                watch.over()
 
     def remove(self, watch: ShutdownWatch) -> None:
         self.watches.discard(watch)
         server = self._server()
         if not self.watches and server is not None and vars(server).get("shutdown") is self:
-            if self._was_method:
+            if self._replaced is None:
                 del server.shutdown
             else:
-                server.shutdown = self._shutdown
+                server.shutdown = self._replaced
 
 
 # hypercorn
 
 
-async def _wait_for(terminated: Any, watch: "weakref.ref[ShutdownWatch]") -> None:
-    try:
-        await terminated.wait()
-        watching = watch()
-        if watching is not None:
-            watching.fire("hypercorn is shutting down", certain=True)
-    except Exception:
-        logger.debug("cannot wait for hypercorn's shutdown", exc_info=True)
+class _HypercornHook:
+    """Waits for the ``terminated`` event of one hypercorn server, and tells who watches."""
+
+    def __init__(self, context: Any) -> None:
+        self._terminated = context.terminated
+        self.watches: weakref.WeakSet[ShutdownWatch] = weakref.WeakSet()
+
+    @classmethod
+    def over(cls, context: Any, loop: EventLoop) -> "_HypercornHook":
+        """The hook of the server with this context: there is one, however many watch."""
+        hook = vars(context).get(_HOOK)
+        if not isinstance(hook, cls):
+            hook = cls(context)
+            setattr(context, _HOOK, hook)
+            # Without the variables of the request that happens to be the first.
+            contextvars.Context().run(loop.spawn, hook._wait, "asgi_sse shutdown watch")
+        return hook
+
+    async def _wait(self) -> None:
+        try:
+            await self._terminated.wait()
+        except Exception:
+            logger.debug("cannot wait for hypercorn's shutdown", exc_info=True)
+            return
+        for watch in list(self.watches):
+            watch.fire("hypercorn is shutting down", certain=True)
+
+    def remove(self, watch: ShutdownWatch) -> None:
+        self.watches.discard(watch)
 
 
 # Signals

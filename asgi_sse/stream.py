@@ -21,7 +21,6 @@ from ._eventloop import Child, EventLoop, Wait
 from ._types import CloseReason, Message, Send
 from .errors import InvalidEventError, SendTimeoutError, StreamClosedError
 from .event import ServerSentEvent, encode_item
-from .inbox import Inbox
 from .options import StreamOptions
 from .outbox import Buffer, Outbox, current_flusher
 from .server import Server, abort_transport
@@ -56,6 +55,25 @@ class Keeper(Protocol):
 
     def arm(self, stream: "Stream", when: float) -> None:
         """Call the stream's `tick` at a time of its loop."""
+        ...
+
+
+class Watched(Protocol):
+    """What a stream needs of the request's ``receive()``: see `inbox.Inbox`."""
+
+    disconnected: bool
+
+    @property
+    def reading(self) -> bool:
+        """Whether somebody waits for the request's body."""
+        ...
+
+    def discard(self) -> None:
+        """The rest of the request's body is not wanted any more."""
+        ...
+
+    async def watch(self) -> None:
+        """Return when the client has left."""
         ...
 
 
@@ -99,25 +117,27 @@ class Stream:
     """
 
     __slots__ = (
-        "__weakref__", "_began", "_child", "_context", "_deadline", "_draining", "_error", "_farewell", "_head",
-        "_inbox", "_keeper", "_lifetime_ends", "_loop", "_open_at", "_options", "_outbox", "_pumping", "_send",
+        "__weakref__", "_began", "_child", "_connection", "_context", "_deadline", "_draining", "_error", "_farewell",
+        "_head", "_inbox", "_keeper", "_lifetime_ends", "_loop", "_open_at", "_options", "_outbox", "_pumping",
         "_source", "_source_done", "_state", "_stopped", "_wait", "abandoned", "buffer", "check_at", "client",
         "ended_itself", "entry", "forced", "path", "reason", "server",
     )  # fmt: skip
 
     def __init__(
         self,
-        source: AsyncIterator[Any],
+        source: AsyncIterator[Any] | None,
         *,
         head: Message,
         path: str,
         client: Any,
-        inbox: Inbox,
+        inbox: Watched,
         send: Send,
+        connection: Send,
         server: Server,
         options: StreamOptions,
         keeper: Keeper,
         draining: DrainingEvent,
+        child: Child | None = None,
     ) -> None:
         loop = server.loop
         self._loop: EventLoop = loop
@@ -125,7 +145,7 @@ class Stream:
         self._source: AsyncIterator[Any] | None = source  # until it is closed
         self._head = head
         self._inbox = inbox
-        self._send = send
+        self._connection = connection
         self._options = options
         self._keeper = keeper
         self._draining = draining
@@ -137,7 +157,7 @@ class Stream:
         self._outbox = Outbox(send, self.buffer, flusher=flusher, loop=loop, owner=self, context=self._context)
         self.buffer.attach(self._outbox.wake)
         self._wait: Wait = loop.wait()
-        self._child: Child | None = None
+        self._child = child
         self._source_done: anyio.Event | None = None
         self._pumping = False
         self._stopped = False  # the source has been cancelled
@@ -206,7 +226,11 @@ class Stream:
             Exception: What the source raised, after the stream was cleaned up.
         """
         self._keeper.add(self)
-        self._child = self._loop.spawn(self._pump)
+        if self._source is None:
+            self._pumping = True  # another app's task is the source, and has sent its head
+            self._open()
+        else:
+            self._child = self._loop.spawn(self._pump, "asgi_sse source")
         if self._options.open_timeout == 0:
             # The source's first step comes before the second turn, so that an error in it still has its own status.
             # Before the first one on asyncio; trio takes the tasks and callbacks of one turn in any order.
@@ -276,6 +300,21 @@ class Stream:
             self._source_done = anyio.Event()
             with anyio.move_on_after(seconds):
                 await self._source_done.wait()
+
+    # A source that is another app's task
+
+    async def push(self, chunk: bytes) -> None:
+        """Send bytes that may end anywhere; wait while too much is unsent."""
+        if self.reason is None and self.buffer.push(chunk):
+            await self.buffer.room()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """There is nothing more to push; with an error, the body stays without its end."""
+        if self._child is not None:
+            if error is not None and self.reason is None:
+                self._open()  # the app has sent its head, whether or not it has left
+                self._fail(error)
+            self._source_ended()
 
     # The source's task
 
@@ -526,7 +565,7 @@ class Stream:
         self._stop_source()
         if self.reason is None:
             self.reason = reason
-        if abort_transport(self._send):
+        if abort_transport(self._connection):
             self._loop.call_at(self._loop.time() + _ABORT_WAIT, self._wait.call_off)
             return
         self._wait.call_off()

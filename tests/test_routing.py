@@ -605,7 +605,7 @@ async def test_lifespan() -> None:
     app = create_app({"/": ticks})
     async with LifespanManager(app):
         assert not app.registry.draining
-    assert app.registry.draining
+    assert not app.registry.draining
     async with LifespanManager(app):
         assert not app.registry.draining
         async with open_stream(app) as stream:

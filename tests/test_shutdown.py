@@ -1,5 +1,6 @@
 """How a registry learns that its server stops, and what that leaves behind: nothing."""
 
+import asyncio
 import gc
 import logging
 import signal
@@ -17,6 +18,10 @@ import anyio
 import pytest
 import uvicorn
 from serving import free_port
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.routing import Route
 
 from asgi_sse import EventSourceResponse, Request, SSEMiddleware, StreamRegistry, create_app
 from asgi_sse.testing import open_stream
@@ -243,6 +248,80 @@ def test_two_servers_in_one_process_leave_each_other_alone(make: Callable[[], An
             third.stop()
 
 
+def base_http_app() -> Any:
+    """A middleware that hides ``send`` behind a queue."""
+
+    async def dispatch(request: Any, call_next: Any) -> Any:
+        return await call_next(request)
+
+    async def endpoint(request: Any) -> Any:
+        return EventSourceResponse(idle())
+
+    return Starlette(routes=[Route("/", endpoint)], middleware=[Middleware(BaseHTTPMiddleware, dispatch=dispatch)])
+
+
+def wrapped_base_http_app() -> Any:
+    return SSEMiddleware(base_http_app())
+
+
+class Holder:
+    """An app that can be referred to weakly."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.app(scope, receive, send)
+
+
+async def serve_once(config: uvicorn.Config) -> bytes:
+    """Serve in this event loop, with one client that has had an event when the server is to stop; gives its body."""
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    reader, writer = await asyncio.open_connection("127.0.0.1", config.port)
+    writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    body = await reader.readuntil(b"data: first\n\n")
+    server.should_exit = True
+    body += await reader.readuntil(b"0\r\n\r\n")
+    writer.close()
+    await asyncio.wait_for(serving, 5)
+    return body
+
+
+@pytest.mark.parametrize("same_config", [True, False])
+@pytest.mark.parametrize("make", [lambda: create_app({"/": idle}), bare_app, base_http_app, wrapped_base_http_app])
+def test_servers_one_after_another_in_one_event_loop(make: Callable[[], Any], same_config: bool) -> None:
+    async def main() -> None:
+        app = make()
+        configs = [uvicorn.Config(app, port=free_port(), log_level="critical") for _ in range(3)]
+        for config in [configs[0]] * 3 if same_config else configs:
+            async with asyncio.timeout(10):
+                assert (await serve_once(config)).count(b"retry: ") == 2
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("make", [lambda: create_app({"/": idle}), bare_app])
+def test_servers_that_have_stopped_leave_nothing(make: Callable[[], Any]) -> None:
+    apps: list[weakref.ref[Any]] = []
+    loops: list[weakref.ref[Any]] = []
+
+    async def serve(times: int) -> None:
+        loops.append(weakref.ref(asyncio.get_running_loop()))
+        for _ in range(times):
+            app = Holder(make())
+            apps.append(weakref.ref(app))
+            await serve_once(uvicorn.Config(app, port=free_port(), log_level="critical"))
+
+    for times in (1, 1, 3):
+        asyncio.run(serve(times))
+    gc.collect()
+    assert not any(ref() for ref in apps)
+    assert not any(ref() for ref in loops)
+
+
 def test_one_app_serves_again_after_its_server_has_stopped() -> None:
     app = create_app({"/": idle})
     for _ in range(3):
@@ -251,6 +330,7 @@ def test_one_app_serves_again_after_its_server_has_stopped() -> None:
             read_until(sock, b"data: first")
             server.stop()
             read_until(sock, b"0\r\n\r\n")
+        assert not app.registry.draining
         assert "shutdown" not in vars(server.server)  # as it was
 
 
@@ -382,9 +462,7 @@ async def takes_and_returns(scope: Any, receive: Any, send: Any) -> None:
 
 @pytest.mark.parametrize("inner", [raises, returns, returns_after_start, takes_and_returns])
 async def test_an_app_without_a_lifespan_is_answered_in_its_place(inner: Any) -> None:
-    app = SSEMiddleware(inner, {"/": idle})
-    assert await run_lifespan(app) == COMPLETE
-    assert app.registry.draining
+    assert await run_lifespan(SSEMiddleware(inner, {"/": idle})) == COMPLETE
 
 
 @pytest.mark.parametrize(("inner", "answers"), [(returns, []), (returns_after_start, COMPLETE[:1])])
@@ -462,6 +540,43 @@ async def test_a_request_that_comes_while_its_server_stops_sees_it_at_once(handl
         assert b"data" not in await the_end_of(stream)
     assert seen == [True]
     assert handled
+
+
+async def test_a_stop_shortens_a_drain_that_is_under_way(handled: list[int], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "asgi_sse")
+
+    async def long_farewell(request: Request) -> AsyncIterator[str]:
+        yield "first"
+        await request.draining.wait()
+        await anyio.sleep(100)
+
+    app = create_app({"/": long_farewell}, registry=StreamRegistry(drain_timeout=1))
+    async with open_stream(app) as stream, anyio.create_task_group() as tasks:
+        await stream.receive()
+        tasks.start_soon(app.registry.drain, 60)
+        await anyio.sleep(0.5)
+        began = anyio.current_time()
+        signal.raise_signal(signal.SIGTERM)
+        await the_end_of(stream)
+        assert stream.complete
+        assert 1 <= anyio.current_time() - began < 1.2
+    (line,) = [record.getMessage() for record in caplog.records if "drained" in record.getMessage()]
+    assert line.startswith("drained 1 stream (by call): ")
+    assert handled
+
+
+def test_streams_whose_event_loop_was_closed_under_them_hold_up_nothing() -> None:
+    registry = StreamRegistry()
+    loop = asyncio.new_event_loop()
+    stream = open_stream(EventSourceResponse(idle(), registry=registry))
+    loop.run_until_complete(stream.__aenter__())
+    tasks = asyncio.all_tasks(loop)
+    loop.close()
+    assert len(registry) == 1
+    assert anyio.run(registry.drain, 1.0).seconds < 0.5
+    assert len(registry) == 0
+    for task in tasks:
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
 
 
 async def test_a_clean_up_does_not_outlast_the_server() -> None:

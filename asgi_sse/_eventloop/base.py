@@ -93,8 +93,8 @@ class EventLoop(ABC):
         """Call at a time of `time()`. Nothing is given that would cancel it: it would keep the loop alive."""
 
     @abstractmethod
-    def spawn(self, main: Callable[[], Coroutine[Any, Any, None]]) -> Child:
-        """Run `main`, which must not raise, in a task and a context of its own."""
+    def spawn(self, main: Callable[[], Coroutine[Any, Any, None]], name: str) -> Child:
+        """Run `main`, which must not raise, in a task and a context of its own; `name` is for task dumps."""
 
     @abstractmethod
     def coroutines(self) -> Iterable[Any]:

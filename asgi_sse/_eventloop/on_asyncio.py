@@ -49,9 +49,9 @@ class AsyncioLoop(EventLoop):
     def call_at(self, when: float, callback: Callable[[], None]) -> None:
         self._loop.call_at(when, callback, context=self._context)
 
-    def spawn(self, main: Callable[[], Coroutine[Any, Any, None]]) -> Child:
+    def spawn(self, main: Callable[[], Coroutine[Any, Any, None]], name: str) -> Child:
         # A plain task, whatever the loop's task factory: an eager one would run the source inside the request's step.
-        task = asyncio.Task(main(), loop=self._loop, name="asgi_sse source", context=contextvars.copy_context())
+        task = asyncio.Task(main(), loop=self._loop, name=name, context=contextvars.copy_context())
         return AsyncioChild(task)
 
     def coroutines(self) -> Iterable[Any]:

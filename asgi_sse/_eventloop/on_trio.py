@@ -16,9 +16,10 @@ class TrioLoop(EventLoop):
     # no nursery lets go of a child.
     def __init__(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
+        self._clock = trio.lowlevel.current_clock()  # which other threads can ask too
 
     def time(self) -> float:
-        return trio.current_time()
+        return self._clock.current_time()
 
     @property
     def closed(self) -> bool:
@@ -41,10 +42,10 @@ class TrioLoop(EventLoop):
 
         trio.lowlevel.spawn_system_task(wait, name="asgi_sse timer")
 
-    def spawn(self, main: Callable[[], Coroutine[Any, Any, None]]) -> Child:
+    def spawn(self, main: Callable[[], Coroutine[Any, Any, None]], name: str) -> Child:
         child = TrioChild()
         context = contextvars.copy_context()
-        trio.lowlevel.spawn_system_task(child.run, main, name="asgi_sse source", context=context)
+        trio.lowlevel.spawn_system_task(child.run, main, name=name, context=context)
         return child
 
     def coroutines(self) -> Iterable[Any]:

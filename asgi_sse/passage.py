@@ -1,0 +1,216 @@
+"""One request on its way through the app around which we are, and its response on the way back."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import anyio.lowlevel
+
+from ._types import ASGIApp, Message, Receive, Scope, Send
+from .compression import LOOK_AFTER, Guard, encoding_of, watch_head
+from .healing import Adopted, may_be_adopted
+from .options import StreamOptions
+from .registry import StreamRegistry
+from .response import PASSAGE_KEY
+from .routing import HTTPError, send_text
+from .server import server_of
+from .stream import Stream
+
+
+@dataclass(slots=True)
+class Terms:
+    """What holds for every request through one app.
+
+    Attributes:
+        registry: Where streams that are adopted run.
+        options: How they behave; ``None``: none is adopted.
+        watch: Whether to watch the server's shutdown.
+        guard: What is done about compression; ``None``: nothing.
+    """
+
+    registry: StreamRegistry
+    options: StreamOptions | None
+    watch: bool
+    guard: Guard | None
+
+
+class Passage:
+    """Passes the messages on, and looks what kind of response they make.
+
+    An event stream of the app's own is adopted; one of this library's, which runs inside of the app, is
+    compared: what it has sent with what has left the app.
+    """
+
+    __slots__ = (
+        "_adopted",
+        "_body_left",
+        "_ours",
+        "_outer",
+        "_receive",
+        "_receiving",
+        "_refused",
+        "_scope",
+        "_send",
+        "_start_left",
+        "_terms",
+        "_wait",
+        "connection",
+        "server",
+    )  # fmt: skip
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, terms: Terms) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._terms = terms
+        self._outer: Passage | None = scope.get(PASSAGE_KEY)
+        # As they are outside of every middleware: inside of one such as Starlette's BaseHTTPMiddleware, ``send`` leads
+        # nowhere.
+        self.connection: Send = send if self._outer is None else self._outer.connection
+        self.server = server_of(send) if self._outer is None else self._outer.server
+        self._wait = self.server.loop.wait()
+        self._ours = False
+        self._adopted: Adopted | None = None
+        self._receiving = False
+        self._refused = False
+        self._start_left = False
+        self._body_left = False
+
+    async def run(self, app: ASGIApp) -> None:
+        """Call `app`.
+
+        Raises:
+            Exception: What `app` raised, or what the server's ``send`` did.
+        """
+        scope = self._scope
+        scope[PASSAGE_KEY] = self
+        if self._terms.guard is not None and self._terms.guard.bypass:
+            scope = _without_accept_encoding(scope)
+        error: BaseException | None = None
+        try:
+            with self._wait:
+                await app(scope, self.receive, self.send)
+        except BaseException as exc:
+            error = exc
+            if not self._refused:  # else it fails because nobody listens any more
+                raise
+        finally:
+            if self._adopted is not None:
+                await self._adopted.finish(error)
+
+    # The app's side
+
+    async def receive(self) -> Message:
+        """The app's ``receive()``."""
+        if self._refused:
+            return {"type": "http.disconnect"}
+        if self._adopted is not None:
+            return await self._adopted.receive()
+        self._receiving = True
+        message: Message | None = None
+        try:
+            message = await self._receive()
+        finally:
+            self._received(message)
+        return message
+
+    def _received(self, message: Message | None) -> None:
+        self._receiving = False
+        if self._adopted is not None:  # since then
+            self._adopted.received(message)
+
+    async def send(self, message: Message) -> None:
+        """The app's ``send()``."""
+        if self._adopted is not None:
+            await self._adopted.send(message)
+            return
+        if self._refused:
+            await anyio.lowlevel.checkpoint()  # an app that only sends must let others run
+            return
+        if message["type"] == "http.response.start":
+            if await self._meet(message):
+                return
+            self._start_left = True
+        elif message["type"] == "http.response.body":
+            self._body_left = True
+        await self._send(message)
+
+    async def _meet(self, start: Message) -> bool:
+        """Look at the head of the response. True: it is dealt with."""
+        headers = {name.lower(): value for name, value in start.get("headers", ())}
+        if not headers.get(b"content-type", b"").lower().startswith(b"text/event-stream"):
+            return False
+        guard = self._terms.guard
+        encoding = encoding_of(headers.items())
+        if encoding:
+            if guard is not None:
+                guard.report("encoded", self._scope["path"], encoding)
+                if guard.refuse:
+                    await self._refuse(guard.refusal(encoding))
+                    return True
+            return False
+        if self._ours or self._terms.options is None or not may_be_adopted(self._scope, start, headers):
+            self._watch_head(start)
+            return False
+        self._adopt(start, headers, self._terms.options)
+        return True
+
+    def _watch_head(self, start: Message) -> None:
+        if self._terms.guard is not None and isinstance(start.get("headers"), list):
+            count = self._terms.registry.count_compressed
+            watch_head(start["headers"], self._send, self.server.loop, self._scope["path"], count)
+
+    async def _refuse(self, reason: str) -> None:
+        self._refused = True
+        await send_text(self._scope, self._send, HTTPError(500, reason))
+
+    def _adopt(self, start: Message, headers: dict[bytes, bytes], options: StreamOptions) -> None:
+        if self._terms.watch:
+            self._terms.registry.watch(self.server)
+        self._belongs_to_us()
+        self._adopted = Adopted(
+            self._scope,
+            start,
+            headers,
+            receive=self._receive,
+            busy=self._receiving,
+            send=self._send,
+            connection=self.connection,
+            server=self.server,
+            registry=self._terms.registry,
+            options=options,
+            wait=self._wait,
+        )
+        self._watch_head(self._adopted.head)
+
+    # The side of a stream of our own
+
+    def carries(self, stream: Stream) -> None:
+        """`stream` is the response to this request, and sends it through the app's middlewares."""
+        self._belongs_to_us()
+        loop = stream.loop
+        loop.call_at(loop.time() + LOOK_AFTER, partial(self._compare, stream))
+
+    def _belongs_to_us(self) -> None:
+        self._ours = True
+        if self._outer is not None:  # of a wrapper around the one that has it
+            self._outer._belongs_to_us()  # noqa: SLF001
+
+    def _compare(self, stream: Stream) -> None:
+        guard = self._terms.guard
+        if guard is None or self._refused or stream.reason is not None or not stream.opened:
+            return
+        if stream.bytes_sent and not self._body_left:
+            guard.report("buffered", self._scope["path"])
+        elif not self._start_left:
+            guard.report("held", self._scope["path"])
+
+
+def _without_accept_encoding(scope: Scope) -> Scope:
+    """The scope as a client would make it that asks for events and knows no compression.
+
+    A copy: whoever is around us shall go on to see what the client has sent.
+    """
+    headers = scope["headers"]
+    if not any(name == b"accept" and b"text/event-stream" in value for name, value in headers):
+        return scope
+    return {**scope, "headers": [pair for pair in headers if pair[0] != b"accept-encoding"]}
