@@ -17,6 +17,17 @@ IN_PROCESS = [
     f"tests/test_{name}.py"
     for name in ("event", "decoder", "response", "hostile", "routing", "registry", "shutdown", "floors")
 ]
+FRAMEWORKS = ["starlette", "fastapi", "litestar", "quart", "django", "falcon", "blacksheep"]
+COMPRESSORS = {  # by Starlette and Django, whose versions exclude each other
+    "today": [
+        *FRAMEWORKS, "brotli-asgi", "starlette-compress", "asgi-gzip", "zstd-asgi", "asgi-compression",
+        "quart-compress", "django-http-compression",
+    ],
+    "starlette-0.46": ["starlette==0.46.0", "asgi-gzip==0.2", "starlette-compress==1.6.1"],
+    "starlette-0.45": ["starlette==0.45.3", "asgi-gzip==0.1", "zstd-asgi==0.1", "brotli-asgi==1.4.0"],
+    "django-6.0": ["django==6.0.10"],
+    "django-5.2": ["django==5.2.19"],
+}  # fmt: skip
 FILES = ["asgi_sse", "tests", "examples", "benchmarks", "conftest.py", "noxfile.py"]
 
 
@@ -89,6 +100,21 @@ def matrix(session: nox.Session) -> None:
     """The shutdown of every server, all rows; the tests run a sample."""
     session.install("-e", ".[test]", "sse-starlette>=3.0")
     session.run("python", "-m", "pytest", "-rP", "tests/test_matrix.py", env={"ASGI_SSE_MATRIX": "full"})
+
+
+@nox.session
+def frameworks(session: nox.Session) -> None:
+    """`SSEMiddleware` around every framework; the tests run a sample."""
+    session.install("-e", ".[test]", *FRAMEWORKS, "sentry-sdk", "opentelemetry-instrumentation-asgi")
+    session.run("python", "-m", "pytest", "-rP", "tests/test_frameworks.py", env={"ASGI_SSE_FRAMEWORKS": "full"})
+
+
+@nox.session
+@nox.parametrize("packages", list(COMPRESSORS.values()), ids=list(COMPRESSORS))
+def compressors(session: nox.Session, packages: list[str]) -> None:
+    """Every compressor, in the versions that differ; the tests run a sample."""
+    session.install("-e", ".[test]", *packages)
+    session.run("python", "-m", "pytest", "-rP", "tests/test_compressors.py", env={"ASGI_SSE_COMPRESSORS": "full"})
 
 
 @nox.session

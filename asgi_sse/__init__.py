@@ -1,6 +1,7 @@
 """Server-Sent Events for any ASGI app, that stay up, resume, and end cleanly."""
 
 from .app import create_app
+from .cors import CORS
 from .decoder import EventDecoder
 from .errors import (
     BrokerError,
@@ -19,6 +20,7 @@ from .routing import HTTPError, Request
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "CORS",
     "BrokerError",
     "CompressionError",
     "DrainReport",

@@ -74,18 +74,18 @@ _KNOWN: Final[dict[str, tuple[Callable[[], bool], str]]] = {
         _before("starlette", 0, 46),
         "upgrade Starlette to 0.46 or later, which leaves event streams alone",
     ),
-    "brotli_asgi.BrotliMiddleware": (_always, "give it excluded_handlers=[…] with the paths of the streams"),
+    "brotli_asgi.BrotliMiddleware": (_always, "give it excluded_handlers=[...] with the paths of the streams"),
     "starlette_compress.CompressMiddleware": (
         _since("starlette-compress", 2, 0),
         "call starlette_compress.remove_compress_type('text/event-stream')",
     ),
     "asgi_gzip.asgi_gzip.GZipMiddleware": (_before("asgi-gzip", 0, 3), "upgrade asgi-gzip to 0.3 or later"),
     "asgi_gzip.GZipMiddleware": (_before("asgi-gzip", 0, 3), "upgrade asgi-gzip to 0.3 or later"),
-    "zstd_asgi.ZstdMiddleware": (_always, "give it excluded_handlers=[…] with the paths of the streams"),
+    "zstd_asgi.ZstdMiddleware": (_always, "give it excluded_handlers=[...] with the paths of the streams"),
     "asgi_compression.middleware.CompressionMiddleware": (_never, ""),
     "litestar.middleware.compression.middleware.CompressionMiddleware": (
         _always,
-        "give CompressionConfig exclude=[…] with the paths of the streams",
+        "give CompressionConfig exclude=[...] with the paths of the streams",
     ),
     "django.middleware.gzip.GZipMiddleware": (_always, "serve the streams beside Django, as routes of SSEMiddleware"),
     "django_http_compression.middleware.HttpCompressionMiddleware": (
@@ -255,7 +255,7 @@ def _judge(thing: Any, path: str) -> Compressor | None:
         known = _named(f"{base.__module__}.{base.__qualname__}", path)
         if known is not None and known.encodes is not None:
             return known
-    return _named(f"{kind.__module__}.{kind.__qualname__}", path)
+    return _named(f"{kind.__module__}.{kind.__qualname__}", path) if callable(thing) else None
 
 
 def _named(name: str, path: str) -> Compressor | None:

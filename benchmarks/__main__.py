@@ -5,6 +5,7 @@ python -m benchmarks gen idle        # some of it
 """
 
 import argparse
+import asyncio
 import importlib.util
 import os
 import platform
@@ -211,7 +212,42 @@ def micro() -> None:
     print(f"build+encode {build:6.2f}")
     print(f"item: dict   {rate(lambda: encode_item(item), 100_000):6.2f}")
     print(f"item: str    {rate(lambda: encode_item('hello world'), 100_000):6.2f}")
+    print(f"overhead     {overhead():6.2f}   of SSEMiddleware, a request that is no event stream")
     print(f"decode       {rate(lambda: EventDecoder().feed(stream), 3, 10_000):6.2f}   a stream of 10,000 in one piece")
+
+
+def overhead() -> float:
+    """Microseconds that `SSEMiddleware` adds to a response that is no event stream."""
+    from asgi_sse import SSEMiddleware  # noqa: PLC0415
+
+    start = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]}
+    end = {"type": "http.response.body", "body": b"x"}
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send(start)
+        await send(end)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        pass
+
+    async def seconds(app: Any, number: int = 20_000) -> float:
+        headers = [(b"host", b"x"), (b"accept", b"*/*"), (b"accept-encoding", b"gzip"), (b"user-agent", b"x")]
+        scopes = [{"type": "http", "method": "GET", "path": "/page", "headers": headers} for _ in range(number)]
+        began = time.perf_counter()
+        for scope in scopes:
+            await app(scope, receive, send)
+        return (time.perf_counter() - began) / number
+
+    async def main() -> float:
+        wrapped = SSEMiddleware(app, {"/events": app})
+        with_it = min([await seconds(wrapped) for _ in range(7)])
+        return (with_it - min([await seconds(app) for _ in range(7)])) * 1e6
+
+    return asyncio.run(main())
 
 
 def table(name: str, measure: Callable[[str], dict[str, float]], peers: list[str], ratio: str) -> None:

@@ -33,7 +33,8 @@ RETRY = re.compile(rb"retry: (\d+)\n\n\Z")
 class Client:
     """Reads one stream to its end, in a thread."""
 
-    def __init__(self, port: int, path: str, *, http2: bool = False) -> None:
+    def __init__(self, port: int, path: str, *, http2: bool = False, raw: bool = False) -> None:
+        self._raw = raw  # leave the head and the chunks as they came
         self.body = bytearray()
         self.complete = False
         self.ended = 0.0
@@ -59,6 +60,8 @@ class Client:
             if chunk.endswith(b"0\r\n\r\n"):  # no event of ours ends so
                 self.complete = True
                 break
+        if self._raw:
+            return
         chunks = bytes(self.body).partition(b"\r\n\r\n")[2].split(b"\r\n")  # size, data, size, data, …
         self.body = bytearray(b"".join(chunks[1::2]))
 
@@ -79,6 +82,9 @@ class Client:
                     if flags & 1:  # END_STREAM
                         self.complete = True
                         return
+
+    def leave(self) -> None:
+        self._sock.shutdown(socket.SHUT_RDWR)
 
     def wait(self, seconds: float) -> None:
         self._thread.join(seconds)

@@ -1,0 +1,82 @@
+"""`SSEMiddleware` around an app of every framework, on real servers.
+
+A sample of them unless ``ASGI_SSE_FRAMEWORKS`` is ``full``, for which all have to be installed.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import pytest
+from test_matrix import TERM, Client, Row, Run, check, hypercorn, uvicorn
+
+FULL = os.environ.get("ASGI_SSE_FRAMEWORKS") == "full"
+INSIDE = [
+    "starlette",
+    "fastapi",
+    "litestar",
+    "quart",
+    "django",
+    "falcon",
+    "blacksheep",
+    "sentry",
+    "opentelemetry",
+    "base_http",
+]
+APPS = [f"wrapped_{name}" for name in INSIDE] + [
+    f"{name}_is_around" for name in ("sentry", "opentelemetry", "base_http")
+]
+SAMPLE = ["wrapped_starlette", "wrapped_base_http", "base_http_is_around"]
+SERVERS: dict[str, Row] = {"uvicorn": uvicorn(trigger=TERM), "hypercorn": hypercorn(trigger=TERM)}
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[Row], Run]]:
+    with ExitStack() as stack:
+
+        def run(row: Row) -> Run:
+            started = Run(row, tmp_path)
+            stack.callback(started.close)
+            return started
+
+        yield run
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("app", APPS if FULL else SAMPLE)
+def test_around_a_framework(app: str, server: str, start: Callable[[Row], Run]) -> None:
+    has_hooks = "django" not in app
+    # hypercorn evaluates what stands behind the colon, uvicorn looks the name up.
+    inner = app.removeprefix("wrapped_")
+    expression = f"wrapped({inner}())" if inner != app else f"{app.removesuffix('_is_around')}_around()"
+    name = app if server == "uvicorn" else expression
+    row = replace(SERVERS[server], app=f"framework_apps:{name}", finals=None, lifespan=False)
+    run = start(row)
+    assert httpx.get(f"http://127.0.0.1:{run.port}/page").text == "a page " * 1000
+    assert httpx.get(f"http://127.0.0.1:{run.port}/nowhere").status_code == 404
+
+    leaves = Client(run.port, "/stream", raw=True)
+    head, _, body = bytes(leaves.body).partition(b"\r\n\r\n")
+    assert b"x-accel-buffering: no" in head.lower()
+    run.wait_until(lambda: b": ping\n\n" in leaves.body and b"data: 1\n\n" in leaves.body, 3, "it is not kept alive")
+    assert (
+        bytes(leaves.body).index(b"data: 0")
+        < bytes(leaves.body).index(b": ping")
+        < bytes(leaves.body).index(b"data: 1")
+    )
+    assert body
+    leaves.leave()
+    run.wait_until(
+        lambda: run.noted("finally of the app's stream") == 1, 1, "the disconnect did not reach its generator"
+    )
+
+    clients = [Client(run.port, "/ours"), Client(run.port, "/stream")]
+    check(f"{server}: {app}", row, run, clients)
+    assert run.noted("finally of the app's stream") == 2
+    assert run.noted("finally") == 1
+    if has_hooks:
+        notes = run.notes.read_text().splitlines()
+        assert (notes[0], notes[-1]) == ("the app starts", "the app stops")
