@@ -21,7 +21,7 @@ FRAMEWORKS = ["starlette", "fastapi", "litestar", "quart", "django", "falcon", "
 COMPRESSORS = {  # by Starlette and Django, whose versions exclude each other
     "today": [
         *FRAMEWORKS, "brotli-asgi", "starlette-compress", "asgi-gzip", "zstd-asgi", "asgi-compression",
-        "quart-compress", "django-http-compression",
+        "quart-compress", "django-http-compression", "django-compression-middleware",
     ],
     "starlette-0.46": ["starlette==0.46.0", "asgi-gzip==0.2", "starlette-compress==1.6.1"],
     "starlette-0.45": ["starlette==0.45.3", "asgi-gzip==0.1", "zstd-asgi==0.1", "brotli-asgi==1.4.0"],

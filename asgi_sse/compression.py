@@ -126,15 +126,15 @@ class Guard:
         self._app = app
         self._count = count
         self._reported: set[str] = set()
-        self._looked = False
+        self.looked = False
         self.bypass = mode == "bypass"
         self.refuse = mode == "refuse"
 
     def look(self) -> None:
         """Warn once of each compressor inside of the app that would compress a stream."""
-        if self._looked:
+        if self.looked:
             return
-        self._looked = True
+        self.looked = True
         for compressor in self._inside():
             if compressor.encodes:
                 logger.warning(

@@ -1,6 +1,6 @@
 """`SSEMiddleware`: event streams beside any ASGI app, and their end when its server stops."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any, Final
@@ -116,13 +116,12 @@ class SSEMiddleware:
         else:
             await self.app(scope, receive, send)
 
-    async def _pass(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._guard is not None:
-            self._guard.look()
+    def _pass(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if self._guard is None and self._terms.options is None:
-            await app(scope, receive, send)
-        else:
-            await Passage(scope, receive, send, self._terms).run(app)
+            return app(scope, receive, send)
+        if self._guard is not None and not self._guard.looked:
+            self._guard.look()
+        return Passage(scope, receive, send, self._terms).run(app)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         server = server_of(send)

@@ -5,6 +5,7 @@ from functools import partial
 
 import anyio.lowlevel
 
+from ._eventloop import current_loop
 from ._types import ASGIApp, Message, Receive, Scope, Send
 from .compression import LOOK_AFTER, Guard, encoding_of, watch_head
 from .healing import Adopted, may_be_adopted
@@ -12,7 +13,7 @@ from .options import StreamOptions
 from .registry import StreamRegistry
 from .response import PASSAGE_KEY
 from .routing import HTTPError, send_text
-from .server import server_of
+from .server import Server, server_of
 from .stream import Stream
 
 
@@ -41,20 +42,8 @@ class Passage:
     """
 
     __slots__ = (
-        "_adopted",
-        "_body_left",
-        "_ours",
-        "_outer",
-        "_receive",
-        "_receiving",
-        "_refused",
-        "_scope",
-        "_send",
-        "_start_left",
-        "_terms",
-        "_wait",
-        "connection",
-        "server",
+        "_adopted", "_body_left", "_ours", "_outer", "_receive", "_receiving", "_refused", "_scope", "_send",
+        "_start_left", "_terms", "_wait", "connection",
     )  # fmt: skip
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, terms: Terms) -> None:
@@ -63,17 +52,21 @@ class Passage:
         self._send = send
         self._terms = terms
         self._outer: Passage | None = scope.get(PASSAGE_KEY)
-        # As they are outside of every middleware: inside of one such as Starlette's BaseHTTPMiddleware, ``send`` leads
+        # As it is outside of every middleware: inside of one such as Starlette's BaseHTTPMiddleware, ``send`` leads
         # nowhere.
         self.connection: Send = send if self._outer is None else self._outer.connection
-        self.server = server_of(send) if self._outer is None else self._outer.server
-        self._wait = self.server.loop.wait()
+        self._wait = current_loop().wait()
         self._ours = False
         self._adopted: Adopted | None = None
         self._receiving = False
         self._refused = False
         self._start_left = False
         self._body_left = False
+
+    @property
+    def server(self) -> Server:
+        """The server that the request came through."""
+        return server_of(self.connection)
 
     async def run(self, app: ASGIApp) -> None:
         """Call `app`.
@@ -127,7 +120,7 @@ class Passage:
             await anyio.lowlevel.checkpoint()  # an app that only sends must let others run
             return
         if message["type"] == "http.response.start":
-            if await self._meet(message):
+            if _is_event_stream(message) and await self._meet(message):
                 return
             self._start_left = True
         elif message["type"] == "http.response.body":
@@ -135,10 +128,8 @@ class Passage:
         await self._send(message)
 
     async def _meet(self, start: Message) -> bool:
-        """Look at the head of the response. True: it is dealt with."""
+        """Look at the head of an event stream. True: it is dealt with."""
         headers = {name.lower(): value for name, value in start.get("headers", ())}
-        if not headers.get(b"content-type", b"").lower().startswith(b"text/event-stream"):
-            return False
         guard = self._terms.guard
         encoding = encoding_of(headers.items())
         if encoding:
@@ -205,12 +196,20 @@ class Passage:
             guard.report("held", self._scope["path"])
 
 
+def _is_event_stream(start: Message) -> bool:
+    for name, value in start.get("headers", ()):
+        if name.lower() == b"content-type":
+            return bool(value[:17].lower() == b"text/event-stream")
+    return False
+
+
 def _without_accept_encoding(scope: Scope) -> Scope:
     """The scope as a client would make it that asks for events and knows no compression.
 
     A copy: whoever is around us shall go on to see what the client has sent.
     """
     headers = scope["headers"]
-    if not any(name == b"accept" and b"text/event-stream" in value for name, value in headers):
-        return scope
-    return {**scope, "headers": [pair for pair in headers if pair[0] != b"accept-encoding"]}
+    for name, value in headers:
+        if name == b"accept" and b"text/event-stream" in value:
+            return {**scope, "headers": [pair for pair in headers if pair[0] != b"accept-encoding"]}
+    return scope

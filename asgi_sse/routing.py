@@ -254,10 +254,18 @@ class RouteTable:
                 raise ValueError(f"routes {shapes[shape]!r} and {pattern!r} match the same paths; remove one")
             shapes[shape] = pattern
             table.append((literals, names, _endpoint(pattern, target)))
+        # What is literal as a whole comes first, at the price of one look; then what is literal further to the left.
+        self._literal = {"/" + "/".join(map(str, literals)): app for literals, names, app in table if not names}
+        table = [row for row in table if row[1]]
         self._table = sorted(table, key=lambda row: [literal is None for literal in row[0]])
 
     def find(self, path: str) -> tuple[ASGIApp, dict[str, str]] | None:
         """The endpoint for `path` and its parameters, if there is one."""
+        literal = self._literal.get(path)
+        if literal is not None:
+            return literal, {}
+        if not self._table:
+            return None
         segments = path.split("/")[1:]
         for literals, names, app in self._table:
             if len(literals) == len(segments) and all(

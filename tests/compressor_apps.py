@@ -129,6 +129,10 @@ def django_http_compression() -> Any:
     return _django("django_http_compression.middleware.HttpCompressionMiddleware")
 
 
+def django_compression_middleware() -> Any:
+    return _django("compression_middleware.middleware.CompressionMiddleware")
+
+
 def quart_compress() -> Any:
     from quart import Quart, Response
     from quart_compress import Compress
@@ -170,7 +174,7 @@ def blacksheep() -> Any:
     return app
 
 
-OWN = [litestar, django_gzip, django_http_compression, quart_compress, blacksheep]
+OWN = [litestar, django_gzip, django_http_compression, django_compression_middleware, quart_compress, blacksheep]
 
 
 def inside() -> Any:

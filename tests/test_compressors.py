@@ -21,6 +21,7 @@ MODULES = {  # what has to be installed
     "starlette_gzip": "starlette", "brotli_asgi": "brotli_asgi", "starlette_compress": "starlette_compress",
     "asgi_gzip": "asgi_gzip", "zstd_asgi": "zstd_asgi", "asgi_compression": "asgi_compression", "litestar": "litestar",
     "django_gzip": "django", "django_http_compression": "django_http_compression", "quart_compress": "quart_compress",
+    "django_compression_middleware": "compression_middleware",
     "blacksheep": "blacksheep",
 }  # fmt: skip
 CLASSES = {
@@ -29,6 +30,7 @@ CLASSES = {
     "zstd_asgi": "zstd_asgi.ZstdMiddleware", "litestar": "CompressionMiddleware",
     "django_gzip": "django.middleware.gzip.GZipMiddleware",
     "django_http_compression": "django_http_compression.middleware.HttpCompressionMiddleware",
+    "django_compression_middleware": "compression_middleware.middleware.CompressionMiddleware",
 }  # fmt: skip
 INSTALLED = [name for name, module in MODULES.items() if importlib.util.find_spec(module)]
 SAMPLE = [name for name in ("starlette_gzip", "brotli_asgi") if name in INSTALLED]

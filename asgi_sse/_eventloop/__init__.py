@@ -3,7 +3,10 @@
 Everything else of this package is written once, for both.
 """
 
+import asyncio
 import sys
+import weakref
+from typing import Any
 
 from anyio.lowlevel import RunVar
 
@@ -11,7 +14,9 @@ from .base import Child, EventLoop, Sender, Wait
 
 __all__ = ["Child", "EventLoop", "Sender", "Wait", "current_loop"]
 
-_current: RunVar[EventLoop] = RunVar("asgi_sse event loop")
+# Every request asks, so a look into a dictionary where that is enough: anyio's RunVar takes five times as long.
+_on_asyncio: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, EventLoop]" = weakref.WeakKeyDictionary()
+_on_trio: RunVar[EventLoop] = RunVar("asgi_sse event loop")
 
 
 def current_loop() -> EventLoop:
@@ -20,27 +25,31 @@ def current_loop() -> EventLoop:
     Raises:
         RuntimeError: There is none.
     """
+    trio = sys.modules.get("trio")
+    if trio is not None and _in_trio_task(trio):
+        return _trio_loop()
+    running = asyncio.get_running_loop()
+    loop = _on_asyncio.get(running)
+    if loop is None:
+        from .on_asyncio import AsyncioLoop  # noqa: PLC0415 (each where it is used)
+
+        loop = _on_asyncio[running] = AsyncioLoop()
+    return loop
+
+
+def _trio_loop() -> EventLoop:
     try:
-        return _current.get()
+        return _on_trio.get()
     except LookupError:
-        loop: EventLoop
-        if _in_trio_task():
-            from .on_trio import TrioLoop  # noqa: PLC0415 (trio is optional)
+        from .on_trio import TrioLoop  # noqa: PLC0415 (trio is optional)
 
-            loop = TrioLoop()
-        else:
-            from .on_asyncio import AsyncioLoop  # noqa: PLC0415 (as the other)
-
-            loop = AsyncioLoop()
-        _current.set(loop)
+        loop = TrioLoop()
+        _on_trio.set(loop)
         return loop
 
 
-def _in_trio_task() -> bool:
+def _in_trio_task(trio: Any) -> bool:
     # Asked of trio, not of asyncio: in trio's guest mode an asyncio loop runs as well.
-    trio = sys.modules.get("trio")
-    if trio is None:
-        return False
     try:
         trio.lowlevel.current_task()
     except RuntimeError:
