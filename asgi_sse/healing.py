@@ -19,8 +19,8 @@ from .response import EVENT_STREAM_HEADERS
 from .server import Server
 from .stream import DrainingEvent, Stream
 
-_PATIENCE: Final = 0.5
-"""Seconds that an app has to find its disconnect in ``receive()``, before its task is cancelled."""
+PATIENCE: Final = 0.5
+"""Seconds that an app has to find its disconnect in ``receive()``, before it is cancelled."""
 
 _FILES: Final = ("http.response.pathsend", "http.response.zerocopysend")
 
@@ -244,7 +244,7 @@ class Adopted(Child):
         self._notify()
         self._stream.buffer.release()
         loop = self._stream.loop
-        loop.call_at(loop.time() + _PATIENCE, self.cancel_again)
+        loop.call_at(loop.time() + PATIENCE, self.cancel_again)
 
     def spare(self) -> None:
         """See `Child`. The app cleans up as it likes."""

@@ -8,7 +8,7 @@ import anyio.lowlevel
 from ._eventloop import current_loop
 from ._types import ASGIApp, Message, Receive, Scope, Send
 from .compression import LOOK_AFTER, Guard, encoding_of, watch_head
-from .healing import Adopted, may_be_adopted
+from .healing import PATIENCE, Adopted, may_be_adopted
 from .options import StreamOptions
 from .registry import StreamRegistry
 from .response import PASSAGE_KEY
@@ -84,7 +84,7 @@ class Passage:
                 await app(scope, self.receive, self.send)
         except BaseException as exc:
             error = exc
-            if not self._refused:  # else it fails because nobody listens any more
+            if not (self._refused and isinstance(exc, Exception)):  # else it fails since nobody listens any more
                 raise
         finally:
             if self._adopted is not None:
@@ -152,6 +152,8 @@ class Passage:
 
     async def _refuse(self, reason: str) -> None:
         self._refused = True
+        loop = current_loop()
+        loop.call_at(loop.time() + PATIENCE, self._wait.call_off)
         await send_text(self._scope, self._send, HTTPError(500, reason))
 
     def _adopt(self, start: Message, headers: dict[bytes, bytes], options: StreamOptions) -> None:

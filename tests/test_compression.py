@@ -158,6 +158,26 @@ async def test_refused_streams_of_ours_end_quietly() -> None:
     assert len(app.registry) == 0
 
 
+async def test_a_refused_app_that_never_asks_is_cancelled() -> None:
+    seen = []
+
+    async def only_sends(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        try:
+            while True:
+                await send({"type": "http.response.body", "body": b"data: x\n\n", "more_body": True})
+                await anyio.sleep(0.1)
+        finally:
+            seen.append("finally")
+
+    app = SSEMiddleware(GZipMiddleware(only_sends), compression="refuse")
+    async with open_stream(app, headers=ASKS) as stream:
+        assert stream.status == 500
+        await text(stream)
+        await anyio.sleep(1)
+        assert seen == ["finally"]
+
+
 async def test_off(caplog: pytest.LogCaptureFixture) -> None:
     app = SSEMiddleware(GZipMiddleware(app_with_ours), compression="off")
     async with open_stream(app, headers=ASKS) as stream:
