@@ -99,11 +99,12 @@ class Passage:
         if self._adopted is not None:
             return await self._adopted.receive()
         self._receiving = True
-        message: Message | None = None
         try:
             message = await self._receive()
-        finally:
-            self._received(message)
+        except BaseException:
+            self._received(None)
+            raise
+        self._received(message)
         return message
 
     def _received(self, message: Message | None) -> None:
