@@ -104,11 +104,11 @@ _SUSPECT: Final = re.compile(r"gzip|brotli|zstd|deflate|compress", re.IGNORECASE
 
 # How apps and middlewares hold what is inside of them.
 _EDGES: Final = (
-    "app", "_app", "inner", "application", "asgi_app", "asgi", "wrapped", "next_app", "middleware_stack",
-    "asgi_handler", "asgi_router", "router", "routes", "user_middleware", "cls", "middleware", "middlewares",
-    "_middlewares",
-    "middleware_class", "_middleware_chain", "compression_config", "after_request_funcs", "_unprepared_middleware",
-    "_base_app", "mounts", "handler", "_asgi_middleware", "__wrapped__",
+    "app", "_app", "inner", "application", "asgi_app", "asgi", "wrapped", "next_app", "user_middleware", "cls",
+    "middleware", "middlewares", "_middlewares", "middleware_class", "middleware_stack", "_middleware_chain",
+    "compression_config", "after_request_funcs", "_unprepared_middleware", "_asgi_middleware", "asgi_handler",
+    "asgi_router", "router", "_base_app", "other_asgi_app", "application_mapping", "mounts", "handler", "__wrapped__",
+    "routes",
 )  # fmt: skip
 _LIMIT: Final = 3000
 
@@ -127,6 +127,7 @@ class Guard:
         self._count = count
         self._reported: set[str] = set()
         self.looked = False
+        self._found: list[Compressor] | None = None
         self.bypass = mode == "bypass"
         self.refuse = mode == "refuse"
 
@@ -150,11 +151,13 @@ class Guard:
         return "Streams that it has compressed are refused."
 
     def _inside(self) -> list[Compressor]:
-        try:
-            return find_compressors(self._app)
-        except Exception:  # an app whose parts do not like to be looked at
-            logger.debug("cannot look for compressors in %r", self._app, exc_info=True)
-            return []
+        if self._found is None:
+            self._found = []
+            try:
+                self._found = find_compressors(self._app)
+            except Exception:  # an app whose parts do not like to be looked at
+                logger.debug("cannot look for compressors in %r", self._app, exc_info=True)
+        return self._found
 
     def report(self, kind: str, path: str, encoding: str = "") -> None:
         """Count a stream that was encoded, held or buffered, and warn of the first one of its kind."""

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Final
 
 from ._types import Message, Scope, Send
 
-_PREFLIGHT_SECONDS = 600
+_PREFLIGHT_SECONDS: Final = 600
+_OWN: Final = (b"access-control-allow-origin", b"access-control-allow-credentials")  # twice, browsers refuse them
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +40,10 @@ class CORS:
         allowed = frozenset([self.origins] if isinstance(self.origins, str) else self.origins)
         for origin in allowed - {"*", "null"}:
             scheme, found, host = origin.partition("://") if isinstance(origin, str) else ("", "", "")
-            if not found or not scheme or not host or "/" in host:
+            if not found or not scheme or not host or set("/?#* \t") & set(origin.replace("://", "", 1)):
                 raise ValueError(f"cors: {origin!r} is no origin; give scheme, host and port: 'https://example.com'")
+            if (scheme.lower(), host.rpartition(":")[2]) in (("https", "443"), ("http", "80")):
+                raise ValueError(f"cors: browsers leave the default port out of {origin!r}; do so too")
         if "*" in allowed and self.credentials:
             raise ValueError("cors: browsers refuse '*' with credentials; name the origins, or give a function")
         object.__setattr__(self, "_allowed", frozenset(origin.lower() for origin in allowed))
@@ -67,7 +71,8 @@ class CORS:
 
         async def send_with_cors(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), *headers]}
+                own = [pair for pair in message.get("headers", ()) if not pair[0].lower().startswith(_OWN)]
+                message = {**message, "headers": [*own, *headers]}
             await send(message)
 
         return send_with_cors

@@ -22,6 +22,9 @@ from .stream import DrainingEvent, Stream
 PATIENCE: Final = 0.5
 """Seconds that an app has to find its disconnect in ``receive()``, before it is cancelled."""
 
+_AHEAD: Final = 65_536
+"""Bytes of the request's body read before the app asks, to see the disconnect behind."""
+
 _FILES: Final = ("http.response.pathsend", "http.response.zerocopysend")
 
 
@@ -61,8 +64,9 @@ class Adopted(Child):
     """
 
     __slots__ = (
-        "_app_done", "_busy", "_changed", "_closed", "_error", "_messages", "_receive", "_released", "_send",
-        "_sending", "_start", "_started", "_stream", "_stream_done", "_wait", "disconnected", "head", "reading",
+        "_ahead", "_app_done", "_busy", "_changed", "_closed", "_error", "_messages", "_raised", "_receive",
+        "_released", "_send", "_sending", "_start", "_started", "_stream", "_stream_done", "_told", "_wait",
+        "disconnected", "head", "reading",
     )  # fmt: skip
 
     def __init__(
@@ -89,13 +93,16 @@ class Adopted(Child):
         self._changed: anyio.Event | None = None
         self.disconnected = False
         self.reading = False
+        self._ahead = 0  # bytes of them
+        self._told = False  # that its client has left, or that the stream is over
         self._closed = False  # the stream is at its end: what the app still sends goes nowhere
         self._sending = anyio.Lock(fast_acquire=True)  # a burst of events shall leave as one
         self._started = False
         self._released = False
         self._app_done = False
         self._stream_done = anyio.Event()
-        self._error: BaseException | None = None
+        self._error: BaseException | None = None  # for the app
+        self._raised: BaseException | None = None
         missing = [pair for pair in EVENT_STREAM_HEADERS if pair[0] not in headers]
         self.head: Message = {**start, "headers": [*start.get("headers", ()), *missing]}
         self._stream = Stream(
@@ -122,24 +129,30 @@ class Adopted(Child):
         try:
             await self._stream.run()
         except BaseException as exc:  # for the app's task to raise
-            self._error = exc
+            self._failed(exc)
         finally:
             self._stream_done.set()
+            self._notify()
 
     # The app's side
 
     async def receive(self) -> Message:
-        """The app's ``receive()``."""
+        """The app's ``receive()``. The stream's watch does the reading, so that a drain can wake the app here."""
         while not self._messages:
             if self.disconnected or self._closed:
+                self._told = True
+                self._let_go()
                 return {"type": "http.disconnect"}
-            await self._read_or_wait()
+            if self._stream_done.is_set():
+                return await self._receive()
+            await self._change()
         message = self._messages.popleft()
+        self._ahead -= len(message.get("body", b""))
         self._notify()
         return message
 
     async def send(self, message: Message) -> None:
-        """The app's ``send()``: returns when there is room for more, or the stream's error is raised.
+        """The app's ``send()``: returns when there is room for more.
 
         Raises:
             Exception: What the server's ``send`` raised.
@@ -154,12 +167,13 @@ class Adopted(Child):
             if body:
                 await self._stream.push(bytes(body))
             if self._closed:
+                self._raise_error()
                 await anyio.lowlevel.checkpoint()  # an app that only sends must not starve what is to cancel it
             elif not message.get("more_body", False):
                 self._app_done = True
                 self._stream.end()
                 await self._stream_done.wait()
-            self._raise_error()
+                self._raise_error()
 
     async def finish(self, error: BaseException | None) -> None:
         """The app has returned, or raised: wait until the stream is over.
@@ -170,7 +184,8 @@ class Adopted(Child):
         done, self._app_done = self._app_done, True
         if self._released:
             return
-        self._stream.end(None if done or self._closed else error or Unfinished())
+        cancelled = error is not None and not isinstance(error, Exception)
+        self._stream.end(error if cancelled else None if done or self._closed else error or Unfinished())
         with anyio.CancelScope(shield=True):
             await self._stream_done.wait()
         if error is None:
@@ -186,20 +201,35 @@ class Adopted(Child):
             else:
                 await self._send(self._start)
 
+    def _failed(self, error: BaseException | None) -> None:
+        if error is not None and error is not self._raised and not isinstance(error, Unfinished):
+            self._error = error
+
     def _raise_error(self) -> None:
         error, self._error = self._error, None
-        if error is not None and not isinstance(error, Unfinished):
+        if error is not None:
+            self._raised = error  # once: an app that deals with it has dealt with it
             raise error
 
     # The stream's side (stream.Watched)
 
     async def watch(self) -> None:
-        """See `stream.Watched`. At most one message ahead of the app, whose request's body may not have ended."""
+        """See `stream.Watched`. A little ahead of the app, whose request's body may not have ended."""
         while not self.disconnected:
-            if self._messages and self._messages[-1].get("more_body", False):
+            if self._busy or self._ahead > _AHEAD:
                 await self._change()
-            else:
-                await self._read_or_wait()
+                continue
+            self._busy = True
+            try:
+                message = await self._receive()
+                if message["type"] == "http.disconnect":
+                    self.disconnected = True
+                else:
+                    self._ahead += len(message.get("body", b""))
+                    self._messages.append(message)
+            finally:
+                self._busy = False
+                self._notify()
 
     def discard(self) -> None:
         """See `stream.Watched`. The body is the app's."""
@@ -208,23 +238,9 @@ class Adopted(Child):
         """The app's ``receive()`` that was under way at the adoption is over, with a message or without."""
         self._busy = False
         if message is not None and message["type"] == "http.disconnect":
-            self.disconnected = True
+            self.disconnected = self._told = True
+            self._let_go()
         self._notify()
-
-    async def _read_or_wait(self) -> None:
-        if self._busy:
-            await self._change()
-            return
-        self._busy = True
-        try:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                self.disconnected = True
-            else:
-                self._messages.append(message)
-        finally:
-            self._busy = False
-            self._notify()
 
     async def _change(self) -> None:
         if self._changed is None:
@@ -241,10 +257,21 @@ class Adopted(Child):
     def cancel(self) -> None:
         """See `Child`. The app finds a disconnect; if it does not ask, it is cancelled."""
         self._closed = True
+        self._failed(self._stream.send_error)
         self._notify()
         self._stream.buffer.release()
         loop = self._stream.loop
-        loop.call_at(loop.time() + PATIENCE, self.cancel_again)
+        loop.call_at(loop.time() + PATIENCE, self._lose_patience)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """An app that was told of the end is on its own, as it is without us: it may clean up, and do what is left."""
+        if self._told and self._closed:
+            self._stream.end()
+
+    def _lose_patience(self) -> None:
+        if not (self._told or self._app_done):
+            self._wait.call_off()
 
     def spare(self) -> None:
         """See `Child`. The app cleans up as it likes."""
@@ -252,4 +279,4 @@ class Adopted(Child):
     def cancel_again(self) -> None:
         """See `Child`."""
         if not self._app_done:
-            self._wait.call_off()
+            self._wait.call_off(again=True)

@@ -1,5 +1,6 @@
 """One request on its way through the app around which we are, and its response on the way back."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -74,10 +75,13 @@ class Passage:
         Raises:
             Exception: What `app` raised, or what the server's ``send`` did.
         """
+        # In the scope itself, and put back at the end: in a copy, who is around us would not see what the app adds to
+        # it, such as its route.
         scope = self._scope
+        headers = scope["headers"]
         scope[PASSAGE_KEY] = self
         if self._terms.guard is not None and self._terms.guard.bypass:
-            scope = _without_accept_encoding(scope)
+            scope["headers"] = _without_accept_encoding(headers)
         error: BaseException | None = None
         try:
             with self._wait:
@@ -87,8 +91,13 @@ class Passage:
             if not (self._refused and isinstance(exc, Exception)):  # else it fails since nobody listens any more
                 raise
         finally:
-            if self._adopted is not None:
-                await self._adopted.finish(error)
+            try:
+                if self._adopted is not None:
+                    await self._adopted.finish(error)
+            finally:
+                del error  # its traceback holds this frame
+                scope["headers"] = headers
+                scope[PASSAGE_KEY] = self._outer
 
     # The app's side
 
@@ -121,6 +130,8 @@ class Passage:
             await anyio.lowlevel.checkpoint()  # an app that only sends must let others run
             return
         if message["type"] == "http.response.start":
+            if not isinstance(message.get("headers", ()), list | tuple):  # ASGI allows any iterable, to be read once
+                message = {**message, "headers": list(message["headers"])}
             if _is_event_stream(message) and await self._meet(message):
                 return
             self._start_left = True
@@ -200,19 +211,17 @@ class Passage:
 
 
 def _is_event_stream(start: Message) -> bool:
+    if start["status"] != 200:  # a client does not read events from it
+        return False
     for name, value in start.get("headers", ()):
         if name.lower() == b"content-type":
             return bool(value[:17].lower() == b"text/event-stream")
     return False
 
 
-def _without_accept_encoding(scope: Scope) -> Scope:
-    """The scope as a client would make it that asks for events and knows no compression.
-
-    A copy: whoever is around us shall go on to see what the client has sent.
-    """
-    headers = scope["headers"]
+def _without_accept_encoding(headers: Iterable[tuple[bytes, bytes]]) -> Iterable[tuple[bytes, bytes]]:
+    """The headers of a client that asks for events, as if it knew no compression; those of any other as they are."""
     for name, value in headers:
         if name == b"accept" and b"text/event-stream" in value:
-            return {**scope, "headers": [pair for pair in headers if pair[0] != b"accept-encoding"]}
-    return scope
+            return [pair for pair in headers if pair[0] != b"accept-encoding"]
+    return headers

@@ -120,7 +120,7 @@ class Stream:
         "__weakref__", "_began", "_child", "_connection", "_context", "_deadline", "_draining", "_error", "_farewell",
         "_head", "_inbox", "_keeper", "_lifetime_ends", "_loop", "_open_at", "_options", "_outbox", "_pumping",
         "_source", "_source_done", "_state", "_stopped", "_wait", "abandoned", "buffer", "check_at", "client",
-        "ended_itself", "entry", "forced", "path", "reason", "server",
+        "ended_itself", "entry", "forced", "path", "reason", "send_error", "server",
     )  # fmt: skip
 
     def __init__(
@@ -174,6 +174,7 @@ class Stream:
         self.entry: list[Stream] = []  # the heartbeat's
         self.check_at = math.inf
         self.reason: CloseReason | None = None
+        self.send_error: BaseException | None = None
         self.ended_itself = False
         self.forced = False
         self.abandoned = False
@@ -309,12 +310,19 @@ class Stream:
             await self.buffer.room()
 
     def end(self, error: BaseException | None = None) -> None:
-        """There is nothing more to push; with an error, the body stays without its end."""
-        if self._child is not None:
-            if error is not None and self.reason is None:
-                self._open()  # the app has sent its head, whether or not it has left
-                self._fail(error)
-            self._source_ended()
+        """There is nothing more to push; with an error, the body stays without its end.
+
+        What was pushed is still sent, unless the error is a cancellation: then nobody shall wait for the client.
+        """
+        if self._child is None:
+            return
+        if error is not None and self.reason is None:
+            self._open()  # the app has sent its head, whether or not it has left
+            self._fail(error)
+        if error is not None and not isinstance(error, Exception):
+            self._child = None
+            self._over("failed")
+        self._source_ended()
 
     # The source's task
 
@@ -478,6 +486,7 @@ class Stream:
 
     def outbox_done(self, error: BaseException | None) -> None:
         """See `outbox.Owner`."""
+        self.send_error = error
         if error is None:
             self._over(self.reason or "finished")
         elif _client_is_gone(error):

@@ -115,6 +115,7 @@ def test_around(name: str, serve: Callable[..., Run]) -> None:
     run = serve("around", name)
     encodes = {path: head_of(run, path).get("content-encoding", "") for path in ("/route", "/ours", "/foreign")}
     identity = head_of(run, "/identity").get("content-encoding", "")
+    assert identity in ("", "identity") or name in ("starlette_compress", "asgi_gzip", "zstd_asgi")  # some versions
     time.sleep(1.5)  # past the second look at the heads
     warned = [line for line in run.log.read_text().splitlines() if "event stream" in line]
     print(f"{name:26} around: {encodes}; with identity: {identity}; warned: {bool(warned)}")

@@ -64,6 +64,24 @@ async def test_credentials() -> None:
         }
 
 
+async def test_headers_of_the_route_s_own_do_not_stand_twice() -> None:
+    def endpoint(request: Request) -> Any:
+        return EventSourceResponse(["x"], headers={"Access-Control-Allow-Origin": "*"})
+
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "HEAD", "path": "/", "headers": [(b"origin", SITE.encode())]}
+    await SSEMiddleware(theirs, {"/": endpoint}, cors=SITE)(scope, receive, send)
+    names = [name for name, _ in sent[0]["headers"]]
+    assert names.count(b"access-control-allow-origin") == 1
+
+
 async def test_preflight() -> None:
     asks = {"Origin": SITE, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "last-event-id"}
     async with open_stream(app(CORS([SITE], headers=("X-Own",))), method="OPTIONS", headers=asks) as stream:
@@ -87,6 +105,8 @@ async def test_preflight() -> None:
         (lambda: CORS(5), TypeError, "origins=5"),  # type: ignore[arg-type]
         (lambda: CORS(["example.com"]), ValueError, "'example.com' is no origin"),
         (lambda: CORS(["https://example.com/path"]), ValueError, "is no origin"),
+        (lambda: CORS("https://*.example.com"), ValueError, "is no origin"),
+        (lambda: CORS("https://example.com:443"), ValueError, "default port"),
         (lambda: CORS([5]), ValueError, "5 is no origin"),  # type: ignore[list-item]
         (lambda: CORS("*", credentials=True), ValueError, "credentials"),
         (lambda: app(["nothing"]), ValueError, "is no origin"),

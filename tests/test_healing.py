@@ -1,8 +1,10 @@
 """Event streams that an app sends by itself, behind `SSEMiddleware`: unchanged, kept alive, ended."""
 
+import gc
 import re
 import signal
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -209,30 +211,187 @@ async def test_a_body_without_an_end_stays_without() -> None:
         assert not stream.complete
 
 
-async def test_what_the_server_s_send_raises_reaches_the_app() -> None:
+SCOPE: Any = {"type": "http", "method": "GET", "path": "/", "headers": []}
+
+
+async def never() -> Any:
+    await anyio.sleep_forever()
+
+
+@pytest.mark.parametrize("deals_with_it", [False, True])
+async def test_what_the_server_s_send_raises_reaches_the_app(deals_with_it: bool) -> None:
     raised = []
 
     async def asks(scope: Any, receive: Any, send: Any) -> None:
         await send(HEAD)
         try:
-            for _ in range(10):
-                await send(body(b"data: x\n\n"))
-                await anyio.sleep(1)
+            for number in range(10):
+                await send(body(b"data: %d\n\n" % number))
+                await anyio.sleep(0.2)
         except ValueError as exc:
-            raised.append(str(exc))
-            raise
-
-    async def receive() -> Any:
-        await anyio.sleep_forever()
+            raised.append((str(exc), number))
+            if not deals_with_it:
+                raise
 
     async def send(message: Any) -> None:
-        if message["type"] == "http.response.body":
+        if message.get("body") == b"data: 1\n\n":
             raise ValueError("out of order")
 
-    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
-    with pytest.raises(ValueError, match="out of order"):
-        await SSEMiddleware(asks)(scope, receive, send)
-    assert raised in (["out of order"], [])
+    if deals_with_it:
+        await SSEMiddleware(asks)(dict(SCOPE), never, send)
+    else:
+        with pytest.raises(ValueError, match="out of order"):
+            await SSEMiddleware(asks)(dict(SCOPE), never, send)
+    assert raised == [("out of order", 2)]
+
+
+@pytest.mark.parametrize("drain", [False, True])
+async def test_an_app_that_asked_for_its_disconnect_is_on_its_own_then(drain: bool) -> None:
+    """As without the wrapper: its clean-up and its background tasks take the time that they take."""
+    seen: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send(HEAD)
+        await send(body(b"data: x\n\n"))
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        await anyio.sleep(20)
+        seen.append("cleaned up")
+
+    middleware = SSEMiddleware(app)
+    async with open_stream(middleware) as stream:
+        await stream.receive()
+        if drain:
+            await middleware.registry.drain()
+            assert (await all_of(stream)).startswith(b"retry: ")
+        else:
+            await stream.disconnect()
+    assert seen == ["cleaned up"]
+
+
+async def test_an_app_that_is_cancelled_has_time_to_clean_up(anyio_backend_name: str) -> None:
+    if anyio_backend_name == "trio":
+        pytest.skip("trio cancels for good")
+    seen: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send(HEAD)
+        try:
+            await anyio.sleep_forever()
+        finally:
+            await anyio.sleep(5)
+            seen.append("cleaned up")
+
+    async with open_stream(SSEMiddleware(app)) as stream:
+        await stream.disconnect()
+    assert seen == ["cleaned up"]
+
+
+async def test_a_cancellation_from_outside_waits_for_no_client() -> None:
+    async def flood(scope: Any, receive: Any, send: Any) -> None:
+        await send(HEAD)
+        while True:
+            await send(body(b"data: " + b"x" * 5000 + b"\n\n"))
+
+    async def stuck(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await anyio.sleep_forever()
+
+    began = anyio.current_time()
+    with anyio.move_on_after(2):
+        await SSEMiddleware(flood, send_timeout=None)(dict(SCOPE), never, stuck)
+    assert anyio.current_time() - began < 2.5
+
+
+async def test_sends_from_two_tasks() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async def sends(name: bytes) -> None:
+            for number in range(50):
+                await send(body(b"data: %b %d %b\n\n" % (name, number, b"x" * 2000)))
+
+        await send(HEAD)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(sends, b"a")
+            tasks.start_soon(sends, b"b")
+        await send(body(b"", more=False))
+
+    async with open_stream(SSEMiddleware(app), capacity=1) as stream:
+        data = [str(event.data).split() async for event in stream]
+    for name in "ab":
+        assert [int(words[1]) for words in data if words[0] == name] == list(range(50))
+
+
+async def test_headers_that_can_be_read_once() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        kind = b"text/event-stream" if scope["path"] == "/stream" else b"text/plain"
+        pairs = [(b"x-before", b"1"), (b"content-type", kind), (b"x-after", b"2")]
+        await send({"type": "http.response.start", "status": 200, "headers": (pair for pair in pairs)})
+        await send(body(b"data: x\n\n", more=False))
+
+    for path in ("/stream", "/page"):
+        async with open_stream(SSEMiddleware(app), path) as stream:
+            assert (stream.headers["x-before"], stream.headers["x-after"]) == ("1", "2")
+
+
+async def test_what_the_app_writes_into_its_scope_is_seen_around_us() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert b"accept-encoding" not in dict(scope["headers"])
+        scope["route"] = "/events"
+        await send(HEAD)
+        await send(body(b"data: x\n\n", more=False))
+
+    async def send(message: Any) -> None:
+        pass
+
+    headers = [(b"accept", b"text/event-stream"), (b"accept-encoding", b"gzip")]
+    scope = {**SCOPE, "headers": headers}
+    await SSEMiddleware(app)(scope, never, send)
+    assert scope["route"] == "/events"
+    assert scope["headers"] is headers
+
+
+def test_a_request_leaves_no_garbage() -> None:
+    async def main() -> None:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            if scope["path"] == "/breaks":
+                raise LookupError
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})
+            await send(body(b"x", more=False))
+
+        async def send(message: Any) -> None:
+            pass
+
+        wrapped = SSEMiddleware(app)
+        await wrapped(dict(SCOPE), never, send)
+        gc.collect()
+        gc.disable()
+        try:
+            for path in ("/", "/breaks") * 50:
+                with suppress(LookupError):
+                    await wrapped({**SCOPE, "path": path}, never, send)
+            assert gc.collect() < 10
+        finally:
+            gc.enable()
+
+    anyio.run(main)
+
+
+async def test_an_upload_that_nobody_reads_hides_no_disconnect() -> None:
+    app = Sends(*[b"data: x\n\n"] * 1000)
+    messages: list[Any] = [{"type": "http.request", "body": b"x" * 10_000, "more_body": True}] * 3
+
+    async def receive() -> Any:
+        if messages:
+            return messages.pop()
+        await anyio.sleep(3)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        pass
+
+    began = anyio.current_time()
+    await SSEMiddleware(app)({**SCOPE, "method": "POST"}, receive, send)
+    assert anyio.current_time() - began < 4
 
 
 async def test_an_upload_that_goes_on_is_the_app_s() -> None:
@@ -276,6 +435,7 @@ def plain(**changes: Any) -> Any:
         (plain(status=204), "GET"),
         (plain(status=404), "GET"),
         (plain(status=206), "GET"),
+        (plain(status=201), "GET"),
         (plain(trailers=True), "GET"),
         (plain(headers=[*HEAD["headers"], (b"Content-Length", b"9")]), "GET"),
         (plain(headers=[*HEAD["headers"], (b"content-range", b"bytes 0-8/9")]), "GET"),
@@ -303,6 +463,7 @@ async def test_a_file_that_the_server_sends_passes_untouched(late: bool) -> None
         if late:
             await anyio.sleep(1)
         await send({"type": "http.response.pathsend", "path": "/some/file"})
+        await anyio.sleep(20)  # for longer than a stream would be silent
 
     async def receive() -> Any:
         await anyio.sleep_forever()

@@ -64,8 +64,8 @@ class Wait(ABC):
     def __exit__(self, kind: object, exc: object, traceback: object) -> bool | None: ...
 
     @abstractmethod
-    def call_off(self) -> None:
-        """End the wait, or the one that is still to come."""
+    def call_off(self, *, again: bool = False) -> None:
+        """End the wait, or the one that is still to come; `again`, if it did not heed the first time."""
 
 
 class EventLoop(ABC):

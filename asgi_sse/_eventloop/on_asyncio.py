@@ -87,7 +87,7 @@ class AsyncioWait(Wait):
 
     def __init__(self) -> None:
         self._task: asyncio.Task[Any] | None = None  # while it is in the block
-        self._called_off = False
+        self._called_off = 0  # times
         self._before = 0
 
     def __enter__(self) -> None:
@@ -102,12 +102,15 @@ class AsyncioWait(Wait):
         if task is None or not self._called_off:
             return None
         # As asyncio.timeout does: take our own cancellation back, and no other one.
-        return task.uncancel() <= self._before and kind is asyncio.CancelledError
+        left = task.cancelling()
+        for _ in range(self._called_off):
+            left = task.uncancel()
+        return left <= self._before and kind is asyncio.CancelledError
 
-    def call_off(self) -> None:
-        if self._called_off or (self._task is not None and self._task is asyncio.current_task()):
+    def call_off(self, *, again: bool = False) -> None:
+        if (self._called_off and not again) or (self._task is not None and self._task is asyncio.current_task()):
             return  # in the second case it does not wait: it is about to come out by itself
-        self._called_off = True
+        self._called_off += 1
         if self._task is not None:
             self._task.cancel()
 

@@ -134,7 +134,7 @@ class TrioWait(Wait):
     def __exit__(self, kind: object, exc: object, traceback: object) -> bool | None:
         return self._scope.__exit__(kind, exc, traceback)  # type: ignore[arg-type]
 
-    def call_off(self) -> None:
+    def call_off(self, *, again: bool = False) -> None:  # noqa: ARG002 (trio cancels for good)
         self._scope.cancel()
 
 
