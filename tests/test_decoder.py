@@ -38,7 +38,7 @@ def test_vector(vector: dict[str, Any], cut: str | int) -> None:
     chunks = [expand(chunk).encode("latin-1") for chunk in vector["chunks"]]
     if cut != "as given":
         whole = b"".join(chunks)
-        # Of the few that are large, pieces of about 100 bytes meet as many places as single bytes would, in seconds less.
+        # Of the few large ones, pieces of about 100 bytes meet as many places as single bytes do, in seconds less.
         chunks = [whole] if isinstance(cut, str) else pieces(whole, cut if len(whole) < 100_000 else cut + 100)
     events, last_event_id, retry = run(chunks)
     expected = vector["expect"]
