@@ -126,16 +126,16 @@ class Guard:
         self._app = app
         self._count = count
         self._reported: set[str] = set()
-        self.looked = False
+        self._looked = False
         self._found: list[Compressor] | None = None
         self.bypass = mode == "bypass"
         self.refuse = mode == "refuse"
 
     def look(self) -> None:
         """Warn once of each compressor inside of the app that would compress a stream."""
-        if self.looked:
+        if self._looked:
             return
-        self.looked = True
+        self._looked = True
         for compressor in self._inside():
             if compressor.encodes:
                 logger.warning(

@@ -13,6 +13,7 @@ import anyio.lowlevel
 
 from ._eventloop import Child, Wait
 from ._types import Message, Receive, Scope, Send
+from .inbox import Changing
 from .options import StreamOptions
 from .registry import StreamRegistry
 from .response import EVENT_STREAM_HEADERS
@@ -33,17 +34,15 @@ class Unfinished(Exception):  # noqa: N818 (nobody sees it: it stands for the er
 
 
 def may_be_adopted(scope: Scope, start: Message, headers: dict[bytes, bytes]) -> bool:
-    """Whether a response with an event stream's type is one that goes on and on, in plain body messages."""
+    """Whether a 200 with an event stream's type, not encoded, goes on and on in plain body messages."""
     return (
-        start["status"] == 200
-        and scope["method"] != "HEAD"
+        scope["method"] != "HEAD"
         and not start.get("trailers", False)
         and not {b"content-length", b"content-range"} & headers.keys()
-        and headers.get(b"content-encoding", b"identity") == b"identity"
     )
 
 
-class Adopted(Child):
+class Adopted(Changing, Child):
     """The app's response as a stream of ours; and the app's task as the stream's source, which is what `Child` means.
 
     The app goes on in the request's task, so that errors and backpressure of its sends return there; the
@@ -64,7 +63,7 @@ class Adopted(Child):
     """
 
     __slots__ = (
-        "_ahead", "_app_done", "_busy", "_changed", "_closed", "_error", "_messages", "_raised", "_receive",
+        "_ahead", "_app_done", "_busy", "_closed", "_error", "_messages", "_raised", "_receive",
         "_released", "_send", "_sending", "_start", "_started", "_stream", "_stream_done", "_told", "_wait",
         "disconnected", "head", "reading",
     )  # fmt: skip
@@ -84,13 +83,13 @@ class Adopted(Child):
         options: StreamOptions,
         wait: Wait,
     ) -> None:
+        super().__init__()
         self._start = start
         self._receive = receive
         self._busy = busy
         self._send = send
         self._wait = wait
         self._messages: deque[Message] = deque()  # received, and not asked for yet
-        self._changed: anyio.Event | None = None
         self.disconnected = False
         self.reading = False
         self._ahead = 0  # bytes of them
@@ -241,16 +240,6 @@ class Adopted(Child):
             self.disconnected = self._told = True
             self._let_go()
         self._notify()
-
-    async def _change(self) -> None:
-        if self._changed is None:
-            self._changed = anyio.Event()
-        await self._changed.wait()
-
-    def _notify(self) -> None:
-        if self._changed is not None:
-            self._changed.set()
-            self._changed = None
 
     # The app's task (_eventloop.Child)
 

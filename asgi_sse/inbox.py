@@ -10,25 +10,44 @@ _AHEAD: Final = 65_536
 """Bytes of body taken from the server before anybody asked: as much as one send carries."""
 
 
-class Inbox:
+class Changing:
+    """Something that one task waits to change and another one changes; costs nothing while nobody waits."""
+
+    __slots__ = ("_changed",)
+
+    def __init__(self) -> None:
+        self._changed: anyio.Event | None = None  # made by who waits: a callback of the loop must not ask anyio for one
+
+    async def _change(self) -> None:
+        if self._changed is None:
+            self._changed = anyio.Event()
+        await self._changed.wait()
+
+    def _notify(self) -> None:
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
+
+
+class Inbox(Changing):
     """Reads ``receive()`` for the body and for the watch alike, so that there is never a second reader.
 
     hypercorn and daphne block for ever on a ``receive()`` after the disconnect, so it is remembered.
     """
 
     __slots__ = (
-        "_busy", "_changed", "_chunks", "_complete", "_readers", "_receive", "_replayed", "_size",
+        "_busy", "_chunks", "_complete", "_readers", "_receive", "_replayed", "_size",
         "discarded", "disconnected",
     )  # fmt: skip
 
     def __init__(self, receive: Receive) -> None:
+        super().__init__()
         self._receive = receive
         self._chunks: list[bytes] = []
         self._size = 0
         self._complete = False
         self.discarded = False
         self._busy = False  # somebody waits in receive()
-        self._changed: anyio.Event | None = None
         self.disconnected = False
         self._readers = 0
         self._replayed = False  # to its end
@@ -110,13 +129,3 @@ class Inbox:
             if chunk and not self.discarded:
                 self._chunks.append(chunk)
             self._complete = not message.get("more_body", False)
-
-    async def _change(self) -> None:
-        if self._changed is None:
-            self._changed = anyio.Event()
-        await self._changed.wait()
-
-    def _notify(self) -> None:
-        if self._changed is not None:
-            self._changed.set()
-            self._changed = None

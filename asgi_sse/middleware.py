@@ -119,7 +119,7 @@ class SSEMiddleware:
     def _pass(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if self._guard is None and self._terms.options is None:
             return app(scope, receive, send)
-        if self._guard is not None and not self._guard.looked:
+        if self._guard is not None:
             self._guard.look()
         return Passage(scope, receive, send, self._terms).run(app)
 

@@ -56,6 +56,16 @@ def wait_until_open(port: int, process: subprocess.Popen[bytes], seconds: float 
             return
 
 
+def read_until(sock: socket.socket, what: bytes) -> bytes:
+    """What comes until `what` has come."""
+    data = b""
+    while what not in data:
+        chunk = sock.recv(65_536)
+        assert chunk, data
+        data += chunk
+    return data
+
+
 @contextmanager
 def running(server: str, app: str = "apps:app", log: Path | None = None) -> Iterator[int]:
     """Serve `app` until the block is left; gives the port."""

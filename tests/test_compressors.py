@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 from compressor_apps import AROUND, EVENTS, OWN
-from test_matrix import TERM, Row, Run, uvicorn
+from stopping import TERM, Row, Run, uvicorn
 
 FULL = os.environ.get("ASGI_SSE_COMPRESSORS") == "full"
 MODULES = {  # what has to be installed

@@ -5,28 +5,16 @@ A sample of them unless ``ASGI_SSE_FRAMEWORKS`` is ``full``, for which all have 
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
-from test_matrix import TERM, Client, Row, Run, check, hypercorn, uvicorn
+from framework_apps import INSIDE
+from stopping import TERM, Client, Row, Run, check, hypercorn, starting, uvicorn
 
 FULL = os.environ.get("ASGI_SSE_FRAMEWORKS") == "full"
-INSIDE = [
-    "starlette",
-    "fastapi",
-    "litestar",
-    "quart",
-    "django",
-    "falcon",
-    "blacksheep",
-    "sentry",
-    "opentelemetry",
-    "base_http",
-]
-APPS = [f"wrapped_{name}" for name in INSIDE] + [
+APPS = [f"wrapped_{name}" for name in sorted(INSIDE)] + [
     f"{name}_is_around" for name in ("sentry", "opentelemetry", "base_http")
 ]
 SAMPLE = ["wrapped_starlette", "wrapped_base_http", "base_http_is_around"]
@@ -34,27 +22,21 @@ SERVERS: dict[str, Row] = {"uvicorn": uvicorn(trigger=TERM), "hypercorn": hyperc
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[[Row], Run]]:
-    with ExitStack() as stack:
-
-        def run(row: Row) -> Run:
-            started = Run(row, tmp_path)
-            stack.callback(started.close)
-            return started
-
-        yield run
+def runs(tmp_path: Path) -> Iterator[Callable[[Row], Run]]:
+    with starting(tmp_path) as start:
+        yield start
 
 
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("app", APPS if FULL else SAMPLE)
-def test_around_a_framework(app: str, server: str, start: Callable[[Row], Run]) -> None:
+def test_around_a_framework(app: str, server: str, runs: Callable[[Row], Run]) -> None:
     has_hooks = "django" not in app
     # hypercorn evaluates what stands behind the colon, uvicorn looks the name up.
     inner = app.removeprefix("wrapped_")
     expression = f"wrapped({inner}())" if inner != app else f"{app.removesuffix('_is_around')}_around()"
     name = app if server == "uvicorn" else expression
     row = replace(SERVERS[server], app=f"framework_apps:{name}", finals=None, lifespan=False)
-    run = start(row)
+    run = runs(row)
     assert httpx.get(f"http://127.0.0.1:{run.port}/page").text == "a page " * 1000
     assert httpx.get(f"http://127.0.0.1:{run.port}/nowhere").status_code == 404
 

@@ -17,7 +17,7 @@ from typing import Any
 import anyio
 import pytest
 import uvicorn
-from serving import free_port
+from serving import free_port, read_until
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
@@ -185,15 +185,6 @@ class Served:
         self.server.should_exit = True
         self.thread.join(5)
         assert not self.thread.is_alive(), "the server hangs"
-
-
-def read_until(sock: socket.socket, what: bytes) -> bytes:
-    data = b""
-    while what not in data:
-        chunk = sock.recv(65_536)
-        assert chunk, data
-        data += chunk
-    return data
 
 
 def bare_app() -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from serving import process, running
+from serving import process, read_until, running
 
 from asgi_sse import EventDecoder
 
@@ -28,15 +28,6 @@ def request(port: int, path: str) -> socket.socket:
     sock = socket.create_connection(("127.0.0.1", port), timeout=10)
     sock.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
     return sock
-
-
-def read_until(sock: socket.socket, what: bytes) -> bytes:
-    data = b""
-    while what not in data:
-        chunk = sock.recv(65_536)
-        assert chunk, data
-        data += chunk
-    return data
 
 
 def figures(port: int) -> Any:
