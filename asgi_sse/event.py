@@ -11,6 +11,7 @@ from typing import Any, Final, TypeAlias
 from .errors import InvalidEventError, shown
 
 JSONDumps: TypeAlias = Callable[[Any], str | bytes]
+ItemEncoder: TypeAlias = Callable[[Any, str, JSONDumps | None], bytes]
 
 SEPARATORS: Final = ("\n", "\r\n", "\r")
 """The only line ends of an event stream (9.2.5); U+2028 and the like are data."""
@@ -69,9 +70,9 @@ class ServerSentEvent:
         elif id is None and retry is None and comment is None:
             raise InvalidEventError("nothing to send: give data, id, retry or comment")
         self._data: str | None = data
-        self._event = None if event is None else _one_line(event, "event") or None
-        self._id = id if id is None or (type(id) is str and id.isascii() and id.isalnum()) else _id_text(id)
-        self._retry = None if retry is None else _milliseconds(retry)
+        self._event = None if event is None else one_line(event, "event") or None
+        self._id = id if id is None or (type(id) is str and id.isascii() and id.isalnum()) else id_text(id)
+        self._retry = None if retry is None else milliseconds(retry)
         self._comment = None if comment is None else _text(comment, "comment")
 
     @property
@@ -288,10 +289,11 @@ def _data_text(data: Any) -> str:
     return json_text(data)
 
 
-def _id_text(value: str | int) -> str:
+def id_text(value: str | int) -> str:
+    """An id as it is sent, or `InvalidEventError`."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < _LARGE:
         return int.__repr__(value)  # of an IntEnum, its number
-    text = _one_line(value, "id")
+    text = one_line(value, "id")
     if "\0" in text:
         raise InvalidEventError(
             f"id={shown(value)} has a NUL: clients ignore such an id, and could not resume; remove it"
@@ -299,7 +301,8 @@ def _id_text(value: str | int) -> str:
     return text
 
 
-def _one_line(value: object, name: str) -> str:
+def one_line(value: object, name: str) -> str:
+    """The text of the field `name` without line ends, or `InvalidEventError`."""
     if not isinstance(value, str):
         raise InvalidEventError(
             f"{name}={shown(value)} is {type(value).__name__}; give a str{' or int' * (name == 'id')}"
@@ -325,7 +328,8 @@ def _text(value: str, name: str) -> str:
     return str.__str__(value)
 
 
-def _milliseconds(value: int) -> int:
+def milliseconds(value: int) -> int:
+    """A reconnection time, or `InvalidEventError`."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _LARGE:
         raise InvalidEventError(f"retry={shown(value)} is no reconnection time; give whole milliseconds of at least 0")
     return int(value)

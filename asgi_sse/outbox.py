@@ -50,6 +50,10 @@ class Feed(Protocol):
         """What is ready, whole events, at most `limit` bytes or one larger event."""
         ...
 
+    def sent(self) -> None:
+        """All that was taken is sent."""
+        ...
+
 
 class Flusher:
     """Runs once in each turn of its event loop that has something to do.
@@ -111,14 +115,14 @@ class Buffer:
 
     def __init__(self, flusher: Flusher) -> None:
         self._flusher = flusher
-        self._wake: Callable[[], None] = _nothing
+        self._wake: Callable[[], object] = _nothing
         self._chunks: list[bytes] = []
         self._size = 0
         self._taken = 0  # items, ever
         self._room: anyio.Event | None = None
         self._tail = b""  # of the bytes taken: foreign ones may end anywhere
 
-    def attach(self, wake: Callable[[], None]) -> None:
+    def attach(self, wake: Callable[[], object]) -> None:
         """Call `wake` when there is something to take."""
         self._wake = wake
 
@@ -178,10 +182,55 @@ class Buffer:
         self._taken += len(chunks)
         taken = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         self._tail = (self._tail + taken[-4:])[-4:]
-        if self._room is not None and self._size < TURN_BYTES:
+        if self._size < TURN_BYTES:
+            self._let_on()
+        return taken
+
+    def _let_on(self) -> None:
+        if self._room is not None:
             room, self._room = self._room, None
             self._flusher.resume(room)
-        return taken
+
+    def sent(self) -> None:
+        """See `Feed`."""
+
+
+class Lockstep(Buffer):
+    """A buffer that asks the source for nothing before what it gave is sent, each item as a message of its own.
+
+    What is attached sends what there is in this very turn, if it can, and says whether that is all of it.
+    """
+
+    __slots__ = ("_turn",)
+
+    def __init__(self, flusher: Flusher) -> None:
+        super().__init__(flusher)
+        self._turn = 0  # bytes sent since others had a turn
+
+    def push(self, chunk: bytes) -> bool:
+        """See `Buffer`."""
+        self._chunks.append(chunk)
+        self._size += len(chunk) + _ITEM_BYTES
+        self._turn += len(chunk) + _ITEM_BYTES
+        return not self._wake() or self._turn >= TURN_BYTES
+
+    def _let_on(self) -> None:
+        """Not yet: see `sent`."""
+
+    async def room(self) -> None:
+        """Wait until all is sent, and others had a turn."""
+        self._turn = 0
+        self._room = room = anyio.Event()
+        if self._wake():
+            self._flusher.resume(room)
+        try:
+            await room.wait()
+        finally:
+            self._room = None
+
+    def sent(self) -> None:
+        """See `Feed`."""
+        self.release()
 
 
 def ends_event(tail: bytes) -> bool:
@@ -307,6 +356,11 @@ class Outbox:
         """After `abort`: wait until what was under way is over."""
         await self._sender.wait_closed()
 
+    def flush_now(self) -> bool:
+        """Flush without waiting for the next turn. False: not everything is sent."""
+        self.flush()
+        return self._state is _State.OPEN and self.waiting_since is None and not (self._dirty or self._feed.ready)
+
     def flush(self) -> None:
         """Send the next message, and the head before it. Called by the flusher; never raises."""
         self._dirty = False
@@ -364,6 +418,8 @@ class Outbox:
         self.idle_since = self._loop.time()
         if self._head is not None or self._inserts or self._state is _State.ENDING or self._feed.ready:
             self._mark()
+        else:
+            self._feed.sent()
 
     def _over(self, error: BaseException | None) -> None:
         if self._state is not _State.DONE:

@@ -243,6 +243,10 @@ class StreamRegistry:
         self._draining = True
         self._begin(list(self._streams), self._drain_timeout)
 
+    def end(self, streams: Iterable[Stream]) -> None:
+        """Do to some of the streams what `begin_drain` does to all."""
+        self._begin(list(streams), self._drain_timeout)
+
     async def drain(self, timeout: float | None = None) -> DrainReport:
         """End every stream, and wait for it. Lasts until a server starts with this registry.
 
@@ -271,7 +275,7 @@ class StreamRegistry:
 
     def _drain_streams(self, streams: list[Stream], within: float) -> None:
         for stream in streams:
-            stream.drain(self.farewell_retry(), stream.loop.time() + within)
+            stream.drain(self.farewell_retry(), within)
 
     async def _drain(self, streams: list[Stream], within: float, cause: str) -> DrainReport:
         loop = current_loop()
@@ -334,8 +338,10 @@ class StreamRegistry:
     async def stop(self, server: Server) -> None:
         """`server` says that it stops: end its streams, wait for it, and forget it."""
         self._mark(server, math.inf)
+        streams = self._streams_of(server)
+        self._drain_streams(streams, self._drain_timeout)
         try:
-            await self._drain(self._streams_of(server), self._drain_timeout, "lifespan.shutdown")
+            await self._drain(streams, self._patience(streams), "lifespan.shutdown")
         finally:
             for known in {*self._stopping, *self._watches}:
                 if known.covers(server):
@@ -366,9 +372,12 @@ class StreamRegistry:
         if not known:
 
             async def report() -> None:
-                await self._drain(streams, self._drain_timeout, cause)
+                await self._drain(streams, self._patience(streams), cause)
 
             server.loop.spawn(report, "asgi_sse drain")
+
+    def _patience(self, streams: list[Stream]) -> float:
+        return max([self._drain_timeout, *(stream.grace for stream in streams)])
 
     def _streams_of(self, server: Server) -> list[Stream]:
         return [stream for stream in list(self._streams) if server.covers(stream.server)]

@@ -1,23 +1,26 @@
 """`EventSourceResponse`: a stream of events as a plain ASGI callable."""
 
+import logging
 import re
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import EllipsisType
-from typing import Any, Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, cast
 
 import anyio
 
 from ._types import CloseReason, Message, Receive, Scope, Send
 from .compression import watch_head
 from .errors import SendTimeoutError, StreamClosedError
-from .event import JSONDumps, ServerSentEvent
+from .event import ItemEncoder, JSONDumps, ServerSentEvent, encode_item
 from .inbox import Inbox
 from .options import StreamOptions
 from .registry import StreamRegistry, default_registry
 from .server import Server, server_of
 from .source import check_content, iterate
 from .stream import DrainingEvent, Stream
+
+logger = logging.getLogger(__name__)
 
 Headers: TypeAlias = Mapping[str, str] | Iterable[tuple[str, str]]
 
@@ -49,8 +52,19 @@ class Defaults:
     guard: bool = True  # against compression
 
 
+def registry_of(scope: Scope) -> StreamRegistry:
+    """The registry of streams that answer this request, unless they were given another one."""
+    defaults: Defaults | None = scope.get(SCOPE_KEY)
+    return default_registry() if defaults is None else defaults.registry
+
+
 _PLAIN: Final = StreamOptions()
 _NOTHING: Final[dict[str, Any]] = {}
+_HINT: Final = (
+    "An asgi_sse.EventSourceResponse is an ASGI app: it answers when it is called. Where a framework takes only "
+    "responses of its own, return the EventSourceResponse of asgi_sse.adapters.starlette (Starlette, FastAPI), "
+    "asgi_sse.adapters.django, asgi_sse.adapters.quart or asgi_sse.adapters.litestar"
+)
 _ALWAYS_TOLD: Final = frozenset({"ping", "retry", "send_timeout", "max_lifetime", "cleanup_timeout", "json_dumps"})
 
 
@@ -90,12 +104,26 @@ class EventSourceResponse:
         json_dumps: Serialises the JSON value in the ``data`` of a ``dict``. Default: compact JSON.
         registry: The registry that the stream runs in.
 
+    Attributes:
+        status_code: The status.
+        raw_headers: The headers as they are sent: pairs of lower-case name and value, both bytes.
+
     Raises:
         TypeError: `content` is not iterable, or a parameter is of a wrong kind.
         ValueError: A parameter is out of range, or a header cannot be sent.
     """
 
-    __slots__ = ("__dict__", "_content", "_given", "_headers", "_options", "_registry", "_status", "_stream")
+    __slots__ = (
+        "_content",
+        "_given",
+        "_options",
+        "_registry",
+        "encoder",
+        "lockstep",
+        "raw_headers",
+        "status_code",
+        "stream",
+    )
 
     def __init__(
         self,
@@ -139,11 +167,13 @@ class EventSourceResponse:
             if value is not ... and (name in _ALWAYS_TOLD or value != getattr(_PLAIN, name))
         } or _NOTHING
         self._options = replace(_PLAIN, **self._given) if self._given else _PLAIN  # checked now, not at the request
-        self._status = _check_status(status_code)
-        self._headers = _merge_headers(headers)
+        self.status_code = _check_status(status_code)
+        self.raw_headers: Sequence[tuple[bytes, bytes]] = _merge_headers(headers)
+        self.encoder: ItemEncoder = encode_item
+        self.lockstep = False
+        self.stream: Stream | None = None
         self._registry = registry
         self._content: AsyncIterable[Any] | Iterable[Any] | None = content
-        self._stream: Stream | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the request, and return when the stream is over and its source cleaned up.
@@ -163,7 +193,16 @@ class EventSourceResponse:
     @property
     def opened(self) -> bool:
         """Whether the head is sent, or will be: from then on no other status is possible."""
-        return self._stream is not None and self._stream.opened
+        return self.stream is not None and self.stream.opened
+
+    if not TYPE_CHECKING:  # or every attribute would have a type
+
+        def __getattr__(self, name: str) -> NoReturn:
+            # A framework took us for a response of its own: Django asks for ``headers``. FastAPI would make JSON of
+            # ``vars()``, and send an empty object with a 200; only an error that is no AttributeError stops it.
+            if name == "__dict__":
+                raise TypeError(_HINT)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}. {_HINT}")
 
     def serve(self, scope: Scope, inbox: Inbox, send: Send, server: Server, draining: DrainingEvent) -> Awaitable[None]:
         """As `__call__`, for a request of which parts may have been read.
@@ -177,12 +216,10 @@ class EventSourceResponse:
         options = self._options
         if defaults is not None:
             options = replace(defaults.options, **self._given) if self._given else defaults.options
-        registry = self._registry
-        if registry is None:
-            registry = default_registry() if defaults is None else defaults.registry
+        registry = registry_of(scope) if self._registry is None else self._registry
         source = iterate(content)
-        head: Message = {"type": "http.response.start", "status": self._status, "headers": list(self._headers)}
-        if scope["method"] == "HEAD":
+        head: Message = {"type": "http.response.start", "status": self.status_code, "headers": list(self.raw_headers)}
+        if scope["method"].upper() == "HEAD":
             return _send_at_once(send, head, b"", options.send_timeout, source)
         if defaults is None or defaults.watch:
             registry.watch(server)
@@ -190,7 +227,7 @@ class EventSourceResponse:
             farewell = ServerSentEvent(retry=registry.farewell_retry()).encode(options.sep)
             return _send_at_once(send, head, farewell, options.send_timeout, source)
         passage = scope.get(PASSAGE_KEY)
-        self._stream = Stream(
+        self.stream = Stream(
             source,
             head=head,
             path=scope["path"],
@@ -202,12 +239,14 @@ class EventSourceResponse:
             options=options,
             keeper=registry,
             draining=draining,
+            encoder=self.encoder,
+            lockstep=self.lockstep,
         )
         if passage is not None:
-            passage.carries(self._stream)
+            passage.carries(self.stream)
         elif defaults is None or defaults.guard:
             watch_head(head["headers"], send, server.loop, scope["path"], registry.count_compressed)
-        return self._stream.run()
+        return self.stream.run()
 
 
 async def _send_at_once(send: Send, head: Message, body: bytes, timeout: float | None, source: Any) -> None:

@@ -20,9 +20,9 @@ import anyio.lowlevel
 from ._eventloop import Child, EventLoop, Wait
 from ._types import CloseReason, Message, Send
 from .errors import InvalidEventError, SendTimeoutError, StreamClosedError
-from .event import ServerSentEvent, encode_item
+from .event import ItemEncoder, ServerSentEvent, encode_item
 from .options import StreamOptions
-from .outbox import Buffer, Outbox, current_flusher
+from .outbox import Buffer, Lockstep, Outbox, current_flusher
 from .server import Server, abort_transport
 
 logger = logging.getLogger(__name__)
@@ -78,14 +78,20 @@ class Watched(Protocol):
 
 
 class DrainingEvent:
-    """Set when the server is about to stop. Who looks at it has time left to end its stream by itself."""
+    """Set when the server is about to stop. Who looks at it has time left to end its stream by itself.
 
-    __slots__ = ("_event", "_is_set", "watched")
+    Attributes:
+        watched: Whether somebody looks.
+        grace: Seconds that are left then; ``None``: as many as the drain has.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_event", "_is_set", "grace", "watched")
+
+    def __init__(self, *, grace: float | None = None) -> None:
         self._is_set = False
         self._event: anyio.Event | None = None
-        self.watched = False
+        self.watched = bool(grace)
+        self.grace = grace
 
     def is_set(self) -> bool:
         """Whether the server is stopping."""
@@ -117,10 +123,10 @@ class Stream:
     """
 
     __slots__ = (
-        "__weakref__", "_began", "_child", "_connection", "_context", "_deadline", "_draining", "_error", "_farewell",
-        "_head", "_inbox", "_keeper", "_lifetime_ends", "_loop", "_open_at", "_options", "_outbox", "_pumping",
-        "_source", "_source_done", "_state", "_stopped", "_wait", "abandoned", "buffer", "check_at", "client",
-        "ended_itself", "entry", "forced", "path", "reason", "send_error", "server",
+        "__weakref__", "_began", "_child", "_connection", "_context", "_deadline", "_draining", "_encode", "_error",
+        "_farewell", "_grace_ends", "_head", "_inbox", "_keeper", "_lifetime_ends", "_loop", "_open_at", "_options",
+        "_outbox", "_pumping", "_source", "_source_done", "_state", "_stopped", "_wait", "abandoned", "buffer",
+        "check_at", "client", "ended_itself", "entry", "forced", "path", "reason", "send_error", "server",
     )  # fmt: skip
 
     def __init__(
@@ -137,6 +143,8 @@ class Stream:
         options: StreamOptions,
         keeper: Keeper,
         draining: DrainingEvent,
+        encoder: ItemEncoder = encode_item,
+        lockstep: bool = False,
         child: Child | None = None,
     ) -> None:
         loop = server.loop
@@ -149,13 +157,14 @@ class Stream:
         self._options = options
         self._keeper = keeper
         self._draining = draining
+        self._encode = encoder
         self.path = path
         self.client = client
         flusher = current_flusher()
-        self.buffer = Buffer(flusher)
+        self.buffer = Lockstep(flusher) if lockstep else Buffer(flusher)
         self._context = contextvars.copy_context()
         self._outbox = Outbox(send, self.buffer, flusher=flusher, loop=loop, owner=self, context=self._context)
-        self.buffer.attach(self._outbox.wake)
+        self.buffer.attach(self._outbox.flush_now if lockstep else self._outbox.wake)
         self._wait: Wait = loop.wait()
         self._child = child
         self._source_done: anyio.Event | None = None
@@ -171,6 +180,7 @@ class Stream:
         spread = random.uniform(0.8, 1.0)  # noqa: S311
         self._lifetime_ends = self._began + lifetime * spread if lifetime else math.inf
         self._deadline = math.inf  # of the closing
+        self._grace_ends = math.inf  # of the source, while draining
         self.entry: list[Stream] = []  # the heartbeat's
         self.check_at = math.inf
         self.reason: CloseReason | None = None
@@ -209,6 +219,11 @@ class Stream:
         """Seconds for which the client has not taken the message under way."""
         since = self._outbox.waiting_since
         return 0.0 if since is None else self._loop.time() - since
+
+    @property
+    def grace(self) -> float:
+        """Seconds that the source was promised for its farewell, when the server stops."""
+        return self._draining.grace or 0.0
 
     @property
     def loop(self) -> EventLoop:
@@ -327,7 +342,7 @@ class Stream:
     # The source's task
 
     async def _pump(self) -> None:
-        source, buffer = cast("AsyncIterator[Any]", self._source), self.buffer
+        source, buffer, encode = cast("AsyncIterator[Any]", self._source), self.buffer, self._encode
         sep, json_dumps = self._options.sep, self._options.json_dumps
         interrupt: type[BaseException] = anyio.get_cancelled_exc_class()
         opened = False
@@ -340,7 +355,7 @@ class Stream:
                 if self._stopped:
                     break  # it swallowed its cancellation, and yielded
                 try:
-                    full = buffer.push(encode_item(item, sep, json_dumps))
+                    full = buffer.push(encode(item, sep, json_dumps))
                     if not opened:
                         self._open()
                         opened = True
@@ -355,6 +370,11 @@ class Stream:
             pass
         except BaseException as exc:
             self._source_raised(exc)
+            if (
+                self._error is not None
+            ):  # what it raised, or what its item did: its clean-up may take no longer than any
+                self._stopped = True
+                self.close("failed")
         await self._close_source()
         self._source_ended()
 
@@ -409,6 +429,8 @@ class Stream:
             logger.error("the source of %s raised after it was left behind", self.path, exc_info=exc)
         elif self._error is None:
             self._error = exc
+        elif self._error is not exc:  # the first one is raised
+            logger.error("the source of %s raised once more, in its clean-up", self.path, exc_info=exc)
 
     # Transitions
 
@@ -438,10 +460,21 @@ class Stream:
         else:
             self._finish(reason)
 
-    def drain(self, retry: int, deadline: float) -> None:
-        """The server is stopping: end, at the latest at `deadline`; the client is to return after `retry` ms."""
-        self._deadline = min(self._deadline, deadline)
-        self._keeper.arm(self, self._deadline)
+    def fail(self, error: BaseException) -> None:
+        """End as if the source had raised `error`: what it gave is sent, the body stays cut."""
+        self._fail(error)
+        self.close("failed")
+
+    def drain(self, retry: int, within: float) -> None:
+        """The server is stopping: end in so many seconds; the client is to return after `retry` ms.
+
+        A source that was promised a longer grace has that.
+        """
+        now, grace = self._loop.time(), self._draining.grace
+        self._deadline = min(self._deadline, now + max(within, grace or 0))
+        if grace is not None:
+            self._grace_ends = min(self._grace_ends, now + grace)
+        self._keeper.arm(self, min(self._deadline, self._grace_ends))
         if self.reason is not None or self._draining.is_set():
             return
         self._farewell = ServerSentEvent(retry=retry).encode(self._options.sep)
@@ -468,7 +501,7 @@ class Stream:
             return b""
         try:
             event = on_error(error)
-            return b"" if event is None else encode_item(event, self._options.sep, self._options.json_dumps)
+            return b"" if event is None else self._encode(event, self._options.sep, self._options.json_dumps)
         except Exception:
             logger.exception("on_error of %s raised", self.path)
             return b""
@@ -527,7 +560,9 @@ class Stream:
 
     def _tick_open(self, now: float) -> None:
         options, outbox = self._options, self._outbox
-        if now >= self._lifetime_ends:
+        if now >= self._grace_ends:
+            self.close("drained")
+        elif now >= self._lifetime_ends:
             self.close("expired")
         elif not outbox.opened:
             if self._inbox.reading:  # the time for which a client uploads is not the source's
@@ -542,7 +577,7 @@ class Stream:
         when = min(self._deadline, self._send_deadline())
         if self.reason is not None:
             return when
-        when = min(when, self._lifetime_ends)
+        when = min(when, self._lifetime_ends, self._grace_ends)
         if not outbox.opened:
             return min(when, self._open_at)
         if options.ping:
@@ -560,7 +595,7 @@ class Stream:
         try:
             # In the request's context: the heartbeat serves others too, and has none.
             item = ServerSentEvent(comment="ping") if factory is None else self._context.run(factory)
-            chunk = encode_item(item, self._options.sep, self._options.json_dumps)
+            chunk = self._encode(item, self._options.sep, self._options.json_dumps)
         except Exception as exc:
             self._fail(exc)
             self.close("failed")

@@ -1,0 +1,3 @@
+from asgi_sse.adapters.starlette import JSONServerSentEvent, ServerSentEvent, ensure_bytes
+
+__all__ = ["JSONServerSentEvent", "ServerSentEvent", "ensure_bytes"]
