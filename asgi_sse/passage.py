@@ -12,7 +12,7 @@ from .compression import LOOK_AFTER, Guard, encoding_of, watch_head
 from .healing import PATIENCE, Adopted, may_be_adopted
 from .options import StreamOptions
 from .registry import StreamRegistry
-from .response import PASSAGE_KEY
+from .response import PASSAGE_KEY, current_scope
 from .routing import HTTPError, send_text
 from .server import Server, server_of
 from .stream import Stream
@@ -83,6 +83,7 @@ class Passage:
         if self._terms.guard is not None and self._terms.guard.bypass:
             scope["headers"] = _without_accept_encoding(headers)
         error: BaseException | None = None
+        token = current_scope.set(scope)
         try:
             with self._wait:
                 await app(scope, self.receive, self.send)
@@ -96,6 +97,7 @@ class Passage:
                     await self._adopted.finish(error)
             finally:
                 del error  # its traceback holds this frame
+                current_scope.reset(token)
                 scope["headers"] = headers
                 scope[PASSAGE_KEY] = self._outer
 
@@ -171,7 +173,7 @@ class Passage:
     def _adopt(self, start: Message, headers: dict[bytes, bytes], options: StreamOptions) -> None:
         if self._terms.watch:
             self._terms.registry.watch(self.server)
-        self._belongs_to_us()
+        self.belongs_to_us()
         self._adopted = Adopted(
             self._scope,
             start,
@@ -191,14 +193,15 @@ class Passage:
 
     def carries(self, stream: Stream) -> None:
         """`stream` is the response to this request, and sends it through the app's middlewares."""
-        self._belongs_to_us()
+        self.belongs_to_us()
         loop = stream.loop
         loop.call_at(loop.time() + LOOK_AFTER, partial(self._compare, stream))
 
-    def _belongs_to_us(self) -> None:
+    def belongs_to_us(self) -> None:
+        """The response is a stream of ours, or will be: it is not to be adopted."""
         self._ours = True
         if self._outer is not None:  # of a wrapper around the one that has it
-            self._outer._belongs_to_us()  # noqa: SLF001
+            self._outer.belongs_to_us()
 
     def _compare(self, stream: Stream) -> None:
         guard = self._terms.guard

@@ -3,9 +3,11 @@
 import logging
 import re
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, TypedDict, cast
 
 import anyio
 
@@ -32,6 +34,9 @@ _NO_BODY: Final = frozenset({204, 205, 304})
 
 PASSAGE_KEY: Final = "asgi_sse.passage"
 """Where a request's scope holds what takes it through an app that is wrapped."""
+
+current_scope: Final[ContextVar[Scope | None]] = ContextVar("asgi_sse scope", default=None)
+"""The request that is on its way through an app which is wrapped, for frameworks that hide it from their responses."""
 
 # no-transform asks proxies not to compress; X-Accel-Buffering turns off nginx's buffering. No Connection header:
 # HTTP/2 forbids it.
@@ -66,6 +71,24 @@ _HINT: Final = (
     "asgi_sse.adapters.django, asgi_sse.adapters.quart or asgi_sse.adapters.litestar"
 )
 _ALWAYS_TOLD: Final = frozenset({"ping", "retry", "send_timeout", "max_lifetime", "cleanup_timeout", "json_dumps"})
+
+
+class StreamArguments(TypedDict, total=False):
+    """What `EventSourceResponse` takes about the stream: see there."""
+
+    ping: float | None | EllipsisType
+    ping_message_factory: Callable[[], Any] | None
+    sep: str
+    retry: int | None | EllipsisType
+    send_timeout: float | None | EllipsisType
+    max_lifetime: float | None | EllipsisType
+    cleanup_timeout: float | EllipsisType
+    open_timeout: float
+    opening_comment: bool
+    on_error: Callable[[Exception], Any] | None
+    on_close: Callable[[CloseReason], Any] | None
+    json_dumps: JSONDumps | None | EllipsisType
+    registry: StreamRegistry | None
 
 
 class EventSourceResponse:
@@ -125,6 +148,8 @@ class EventSourceResponse:
         "stream",
     )
 
+    _content: AsyncIterable[Any] | Iterable[Any] | None
+
     def __init__(
         self,
         content: AsyncIterable[Any] | Iterable[Any],
@@ -145,6 +170,7 @@ class EventSourceResponse:
         json_dumps: JSONDumps | None | EllipsisType = ...,
         registry: StreamRegistry | None = None,
     ) -> None:
+        self._content = None
         check_content(content)
         given: dict[str, Any] = {
             "ping": ping,
@@ -173,7 +199,7 @@ class EventSourceResponse:
         self.lockstep = False
         self.stream: Stream | None = None
         self._registry = registry
-        self._content: AsyncIterable[Any] | Iterable[Any] | None = content
+        self._content = content
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the request, and return when the stream is over and its source cleaned up.
@@ -203,6 +229,16 @@ class EventSourceResponse:
             if name == "__dict__":
                 raise TypeError(_HINT)
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}. {_HINT}")
+
+    def __del__(self) -> None:
+        with suppress(AttributeError):  # of a subclass that failed before our constructor
+            if self._content is not None:
+                logger.warning("an EventSourceResponse was made, but never sent. %s", _HINT)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> NoReturn:
+        # FastAPI makes a model of what a path operation is annotated to return, unless it is a response of its own.
+        raise TypeError(_HINT)
 
     def serve(self, scope: Scope, inbox: Inbox, send: Send, server: Server, draining: DrainingEvent) -> Awaitable[None]:
         """As `__call__`, for a request of which parts may have been read.

@@ -253,7 +253,7 @@ class RouteTable:
             if shape in shapes:
                 raise ValueError(f"routes {shapes[shape]!r} and {pattern!r} match the same paths; remove one")
             shapes[shape] = pattern
-            table.append((literals, names, _endpoint(pattern, target)))
+            table.append((literals, names, make_endpoint(pattern, target)))
         # What is literal as a whole comes first, at the price of one look; then what is literal further to the left.
         self._literal = {"/" + "/".join(map(str, literals)): app for literals, names, app in table if not names}
         table = [row for row in table if row[1]]
@@ -304,7 +304,12 @@ def _parse(pattern: str) -> tuple[tuple[str | None, ...], tuple[str, ...]]:
     return tuple(literals), tuple(names)
 
 
-def _endpoint(pattern: str, target: Any) -> ASGIApp:
+def make_endpoint(pattern: str, target: Any) -> ASGIApp:
+    """The ASGI app that answers with what `target`, an endpoint, gives.
+
+    Raises:
+        TypeError: `target` is no endpoint.
+    """
     if not callable(target):
         hint = ""
         if inspect.iscoroutine(target):

@@ -21,6 +21,7 @@ from starlette.responses import Response
 from .. import event as core
 from ..errors import InvalidEventError, SendTimeoutError, shown
 from ..inbox import Inbox
+from ..options import StreamOptions
 from ..registry import StreamRegistry
 from ..response import PASSAGE_KEY, encode_header, registry_of
 from ..response import EventSourceResponse as PlainResponse
@@ -264,8 +265,11 @@ class EventSourceResponse(Response):
         self._registry = registry
         self._told = False
         self.active = True
-        if send_timeout is not None or on_close is not None or self._more != _NO_MORE:
-            PlainResponse((), send_timeout=send_timeout, on_close=on_close, **self._more)  # checked now
+        if (
+            send_timeout is not None or on_close is not None or self._more != _NO_MORE
+        ):  # checked now, not when it is sent
+            more = {name: value for name, value in self._more.items() if value is not ...}
+            StreamOptions(send_timeout=send_timeout, on_close=on_close, **more)
         merged = MutableHeaders()
         for name, value in (headers or {}).items():
             encode_header(name, value)

@@ -1,0 +1,54 @@
+"""For Quart: a response of its own that streams events."""
+
+from __future__ import annotations
+
+import contextvars
+from typing import TYPE_CHECKING, Any, Unpack
+
+from quart import Response, has_request_context, request
+
+from ..response import EventSourceResponse as PlainResponse
+from ..response import Headers, StreamArguments
+from .body import Body
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterable, Iterable
+
+__all__ = ["EventSourceResponse"]
+
+
+class EventSourceResponse(Response):
+    """Return it from a view. ``RESPONSE_TIMEOUT`` does not end it; the source may use ``quart.request``.
+
+    Put `asgi_sse.SSEMiddleware` around the app (``app.asgi_app = SSEMiddleware(app.asgi_app)``): hypercorn's
+    workers tell nobody but the ASGI app that they stop, and Quart does not let us see it.
+
+    Args:
+        content: Where the events come from, as in `asgi_sse.EventSourceResponse`.
+        status_code: The status.
+        headers: More headers.
+        **options: What `asgi_sse.EventSourceResponse` takes about the stream.
+
+    Raises:
+        TypeError: As there.
+        ValueError: As there.
+    """
+
+    implicit_sequence_conversion = False  # or a look at the data would wait for an endless stream
+    automatically_set_content_length = False
+
+    def __init__(
+        self,
+        content: AsyncIterable[Any] | Iterable[Any],
+        *,
+        status_code: int = 200,
+        headers: Headers | None = None,
+        **options: Unpack[StreamArguments],
+    ) -> None:
+        response = PlainResponse(content, status_code=status_code, headers=headers, **options)
+        scope = request.scope if has_request_context() else None
+        super().__init__(Body(response, scope, contextvars.copy_context()), status_code)
+        self.headers.clear()
+        for name, value in response.raw_headers:
+            self.headers.add(name.decode(), value.decode("latin-1"))
+        self.timeout = None

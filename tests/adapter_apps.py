@@ -1,0 +1,218 @@
+"""An app of each framework whose views return our responses; the adapter's, and the plain one where it is not taken.
+
+Each has /async, /sync, /failing and /post, of the adapter, and /plain; `seen` is what their sources have met.
+"""
+
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import anyio
+import django
+import fastapi
+import litestar
+import quart
+from django.conf import settings
+from django.core.asgi import get_asgi_application
+from django.urls import path
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+import asgi_sse
+from asgi_sse.adapters import django as django_adapter
+from asgi_sse.adapters import litestar as litestar_adapter
+from asgi_sse.adapters import quart as quart_adapter
+from asgi_sse.adapters import starlette as starlette_adapter
+
+seen: list[str] = []
+
+
+async def async_events() -> AsyncIterator[Any]:
+    try:
+        for number in range(10**9):
+            yield {"data": str(number), "id": str(number)}
+            await anyio.sleep(0.1)
+    finally:
+        seen.append("finally")
+
+
+def sync_events() -> Iterator[Any]:
+    try:
+        for number in range(3):
+            yield {"data": f"{number} {threading.current_thread().name}"}
+    finally:
+        seen.append("finally")
+
+
+async def failing() -> AsyncIterator[Any]:
+    yield {"data": "before"}
+    await anyio.sleep(0.1)
+    raise ZeroDivisionError("the source failed")
+
+
+async def short(text: str) -> AsyncIterator[Any]:
+    yield {"data": text}
+    yield {"data": "[DONE]"}
+
+
+SOURCES: dict[str, Callable[[], Any]] = {"/async": async_events, "/sync": sync_events, "/failing": failing}
+
+
+def starlette_app() -> Any:
+    def returning(source: Callable[[], Any]) -> Any:
+        async def view(request: Any) -> Any:
+            return starlette_adapter.EventSourceResponse(source())
+
+        return view
+
+    async def plain(request: Any) -> Any:
+        return asgi_sse.EventSourceResponse(async_events())
+
+    async def post(request: Any) -> Any:
+        return starlette_adapter.EventSourceResponse(short((await request.body()).decode()))
+
+    class Ticks(starlette_adapter.EventSourceEndpoint):
+        options = {"ping": 5}
+
+        def events(self, request: Any) -> Any:
+            return async_events()
+
+    routes = [Route(path, returning(source)) for path, source in SOURCES.items()]
+    more = [Route("/plain", plain), Route("/post", post, methods=["POST"]), Route("/class", Ticks)]
+    return Starlette(routes=[*routes, *more])
+
+
+def fastapi_app() -> Any:
+    app = fastapi.FastAPI()
+
+    @app.get("/async", response_class=starlette_adapter.EventSourceResponse)
+    async def asynchronous() -> Any:
+        return starlette_adapter.EventSourceResponse(async_events())
+
+    @app.get("/sync")
+    def synchronous() -> starlette_adapter.EventSourceResponse:
+        return starlette_adapter.EventSourceResponse(sync_events())
+
+    @app.get("/failing")
+    async def fail() -> starlette_adapter.EventSourceResponse:
+        return starlette_adapter.EventSourceResponse(failing())
+
+    @app.post("/post")
+    async def post(request: fastapi.Request) -> starlette_adapter.EventSourceResponse:
+        return starlette_adapter.EventSourceResponse(short((await request.body()).decode()))
+
+    @app.get("/plain")
+    async def plain() -> Any:
+        return asgi_sse.EventSourceResponse(async_events())
+
+    @app.get("/generator", response_class=starlette_adapter.EventSourceResponse)
+    async def generator() -> AsyncIterator[Any]:
+        async for event in async_events():
+            yield event
+
+    return app
+
+
+def litestar_app() -> Any:
+    @litestar.get("/async")
+    async def asynchronous() -> litestar_adapter.EventSourceResponse:
+        return litestar_adapter.EventSourceResponse(async_events())
+
+    @litestar.get("/sync", sync_to_thread=False)
+    def synchronous() -> litestar_adapter.EventSourceResponse:
+        return litestar_adapter.EventSourceResponse(sync_events())
+
+    @litestar.get("/failing")
+    async def fail() -> litestar_adapter.EventSourceResponse:
+        return litestar_adapter.EventSourceResponse(failing())
+
+    @litestar.post("/post")
+    async def post(request: litestar.Request[Any, Any, Any]) -> litestar_adapter.EventSourceResponse:
+        return litestar_adapter.EventSourceResponse(short((await request.body()).decode()), cookies={"a": "b"})
+
+    @litestar.get("/plain")
+    async def plain() -> asgi_sse.EventSourceResponse:
+        return asgi_sse.EventSourceResponse(async_events())
+
+    @litestar.get("/any")
+    async def as_any() -> Any:
+        return asgi_sse.EventSourceResponse(async_events())
+
+    return litestar.Litestar([asynchronous, synchronous, fail, post, plain, as_any])
+
+
+def quart_app() -> Any:
+    app = quart.Quart("app")
+    app.config["RESPONSE_TIMEOUT"] = 0.2
+
+    @app.get("/async")
+    async def asynchronous() -> Any:
+        return quart_adapter.EventSourceResponse(async_events())
+
+    @app.get("/sync")
+    async def synchronous() -> Any:
+        return quart_adapter.EventSourceResponse(sync_events())
+
+    @app.get("/failing")
+    async def fail() -> Any:
+        return quart_adapter.EventSourceResponse(failing())
+
+    @app.post("/post")
+    async def post() -> Any:
+        return quart_adapter.EventSourceResponse(short((await quart.request.get_data()).decode()))
+
+    @app.get("/plain")
+    async def plain() -> Any:
+        return asgi_sse.EventSourceResponse(async_events())
+
+    @app.get("/context")
+    async def context() -> Any:
+        async def events() -> AsyncIterator[str]:
+            yield quart.request.args["name"]
+
+        return quart_adapter.EventSourceResponse(events())
+
+    return app
+
+
+def django_app() -> Any:
+    async def asynchronous(request: Any) -> Any:
+        return django_adapter.EventSourceResponse(async_events())
+
+    def synchronous(request: Any) -> Any:
+        return django_adapter.EventSourceResponse(sync_events())
+
+    async def fail(request: Any) -> Any:
+        return django_adapter.EventSourceResponse(failing())
+
+    async def post(request: Any) -> Any:
+        return django_adapter.EventSourceResponse(short(request.body.decode()))
+
+    async def plain(request: Any) -> Any:
+        return asgi_sse.EventSourceResponse(async_events())
+
+    views = {"async": asynchronous, "sync": synchronous, "failing": fail, "post": post, "plain": plain}
+    urls = type("urls", (), {"urlpatterns": [path(name, view) for name, view in views.items()]})
+    if not settings.configured:
+        settings.configure(
+            ROOT_URLCONF=urls,
+            ALLOWED_HOSTS=["*"],
+            SECRET_KEY="x",
+            DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}},
+            MIDDLEWARE=[
+                "django.middleware.security.SecurityMiddleware",
+                "django.middleware.gzip.GZipMiddleware",
+                "django.middleware.common.CommonMiddleware",
+            ],
+        )
+        django.setup()
+    return get_asgi_application()
+
+
+APPS: dict[str, Callable[[], Any]] = {
+    "starlette": starlette_app,
+    "fastapi": fastapi_app,
+    "litestar": litestar_app,
+    "quart": quart_app,
+    "django": django_app,
+}
