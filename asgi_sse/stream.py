@@ -374,6 +374,7 @@ class Stream:
                 self._error is not None
             ):  # what it raised, or what its item did: its clean-up may take no longer than any
                 self._stopped = True
+                self.ended_itself = self.reason is None
                 self.close("failed")
         await self._close_source()
         self._source_ended()
@@ -406,7 +407,7 @@ class Stream:
 
     def _source_ended(self) -> None:
         self._child = None
-        self.ended_itself = self.reason is None
+        self.ended_itself = self.ended_itself or self.reason is None
         if self._source_done is not None:
             self._source_done.set()
         if self._state is _State.CLOSED:

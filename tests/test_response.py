@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from asgi_sse import (
@@ -564,6 +565,32 @@ async def test_each_stream_has_its_own_context() -> None:
             await stream.read()
             await stream.read(timeout=5)
     assert seen == {name: {f"send {name}", f"source {name}", f"ping {name}"} for name in "ab"}
+
+
+async def test_a_source_that_is_woken_in_the_turn_of_its_end_is_cancelled_at_its_next_wait() -> None:
+    woken, seen = anyio.Event(), []
+
+    async def source() -> AsyncIterator[str]:
+        try:
+            yield "a"
+            await woken.wait()
+            await anyio.lowlevel.checkpoint()
+            await anyio.sleep_forever()
+        finally:
+            await anyio.sleep(1)
+            seen.append("finally")
+
+    registry = StreamRegistry()
+    async with open_stream(EventSourceResponse(source(), registry=registry)) as stream:
+        await stream.read()
+        began = anyio.current_time()
+        woken.set()
+        next(iter(registry)).close("drained")
+        while await stream.read():
+            pass
+        await stream.disconnect()
+        assert anyio.current_time() - began < 2
+        assert seen == ["finally"]
 
 
 def test_an_event_loop_is_let_go_of() -> None:

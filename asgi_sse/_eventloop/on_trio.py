@@ -100,9 +100,12 @@ class TrioChild(Child):
                 except BaseException as exc:  # trio throws for a trap that it does not know, such as one of asyncio's
                     trap = coroutine.throw(exc)
                     continue
-                if self._delivered:
-                    self._inner.shield = True
+                delivered = self._delivered
                 trap = coroutine.send(outcome)
+                # Not before: trio's checkpoint() waits in a scope of its own, which would take the cancellation for its
+                # own if ours were not to be seen any more.
+                if delivered:
+                    self._inner.shield = True
         except StopIteration:
             return
         finally:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import weakref
 from collections.abc import AsyncIterable, Iterable, Mapping
 from datetime import UTC, datetime
 from functools import partial
@@ -264,6 +263,7 @@ class EventSourceResponse(Response):
         self._on_close = on_close
         self._registry = registry
         self._told = False
+        self._stream: Stream | None = None
         self.active = True
         if (
             send_timeout is not None or on_close is not None or self._more != _NO_MORE
@@ -323,7 +323,6 @@ class EventSourceResponse(Response):
         registry = self._registry
         if registry is None:
             registry = registry_of(scope) if AppStatus.enable_automatic_graceful_drain else _by_hand
-        _registries[registry] = None
         feed, content = self.data_sender_callable, self.body_iterator
         fed = None if feed is None or scope["method"].upper() == "HEAD" else _Fed(content, feed)
         response = self._make(fed or content, registry)
@@ -334,13 +333,15 @@ class EventSourceResponse(Response):
         if stream is None:  # HEAD, or the server is stopping already
             await running
             return
-        _running[self] = partial(registry.end, (stream,))
+        self._stream = stream
+        _running[self] = registry, stream
         try:
             if AppStatus.ends_all:
-                stream.loop.call_soon(_running[self])
+                stream.loop.call_soon(partial(registry.end, (stream,)))
             await (running if fed is None else fed.run(stream, running))
         finally:
             del _running[self]
+            self._stream = None
 
     def _make(self, content: Any, registry: StreamRegistry) -> PlainResponse:
         given = (
@@ -372,7 +373,7 @@ class EventSourceResponse(Response):
 
         async def receive_and_tell() -> Message:
             message = await receive()
-            if message["type"] == "http.disconnect":
+            if message["type"] == "http.disconnect" and self._stream is not None and self._stream.reason is None:
                 await self._tell(message)  # before the source ends, which may wait for what the handler does
             return message
 
@@ -495,10 +496,8 @@ class EventSourceEndpoint(HTTPEndpoint):
 
 # How the server's end is told, and made, by hand
 
-_running: Final[dict[EventSourceResponse, Callable[[], None]]] = {}
-"""The responses that are being sent, each with how to end it."""
-
-_registries: Final[weakref.WeakKeyDictionary[StreamRegistry, None]] = weakref.WeakKeyDictionary()
+_running: Final[dict[EventSourceResponse, tuple[StreamRegistry, Stream]]] = {}
+"""The responses that are being sent."""
 
 
 class _Draining(DrainingEvent):
@@ -531,23 +530,22 @@ class _Status(type):
 
     @property
     def should_exit(cls) -> bool:
-        registries = (reference() for reference in _registries.keyrefs())  # not iter(): other threads may add to them
-        return cls.ends_all or any(registry is not None and registry.draining for registry in registries)
+        return cls.ends_all or any(registry.draining for registry, _ in list(_running.values()))
 
     @should_exit.setter
     def should_exit(cls, value: bool) -> None:
         cls.ends_all = bool(value)
         if value:
-            for end in list(_running.values()):
-                end()
+            for registry, stream in list(_running.values()):
+                registry.end((stream,))
 
 
 class AppStatus(metaclass=_Status):
     """Whether the server is stopping, for all streams of this room in the process.
 
     Attributes:
-        should_exit: True while a server stops, until that has stopped. Set to True, from any thread, it ends all
-            streams; new ones end at once, until it is set to False again.
+        should_exit: True while a server stops under running streams. Set to True, from any thread, it ends all of
+            them, and new ones at once, until it is set to False again.
         enable_automatic_graceful_drain: Whether a stream that begins will end when its server stops.
         original_handler: Called by `handle_exit`.
     """
