@@ -63,7 +63,7 @@ class Adopted(Changing, Child):
     """
 
     __slots__ = (
-        "_ahead", "_app_done", "_busy", "_closed", "_error", "_messages", "_raised", "_receive",
+        "_ahead", "_answers_again", "_app_done", "_busy", "_closed", "_error", "_messages", "_raised", "_receive",
         "_released", "_send", "_sending", "_start", "_started", "_stream", "_stream_done", "_told", "_wait",
         "disconnected", "head", "reading",
     )  # fmt: skip
@@ -99,6 +99,7 @@ class Adopted(Changing, Child):
         self._started = False
         self._released = False
         self._app_done = False
+        self._answers_again = False
         self._stream_done = anyio.Event()
         self._error: BaseException | None = None  # for the app
         self._raised: BaseException | None = None
@@ -158,6 +159,12 @@ class Adopted(Changing, Child):
         """
         if message["type"] in _FILES:
             await self._release()
+        if message["type"] == "http.response.start" and (self._app_done or self._closed):
+            # The body is over, perhaps by us: an app that answers once more, with an error say, finds nobody.
+            self._answers_again = True
+        if self._answers_again:
+            await anyio.lowlevel.checkpoint()
+            return
         if self._released or message["type"] != "http.response.body":
             await self._send(message)
             return

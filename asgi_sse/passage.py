@@ -43,8 +43,8 @@ class Passage:
     """
 
     __slots__ = (
-        "_adopted", "_body_left", "_ours", "_outer", "_receive", "_receiving", "_refused", "_scope", "_send",
-        "_start_left", "_terms", "_wait", "connection",
+        "_adopted", "_answers_again", "_body_left", "_ours", "_outer", "_receive", "_receiving", "_refused", "_scope",
+        "_send", "_start_left", "_stream", "_terms", "_wait", "connection",
     )  # fmt: skip
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, terms: Terms) -> None:
@@ -58,6 +58,8 @@ class Passage:
         self.connection: Send = send if self._outer is None else self._outer.connection
         self._wait = current_loop().wait()
         self._ours = False
+        self._stream: Stream | None = None
+        self._answers_again = False
         self._adopted: Adopted | None = None
         self._receiving = False
         self._refused = False
@@ -128,7 +130,10 @@ class Passage:
         if self._adopted is not None:
             await self._adopted.send(message)
             return
-        if self._refused:
+        if message["type"] == "http.response.start" and self._start_left:
+            # One that has run our stream to its end may have a response left, as MCP's SDK has: the stream was it.
+            self._answers_again = self._stream is not None and self._stream.reason is not None
+        if self._refused or self._answers_again:
             await anyio.lowlevel.checkpoint()  # an app that only sends must let others run
             return
         if message["type"] == "http.response.start":
@@ -193,6 +198,7 @@ class Passage:
 
     def carries(self, stream: Stream) -> None:
         """`stream` is the response to this request, and sends it through the app's middlewares."""
+        self._stream = stream
         self.belongs_to_us()
         loop = stream.loop
         loop.call_at(loop.time() + LOOK_AFTER, partial(self._compare, stream))

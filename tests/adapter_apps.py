@@ -5,7 +5,7 @@ Each has /async, /sync, /failing and /post, of the adapter, and /plain; `seen` i
 
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import anyio
 import django
@@ -72,7 +72,7 @@ def starlette_app() -> Any:
         return starlette_adapter.EventSourceResponse(short((await request.body()).decode()))
 
     class Ticks(starlette_adapter.EventSourceEndpoint):
-        options = {"ping": 5}
+        options: ClassVar[Any] = {"ping": 5}
 
         def events(self, request: Any) -> Any:
             return async_events()

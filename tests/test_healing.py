@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
-from starlette.responses import StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from asgi_sse import EventSourceResponse, SSEMiddleware
@@ -505,6 +505,53 @@ async def test_a_stream_of_ours_inside_of_the_app_is_left_alone() -> None:
     async with open_stream(middleware) as stream:
         assert (await all_of(stream)).count(b": ping\n\n") == 1
     assert middleware.registry.statistics().opened == 1
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("early", [None, "drained", "disconnected"])
+async def test_an_app_that_answers_once_more_behind_its_stream(ours: bool, early: str | None) -> None:
+    sent: list[str] = []
+
+    async def source() -> AsyncIterator[str]:
+        yield "x"
+        await anyio.sleep(3600 if early else 1)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if ours:
+            await EventSourceResponse(source(), retry=None)(scope, receive, send)
+        else:
+            await Sends(b"data: x\n\n", asks=early is not None)(scope, receive, send)
+        await Response("again")(scope, receive, send)
+
+    middleware = SSEMiddleware(app)
+
+    async def recorded(scope: Any, receive: Any, send: Any) -> None:
+        async def record(message: Any) -> None:
+            sent.append(message["type"])
+            await send(message)
+
+        await middleware(scope, receive, record)
+
+    async with open_stream(recorded) as stream:
+        assert (await stream.receive()).data == "x"
+        if early == "drained":
+            middleware.registry.begin_drain()
+        if early != "disconnected":
+            assert b"again" not in await all_of(stream)
+            assert stream.complete
+    assert sent.count("http.response.start") == 1
+
+
+async def test_a_request_to_a_server_that_stops_already_may_be_answered_once_more() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await EventSourceResponse(["x"])(scope, receive, send)
+        await Response("again")(scope, receive, send)
+
+    middleware = SSEMiddleware(app)
+    middleware.registry.begin_drain()
+    async with open_stream(middleware) as stream:
+        assert re.fullmatch(rb"retry: \d+\n\n", await all_of(stream))
+        assert stream.complete
 
 
 async def test_a_stream_of_starlette_with_its_background_task() -> None:

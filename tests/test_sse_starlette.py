@@ -39,7 +39,7 @@ EXPECTED_TO_FAIL = {
             "test_send_whenInterrupted_thenClosesSuspendedGenerator[True-cancel]": RAISED,
             "test_ping_whenTimerTicks_thenSendsOneMessagePerTick": "calls the private _ping()",
             "test_ping_whenSendTimesOut_thenRaisesSendTimeoutError": "calls the private _ping()",
-            "test_ping_whenConcurrentWithEvents_thenRespectsLocking": "expects two sends at once, which never happen here",
+            "test_ping_whenConcurrentWithEvents_thenRespectsLocking": "expects two sends at once, which never happens",
         }.items()
     },
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextvars
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from quart import Response, has_request_context, request
 
@@ -13,6 +13,8 @@ from .body import Body
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Iterable
+
+    from .._types import Scope
 
 __all__ = ["EventSourceResponse"]
 
@@ -46,7 +48,7 @@ class EventSourceResponse(Response):
         **options: Unpack[StreamArguments],
     ) -> None:
         response = PlainResponse(content, status_code=status_code, headers=headers, **options)
-        scope = request.scope if has_request_context() else None
+        scope = cast("Scope", request.scope) if has_request_context() else None
         super().__init__(Body(response, scope, contextvars.copy_context()), status_code)
         self.headers.clear()
         for name, value in response.raw_headers:

@@ -1,0 +1,27 @@
+"""examples/mcp/server.py, with what the test wants to know of its streams."""
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "mcp"))
+
+import server
+
+from asgi_sse.adapters import starlette
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    if scope.get("path") != "/statistics":
+        await server.app(scope, receive, send)
+        return
+    gc.collect()  # the SDK's tasks leave cycles
+    streams = {
+        "all": sorted(stream.path for stream in server.app.registry),
+        "by the adapter": len(starlette._running),
+        "sessions": len(server.replay._of_session),
+    }
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": json.dumps(streams).encode()})
