@@ -31,7 +31,7 @@ async def async_events() -> AsyncIterator[Any]:
     try:
         for number in range(10**9):
             yield {"data": str(number), "id": str(number)}
-            await anyio.sleep(0.1)
+            await anyio.sleep(0.03)
     finally:
         seen.append("finally")
 
@@ -46,7 +46,7 @@ def sync_events() -> Iterator[Any]:
 
 async def failing() -> AsyncIterator[Any]:
     yield {"data": "before"}
-    await anyio.sleep(0.1)
+    await anyio.sleep(0.01)
     raise ZeroDivisionError("the source failed")
 
 
@@ -143,7 +143,7 @@ def litestar_app() -> Any:
 
 def quart_app() -> Any:
     app = quart.Quart("app")
-    app.config["RESPONSE_TIMEOUT"] = 0.2
+    app.config["RESPONSE_TIMEOUT"] = 0.1
 
     @app.get("/async")
     async def asynchronous() -> Any:

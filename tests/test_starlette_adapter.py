@@ -83,7 +83,7 @@ def test_an_event_is_encoded_as_sse_starlette_does(fields: dict[str, Any], encod
     [{"id": "a\nid: b"}, {"event": "a\rdata: b"}, {"id": "a\0"}, {"data": "\ud800"}, {"retry": -1}, {"sep": "|"}],
 )
 def test_what_would_inject_or_is_ignored_is_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"line end|NUL|UTF-8|retry=-1"):
         ServerSentEvent(**fields).encode()
 
 
@@ -421,7 +421,8 @@ async def the_end_of(stream: Any) -> bytes:
 
 
 async def test_a_source_says_farewell_in_its_grace() -> None:
-    event, seen, registry = anyio.Event(), [], StreamRegistry()
+    event, registry = anyio.Event(), StreamRegistry()
+    seen: list[str] = []
     response = EventSourceResponse(farewell(event, seen), shutdown_event=event, shutdown_grace_period=5)
     async with open_stream(SSEMiddleware(response, registry=registry)) as stream:
         await stream.read()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
+from litestar import asgi
 from litestar.response import Response
 from litestar.response.base import ASGIResponse
+from litestar.types import Receive, Scope, Send  # noqa: TC002 (Litestar looks at the annotations)
 
 from ..response import EventSourceResponse as PlainResponse
 from ..response import Headers, StreamArguments
@@ -15,9 +17,32 @@ if TYPE_CHECKING:
 
     from litestar import Litestar, Request
     from litestar.background_tasks import BackgroundTask, BackgroundTasks
-    from litestar.types import Receive, ResponseCookies, Scope, Send
+    from litestar.handlers import ASGIRouteHandler
+    from litestar.types import ResponseCookies
 
-__all__ = ["EventSourceResponse"]
+    from .._types import ASGIApp
+
+__all__ = ["EventSourceResponse", "mount"]
+
+
+def mount(path: str, app: ASGIApp) -> ASGIRouteHandler:
+    """A route handler that mounts an app of this library, as `asgi_sse.create_app` makes them.
+
+    Litestar puts a slash behind the path that a mounted app sees, and tells it nothing of what went before.
+
+    Args:
+        path: Where to mount it.
+        app: The app.
+    """
+
+    async def mounted(scope: Scope, receive: Receive, send: Send) -> None:
+        inside = cast("dict[str, Any]", scope)
+        raw_path = inside.get("raw_path") or b"/"
+        if inside["path"] != "/" and not raw_path.endswith(b"/"):
+            inside["path"] = inside["path"].removesuffix("/")
+        await app(inside, receive, send)  # type: ignore[arg-type]  # TypedDicts there, mappings here
+
+    return asgi(path, is_mount=True, copy_scope=True)(mounted)
 
 
 class EventSourceResponse(Response[Any]):
