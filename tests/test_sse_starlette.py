@@ -1,15 +1,27 @@
 """sse-starlette's own tests, and the snippets of its README, run on our adapter in its place."""
 
+import asyncio
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import textwrap
+import threading
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Self
 
+import anyio
 import pytest
 from serving import HERE
+from starlette.requests import Request
+
+from asgi_sse import SSEMiddleware, StreamRegistry
+from asgi_sse.adapters.starlette import EventSourceResponse
+from asgi_sse.testing import open_stream
 
 VERSION = "3.7.0"
 ALIAS = HERE / "sse_starlette_alias"
@@ -92,3 +104,206 @@ def test_its_own_tests_pass(distribution: Path, tmp_path: Path) -> None:
 
 def is_listed(name: str) -> bool:
     return name in EXPECTED_TO_FAIL or name.partition("::")[0] in EXPECTED_TO_FAIL
+
+
+# The snippets of its README, each with its import changed and nothing else
+
+
+async def generate_events() -> AsyncIterator[dict[str, str]]:
+    yield {"data": "first"}
+    await asyncio.sleep(25)
+    yield {"data": "last"}
+
+
+class AsyncSession:
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None: ...
+
+    async def execute(self, query: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(name="a row", id=7)]
+
+
+class Item(str):
+    __slots__ = ()
+
+    id = 7
+
+
+AROUND = {  # what the snippets leave to their reader
+    "anyio": anyio,
+    "asyncio": asyncio,
+    "EventSourceResponse": EventSourceResponse,
+    "generate_events": generate_events,
+    "data": [Item("a"), Item("b")],
+    "AsyncSession": AsyncSession,
+    "User": "users",
+    "select": lambda what: f"SELECT * FROM {what}",
+}
+
+Snippet = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def snippets(distribution: Path) -> list[str]:
+    text = (distribution / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [
+        re.sub(r"from sse_starlette[.\w]* import", "from asgi_sse.adapters.starlette import", block) for block in blocks
+    ]
+
+
+@pytest.fixture
+def snippet(snippets: list[str], request: pytest.FixtureRequest) -> Snippet:
+    """The names that a snippet defines; ``respond`` is what it returns, where it does that outside of a function."""
+    block = next(block for block in snippets if request.param in block)
+    if re.search(r"^return", block, re.MULTILINE):
+        block = f"async def respond(request):\n{textwrap.indent(block, '    ')}"
+    names = dict(AROUND)
+    exec(block, names)
+    return names
+
+
+def of_readme(mark: str) -> Callable[[Any], Any]:
+    """The test of the snippet that holds `mark`."""
+    tested.append(mark)
+    return pytest.mark.parametrize("snippet", [mark], indirect=True)
+
+
+tested: list[str] = []
+
+
+def app_of(respond: Any) -> Any:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        response = await respond(Request(scope, receive))
+        await response(scope, receive, send)
+
+    return app
+
+
+@pytest.fixture
+def on_asyncio(anyio_backend: Any) -> None:
+    if "trio" in anyio_backend:
+        pytest.skip("it uses asyncio")
+
+
+async def data_of(app: Any, path: str = "/") -> list[str | None]:
+    async with open_stream(app, path) as stream:
+        events = [event.data async for event in stream]
+        assert stream.complete
+    return events
+
+
+@of_readme("# Basic usage")
+@pytest.mark.anyio
+async def test_basic_usage(snippet: Snippet) -> None:
+    async with open_stream(app_of(snippet["respond"])) as stream:
+        assert [(event.data, event.event, event.id) async for event in stream] == [
+            ("a", "update", "7"),
+            ("b", "update", "7"),
+        ]
+
+
+@of_readme("app = Starlette(")
+@pytest.mark.anyio
+async def test_quick_start(snippet: Snippet, on_asyncio: None) -> None:
+    assert await data_of(snippet["app"], "/events") == [f"Event {number}" for number in range(10)]
+
+
+@of_readme("event = ServerSentEvent(")
+def test_server_sent_event(snippet: Snippet) -> None:
+    encoded = snippet["event"].encode()
+    assert encoded == b"id: msg-123\r\nevent: notification\r\ndata: Custom message\r\nretry: 5000\r\n\r\n"
+
+
+@of_readme("event = JSONServerSentEvent(")
+def test_json_server_sent_event(snippet: Snippet) -> None:
+    assert snippet["event"].encode() == b'data: {"field":"value"}\r\n\r\n'
+
+
+@of_readme("def custom_ping")
+@pytest.mark.anyio
+async def test_custom_ping(snippet: Snippet, on_asyncio: None) -> None:
+    async with open_stream(app_of(snippet["respond"])) as stream:
+        body = b""
+        while chunk := await stream.read(timeout=60):
+            body += chunk
+    ping = b": Custom ping message\r\n\r\n"
+    assert body == b"data: first\r\n\r\n" + ping + ping + b"data: last\r\n\r\n"
+
+
+@of_readme("def run_sse_in_thread")
+def test_threads(snippet: Snippet) -> None:
+    for thread in threading.enumerate():
+        if getattr(thread, "_target", None) is snippet["run_sse_in_thread"]:
+            thread.join(5)
+            assert not thread.is_alive()
+
+
+@of_readme("async def stream_database_results")
+@pytest.mark.anyio
+async def test_database(snippet: Snippet) -> None:
+    assert await data_of(app_of(snippet["respond"])) == ["a row"]
+
+
+@of_readme("async def robust_stream")
+@pytest.mark.anyio
+async def test_error_handling_and_timeouts(snippet: Snippet, on_asyncio: None) -> None:
+    app = app_of(snippet["respond"])
+    assert await data_of(app) == [f"Item {number}" for number in range(100)]
+    async with open_stream(app) as stream:
+        assert stream.headers["cache-control"] == "no-cache"
+        await stream.receive()
+        await stream.disconnect()
+
+
+@of_readme("async def data_producer")
+@pytest.mark.anyio
+async def test_memory_channels(snippet: Snippet) -> None:
+    assert await data_of(app_of(snippet["channel_endpoint"])) == [f"Item {number}" for number in range(10)]
+
+
+@of_readme("async def graceful_stream")
+@pytest.mark.anyio
+async def test_cooperative_shutdown(snippet: Snippet) -> None:
+    registry = StreamRegistry()
+    async with open_stream(SSEMiddleware(app_of(snippet["graceful_stream"]), registry=registry)) as stream:
+        await stream.receive()
+        registry.begin_drain()
+        assert [(event.event, event.data) async for event in stream] == [("shutdown", "Server is shutting down")]
+        assert stream.complete
+
+
+@of_readme("async def monitored_stream")
+@pytest.mark.anyio
+async def test_client_disconnection(snippet: Snippet, on_asyncio: None, capsys: pytest.CaptureFixture[str]) -> None:
+    async def respond(request: Any) -> Any:
+        return EventSourceResponse(snippet["monitored_stream"](request))
+
+    async with open_stream(app_of(respond)) as stream:
+        await stream.receive()
+        await stream.disconnect()
+    assert capsys.readouterr().out == "Stream cancelled\n"
+
+
+@of_readme("def reset_sse_app_status")
+def test_testing(snippet: Snippet) -> None:
+    snippet["AppStatus"].should_exit = True
+    fixture = snippet["reset_sse_app_status"].__wrapped__()
+    next(fixture)
+    with pytest.raises(StopIteration):
+        next(fixture)
+    assert snippet["AppStatus"].should_exit is False
+
+
+@of_readme("class ConnectionLimiter")
+@pytest.mark.anyio
+async def test_connection_limiter(snippet: Snippet, on_asyncio: None) -> None:
+    limiter = snippet["ConnectionLimiter"]()
+    assert await data_of(app_of(limiter.limited_endpoint)) == ["first", "last"]
+
+
+def test_every_snippet_is_tested(snippets: list[str]) -> None:
+    assert [block for block in snippets if not any(mark in block for mark in tested)] == []
+    assert len(tested) == len(snippets) == 13
