@@ -38,9 +38,13 @@ def free_port() -> int:
 def command(server: str, app: str, port: int) -> list[str]:
     """The command line that serves `app` (``module:name``)."""
     module, *options = SERVERS[server]
+    return [sys.executable, "-m", module, *options, *address(module, port), app]
+
+
+def address(module: str, port: int) -> list[str]:
+    """The options by which a server's command listens on `port`."""
     addresses = {"hypercorn": [f"--bind=127.0.0.1:{port}"], "daphne": ["--bind=127.0.0.1", f"--port={port}"]}
-    address = addresses.get(module, ["--host=127.0.0.1", f"--port={port}"])
-    return [sys.executable, "-m", module, *options, *address, app]
+    return addresses.get(module, ["--host=127.0.0.1", f"--port={port}"])
 
 
 def wait_until_open(port: int, process: subprocess.Popen[bytes], seconds: float = 20) -> None:
@@ -79,14 +83,26 @@ def process(
 ) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """Serve `app` until the block is left; gives the port and the process."""
     port = free_port()
-    environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "PYTHONWARNINGS": "default"}
+    with serving(command(server, app, port), port, log) as server_process:
+        yield port, server_process
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "PYTHONWARNINGS": "default"}
+
+
+@contextmanager
+def serving(
+    arguments: list[str], port: int, log: Path | None = None, directory: Path | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a server's command, in `directory`, until the block is left."""
     with (log or Path(os.devnull)).open("wb") as output:
         server_process = subprocess.Popen(
-            command(server, app, port), env=environment, stdout=output, stderr=output, start_new_session=True
+            arguments, env=environment(), cwd=directory, stdout=output, stderr=output, start_new_session=True
         )
         try:
             wait_until_open(port, server_process)
-            yield port, server_process
+            yield server_process
         finally:
             if server_process.poll() is None:
                 os.killpg(server_process.pid, signal.SIGTERM)

@@ -1,0 +1,30 @@
+"""No framework: endpoints of `create_app`, and an ASGI app written by hand that answers with a stream."""
+
+from collections.abc import AsyncIterator, Iterator
+from itertools import count
+from time import sleep
+from typing import Any
+
+import anyio
+
+from asgi_sse import EventSourceResponse, Request, ServerSentEvent, create_app
+
+
+async def ticks() -> AsyncIterator[ServerSentEvent]:
+    for number in count(1):
+        yield ServerSentEvent({"tick": number}, event="tick", id=number)
+        await anyio.sleep(0.2)
+
+
+def countdown(request: Request) -> Iterator[str]:
+    """Not async: it runs in a thread, and may block."""
+    for number in range(3, 0, -1):
+        yield f"{request.path_params['name']}: {number}"
+        sleep(0.2)
+
+
+async def by_hand(scope: Any, receive: Any, send: Any) -> None:
+    await EventSourceResponse(ticks(), headers={"x-made": "by hand"})(scope, receive, send)
+
+
+app = create_app({"/ticks": ticks, "/countdown/{name}": countdown, "/by-hand": by_hand})

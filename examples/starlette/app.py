@@ -1,0 +1,29 @@
+"""A stream from a Starlette endpoint. A client that reconnects goes on behind the last event that it has seen."""
+
+from collections.abc import AsyncIterator
+from itertools import count
+
+import anyio
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.routing import Route
+
+from asgi_sse import EventSourceResponse, ServerSentEvent, SSEMiddleware
+
+
+async def count_from(first: int) -> AsyncIterator[ServerSentEvent]:
+    for number in count(first):
+        yield ServerSentEvent({"number": number}, event="number", id=number)
+        await anyio.sleep(0.2)
+
+
+async def numbers(request: Request) -> EventSourceResponse:
+    last = request.headers.get("last-event-id", "0")
+    if not last.isdecimal() or len(last) > 9:
+        raise HTTPException(400, "that is no id of this stream")
+    return EventSourceResponse(count_from(int(last) + 1))
+
+
+# Streams work without the middleware too. It sets defaults for all of them, and keeps compressors off them.
+app = SSEMiddleware(Starlette(routes=[Route("/numbers", numbers)]), ping=10, max_lifetime=3600)
