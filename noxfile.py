@@ -20,6 +20,7 @@ IN_PROCESS = [
         "floors",
     )
 ]  # fmt: skip
+ADAPTERS = ["tests/test_adapters.py", "tests/test_starlette_adapter.py"]
 FRAMEWORKS = ["starlette", "fastapi", "litestar", "quart", "django", "falcon", "blacksheep"]
 COMPRESSORS = {  # by Starlette and Django, whose versions exclude each other
     "today": [
@@ -45,7 +46,9 @@ def tests(session: nox.Session) -> None:
 def coverage(session: nox.Session) -> None:
     """The tests that run in this process, with the gate on branch coverage."""
     session.install("-e", ".[test]")
-    session.run("coverage", "run", "-m", "pytest", *IN_PROCESS, "tests/test_demo.py", "tests/test_public.py")
+    session.run(
+        "coverage", "run", "-m", "pytest", *IN_PROCESS, *ADAPTERS, "tests/test_demo.py", "tests/test_public.py"
+    )  # fmt: skip
     session.run("coverage", "report")
 
 

@@ -221,11 +221,13 @@ def find_compressors(app: Any) -> list[Compressor]:
     that it does not know, such as Django's ``@gzip_page`` on one view.
     """
     found: dict[str, Compressor] = {}
+    django = False  # inside: a process may have its settings, and serve an app of another kind
     for thing, path in _inside(app):
+        django = django or type(thing).__module__.startswith("django.core.handlers.")
         compressor = _judge(thing, path)
         if compressor is not None and compressor.name not in found:
             found[compressor.name] = compressor
-    for name in _django_middleware():
+    for name in _django_middleware() if django else ():
         compressor = _named(name, "settings.MIDDLEWARE")
         if compressor is not None and compressor.name not in found:
             found[compressor.name] = compressor

@@ -224,9 +224,9 @@ class EventSourceResponse:
     if not TYPE_CHECKING:  # or every attribute would have a type
 
         def __getattr__(self, name: str) -> NoReturn:
-            # A framework took us for a response of its own: Django asks for ``headers``. FastAPI would make JSON of
-            # ``vars()``, and send an empty object with a 200; only an error that is no AttributeError stops it.
-            if name == "__dict__":
+            # A framework took us for a response of its own: Django asks for ``headers``. FastAPI would make JSON of it,
+            # by ``dict()`` or else by ``vars()``; the one asks for ``keys``, and what the other wants there is not.
+            if name == "keys":
                 raise TypeError(_HINT)
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}. {_HINT}")
 

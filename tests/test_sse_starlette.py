@@ -82,9 +82,8 @@ def test_its_own_tests_pass(distribution: Path, tmp_path: Path) -> None:
     """Each that does not is listed above, with the reason; none is listed that does."""
     shutil.copytree(distribution / "tests", tmp_path / "tests")
     shutil.copy(distribution / "pyproject.toml", tmp_path)
-    for helper in (ALIAS / "helpers").iterdir():
-        if helper.suffix == ".py":
-            shutil.copy(helper, tmp_path / "tests")
+    shutil.copy(ALIAS / "helpers" / "anyio_compat.py", tmp_path / "tests")
+    shutil.copy(ALIAS / "helpers" / "fixtures.py", tmp_path / "tests" / "conftest.py")
     (tmp_path / "tests" / "__init__.py").touch()
     report = tmp_path / "report"
     run = subprocess.run(

@@ -20,7 +20,7 @@ from ..source import check_content
 from .body import Body
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from .._types import ASGIApp, Receive, Scope, Send
 
@@ -64,7 +64,7 @@ class EventSourceResponse(StreamingHttpResponse):
     def __iter__(self) -> Iterator[bytes]:
         raise TypeError("an event stream needs ASGI: serve the app of asgi.py, by uvicorn or hypercorn, not by WSGI")
 
-    def __aiter__(self) -> AsyncIterator[bytes]:
+    def __aiter__(self) -> Any:  # Django's is a generator; what uses it needs an async iterator with an ``aclose``
         for closer in self._resource_closers:  # the request is not handed to its response, but to be closed with it
             scope = getattr(getattr(closer, "__self__", None), "scope", None)
             if scope is not None:
