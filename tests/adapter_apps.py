@@ -107,8 +107,12 @@ def fastapi_app() -> Any:
 
     @app.get("/generator", response_class=starlette_adapter.EventSourceResponse)
     async def generator() -> AsyncIterator[Any]:
-        async for event in async_events():
-            yield event
+        try:
+            for number in range(10**9):
+                yield {"data": str(number), "id": str(number)}
+        finally:
+            await anyio.sleep(0)
+            seen.append("finally")
 
     return app
 

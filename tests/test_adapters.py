@@ -39,10 +39,10 @@ made: dict[str, Any] = {}
 
 
 @pytest.fixture(autouse=True)
-def nothing_seen() -> Iterator[None]:
+def nothing_seen(request: pytest.FixtureRequest) -> Iterator[None]:
     seen.clear()
     yield
-    if made.keys() & {"django"}:
+    if "django" in request.node.name:
         gc.collect()  # or the warning would come in a test of another file
 
 
@@ -211,6 +211,7 @@ async def test_fastapi_knows_the_media_type_and_takes_a_generator(app: Any) -> N
     async with open_stream(app, "/generator") as stream:
         assert [(await stream.receive()).id for _ in range(3)] == ["0", "1", "2"]
         await stream.disconnect()
+        assert seen == ["finally"]
 
 
 async def test_fastapi_is_told_when_what_it_serialised_is_no_series(anyio_backend: Any) -> None:

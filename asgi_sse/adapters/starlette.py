@@ -242,7 +242,7 @@ class EventSourceResponse(Response):
         if ping is not None:
             self.ping_interval = ping
         # Asynchronous for who wraps it, as in sse-starlette. What is no source at all is refused when it is sent.
-        self.body_iterator = iterate(content) if _is_sync_series(content) else content
+        self.body_iterator = iterate(content) if _is_sync_series(content) else _without_fastapi(content)
         self.status_code = status_code
         self.media_type = media_type or type(self).media_type
         self.background = background
@@ -451,6 +451,14 @@ def _is_sync_series(content: object) -> bool:
     return isinstance(content, Iterable) and not isinstance(
         content, AsyncIterable | str | bytes | bytearray | memoryview | Mapping
     )
+
+
+def _without_fastapi(content: Any) -> Any:
+    """The generator of a path operation, out of the one that FastAPI puts around it, and nobody closes when that ends."""
+    code = getattr(content, "ag_code", None)
+    if code is not None and code.co_name == "_async_stream_raw" and content.ag_frame is not None:
+        return content.ag_frame.f_locals.get("async_gen", content)
+    return content
 
 
 def _headers_for(scope: Scope, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
