@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, ClassVar
 
 import anyio
+import anyio.lowlevel
 import django
 import fastapi
 import litestar
@@ -111,7 +112,7 @@ def fastapi_app() -> Any:
             for number in range(10**9):
                 yield {"data": str(number), "id": str(number)}
         finally:
-            await anyio.sleep(0)
+            await anyio.lowlevel.checkpoint()
             seen.append("finally")
 
     return app

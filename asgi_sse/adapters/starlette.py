@@ -454,7 +454,7 @@ def _is_sync_series(content: object) -> bool:
 
 
 def _without_fastapi(content: Any) -> Any:
-    """The generator of a path operation, out of the one that FastAPI puts around it, and nobody closes when that ends."""
+    """A path operation's own generator: FastAPI puts one around it that does not close it."""
     code = getattr(content, "ag_code", None)
     if code is not None and code.co_name == "_async_stream_raw" and content.ag_frame is not None:
         return content.ag_frame.f_locals.get("async_gen", content)
