@@ -30,6 +30,7 @@ PEERS = {  # and the package of each
     "sse_starlette": "sse_starlette",
     "fastapi": "fastapi",
     "litestar": "litestar",
+    "adapter": "asgi_sse",
     "asgi_sse": "asgi_sse",
 }
 CORES = sorted(os.sched_getaffinity(0))
@@ -278,7 +279,7 @@ def main() -> None:
     if len(CORES) > 1:
         os.sched_setaffinity(0, CORES[1:2])
     peers = [peer for peer in PEERS if peer in arguments.peers and importlib.util.find_spec(PEERS[peer])]
-    versions = [f"{peer} {version(PEERS[peer])}" for peer in peers if peer not in ("raw", "asgi_sse")]
+    versions = [f"{peer} {version(PEERS[peer])}" for peer in peers if peer not in ("raw", "adapter", "asgi_sse")]
     print(
         f"Python {platform.python_version()}, uvicorn {version('uvicorn')}, {', '.join(versions)}; {len(CORES)} cores"
     )

@@ -64,12 +64,24 @@ def asgi_sse() -> Any:
 
 def sse_starlette() -> Any:
     from sse_starlette import EventSourceResponse  # noqa: PLC0415
+
+    return on_starlette(EventSourceResponse)
+
+
+def adapter() -> Any:
+    """The same, with the import changed."""
+    from asgi_sse.adapters.starlette import EventSourceResponse  # noqa: PLC0415
+
+    return on_starlette(EventSourceResponse)
+
+
+def on_starlette(response: Any) -> Any:
     from starlette.applications import Starlette  # noqa: PLC0415
     from starlette.routing import Route  # noqa: PLC0415
 
     def endpoint(source: Any) -> Any:
         async def view(request: Any) -> Any:
-            return EventSourceResponse(source())
+            return response(source())
 
         return view
 
