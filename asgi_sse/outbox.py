@@ -215,13 +215,14 @@ class Lockstep(Buffer):
         return not self._wake() or self._turn >= TURN_BYTES
 
     def _let_on(self) -> None:
-        """Not yet: see `sent`."""
+        """Taken is not sent: `sent` lets the source go on."""
 
     async def room(self) -> None:
-        """Wait until all is sent, and others had a turn."""
+        """Wait until all is sent, and in any case for the source's turn."""
         self._turn = 0
+        all_sent = self._wake()  # before there is a wait that `sent` would end
         self._room = room = anyio.Event()
-        if self._wake():
+        if all_sent:
             self._flusher.resume(room)
         try:
             await room.wait()
@@ -377,6 +378,8 @@ class Outbox:
                     self._over(None)
                 elif self._feed.ready:  # what was taken were empty items
                     self._mark()
+                else:
+                    self._feed.sent()
             elif self._start(message):
                 self._sent(None)
         except Exception as exc:  # the other outboxes of this turn come next

@@ -137,16 +137,9 @@ class EventSourceResponse:
     """
 
     __slots__ = (
-        "_content",
-        "_given",
-        "_options",
-        "_registry",
-        "encoder",
-        "lockstep",
-        "raw_headers",
-        "status_code",
-        "stream",
-    )
+        "__weakref__", "_content", "_given", "_options", "_registry",
+        "encoder", "feeder", "lockstep", "raw_headers", "status_code", "stream",
+    )  # fmt: skip
 
     _content: AsyncIterable[Any] | Iterable[Any] | None
 
@@ -197,6 +190,7 @@ class EventSourceResponse:
         self.raw_headers: Sequence[tuple[bytes, bytes]] = _merge_headers(headers)
         self.encoder: ItemEncoder = encode_item
         self.lockstep = False
+        self.feeder: Callable[[], Awaitable[None]] | None = None
         self.stream: Stream | None = None
         self._registry = registry
         self._content = content
@@ -277,6 +271,7 @@ class EventSourceResponse:
             draining=draining,
             encoder=self.encoder,
             lockstep=self.lockstep,
+            feeder=self.feeder,
         )
         if passage is not None:
             passage.carries(self.stream)

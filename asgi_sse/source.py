@@ -48,9 +48,14 @@ def check_content(content: Any) -> None:
         )
 
 
-def iterate(content: AsyncIterable[Any] | Iterable[Any]) -> AsyncIterator[Any]:
-    """The items of `content`, one by one. Has an ``aclose`` wherever there is something to close."""
-    return content.__aiter__() if isinstance(content, AsyncIterable) else ThreadedIterator(content)
+def iterate(content: AsyncIterable[Any] | Iterable[Any], *, ahead: bool = True) -> AsyncIterator[Any]:
+    """The items of `content`, one by one. Has an ``aclose`` wherever there is something to close.
+
+    Args:
+        content: The source.
+        ahead: Whether the thread of a synchronous one may be ahead of who asks for its items.
+    """
+    return content.__aiter__() if isinstance(content, AsyncIterable) else ThreadedIterator(content, ahead=ahead)
 
 
 _IN_NEXT: Final = 0.1
@@ -64,8 +69,9 @@ class ThreadedIterator:
     one that is blocked would hold the interpreter's exit.
     """
 
-    def __init__(self, iterable: Iterable[Any]) -> None:
+    def __init__(self, iterable: Iterable[Any], *, ahead: bool = True) -> None:
         self._iterable = iterable
+        self._ahead = ahead
         self._loop: EventLoop | None = None
         self._changed = threading.Condition()  # guards all that follows
         self._items: deque[Any] = deque()
@@ -99,6 +105,8 @@ class ThreadedIterator:
                     self._raise_error()
                     raise StopAsyncIteration
                 wanted = self._wanted = anyio.Event()
+                if not self._ahead:
+                    self._changed.notify()
             await wanted.wait()
 
     async def aclose(self) -> None:
@@ -171,6 +179,8 @@ class ThreadedIterator:
 
     def _enter_next(self) -> bool:
         with self._changed:
+            while not (self._ahead or self._wanted or self._closing):  # who asks for an item has sent the one before
+                self._changed.wait()
             if self._kib >= _BATCH:
                 while self._items and not self._closing:  # a batch at a time: a switch of threads is dear
                     self._changed.wait()

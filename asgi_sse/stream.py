@@ -124,9 +124,10 @@ class Stream:
 
     __slots__ = (
         "__weakref__", "_began", "_child", "_connection", "_context", "_deadline", "_draining", "_encode", "_error",
-        "_farewell", "_grace_ends", "_head", "_inbox", "_keeper", "_lifetime_ends", "_loop", "_open_at", "_options",
-        "_outbox", "_pumping", "_source", "_source_done", "_state", "_stopped", "_wait", "abandoned", "buffer",
-        "check_at", "client", "ended_itself", "entry", "forced", "path", "reason", "send_error", "server",
+        "_farewell", "_feeder", "_feeding", "_feeds", "_grace_ends", "_head", "_inbox", "_keeper", "_lifetime_ends",
+        "_loop", "_open_at", "_options", "_outbox", "_pumping", "_source", "_source_done", "_state", "_stopped",
+        "_wait", "abandoned", "buffer", "check_at", "client", "ended_itself", "entry", "forced", "path", "reason",
+        "send_error", "server",
     )  # fmt: skip
 
     def __init__(
@@ -145,6 +146,7 @@ class Stream:
         draining: DrainingEvent,
         encoder: ItemEncoder = encode_item,
         lockstep: bool = False,
+        feeder: Callable[[], Awaitable[None]] | None = None,
         child: Child | None = None,
     ) -> None:
         loop = server.loop
@@ -167,6 +169,9 @@ class Stream:
         self.buffer.attach(self._outbox.flush_now if lockstep else self._outbox.wake)
         self._wait: Wait = loop.wait()
         self._child = child
+        self._feeder = feeder
+        self._feeding: Child | None = None
+        self._feeds = False  # its first step was taken
         self._source_done: anyio.Event | None = None
         self._pumping = False
         self._stopped = False  # the source has been cancelled
@@ -247,6 +252,8 @@ class Stream:
             self._open()
         else:
             self._child = self._loop.spawn(self._pump, "asgi_sse source")
+            if self._feeder is not None:
+                self._feeding = self._loop.spawn(self._run_feeder, "asgi_sse feeder")
         if self._options.open_timeout == 0:
             # The source's first step comes before the second turn, so that an error in it still has its own status.
             # Before the first one on asyncio; trio takes the tasks and callbacks of one turn in any order.
@@ -262,7 +269,7 @@ class Stream:
                 await self._clean_up()
             finally:
                 self._state = _State.CLOSED
-                self.abandoned = self._child is not None
+                self.abandoned = self._has_tasks
                 self.buffer.attach(_nothing)
                 self._keeper.discard(self)
         error, self._error = self._error, None
@@ -282,22 +289,23 @@ class Stream:
                     await self._outbox.wait_closed()
             finally:  # no shield stops a cancellation of asyncio's own: then patience is over
                 try:
-                    if self._child is not None:
+                    if self._has_tasks:
                         await self._insist()
                 finally:
                     await self._tell_reason()
 
     async def _insist(self) -> None:
-        source = self._source
-        if self._child is not None:
-            self._child.cancel_again()
-            await self._wait_for_source(_LAST_CALL)
+        source = self._source or self._feeder
+        for child in (self._child, self._feeding):
+            if child is not None:
+                child.cancel_again()
+        await self._wait_for_source(_LAST_CALL)
         time = (
             "before the server's deadline"
             if self.forced
             else f"within {self._options.cleanup_timeout} s (cleanup_timeout)"
         )
-        left = "was left behind" if self._child is not None else "obeyed when it was cancelled once more"
+        left = "was left behind" if self._has_tasks else "obeyed when it was cancelled once more"
         logger.warning("the source of %s was not cleaned up %s and %s: %r", self.path, time, left, source)
 
     async def _tell_reason(self) -> None:
@@ -311,8 +319,12 @@ class Stream:
         except Exception as exc:
             self._fail(exc)
 
+    @property
+    def _has_tasks(self) -> bool:
+        return self._child is not None or self._feeding is not None
+
     async def _wait_for_source(self, seconds: float) -> None:
-        if self._child is not None:
+        if self._has_tasks:
             self._source_done = anyio.Event()
             with anyio.move_on_after(seconds):
                 await self._source_done.wait()
@@ -370,9 +382,8 @@ class Stream:
             pass
         except BaseException as exc:
             self._source_raised(exc)
-            if (
-                self._error is not None
-            ):  # what it raised, or what its item did: its clean-up may take no longer than any
+            # What it raised, or what its item did: its clean-up may take no longer than any.
+            if self._error is not None:
                 self._stopped = True
                 self.ended_itself = self.reason is None
                 self.close("failed")
@@ -399,6 +410,32 @@ class Stream:
             self._source_raised(exc)
         self._source = None  # whoever keeps the response does not keep what the source holds
 
+    async def _run_feeder(self) -> None:
+        self._feeds = True
+        try:
+            if not self._stopped and self._feeder is not None:
+                await self._feeder()
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError) as exc:
+            if self.reason is None:  # else its stream has ended before it, and with that who took what it gave
+                self.fail(exc)
+        except BaseException as exc:
+            if self.reason is None:
+                self.fail(exc)
+            else:
+                self._source_raised(exc)
+        self._feeding = None
+        self._task_ended()
+
+    def _task_ended(self) -> None:
+        """One of the source's tasks, which may have been left behind."""
+        if self._has_tasks:
+            return
+        if self._source_done is not None:
+            self._source_done.set()
+        if self._state is _State.CLOSED:
+            self.abandoned = False  # it has come to its end after all
+            self._keeper.discard(self)
+
     def _source_raised(self, exc: BaseException) -> None:
         # A cancellation that is not ours is the source's own: it awaited something that was cancelled. Anything else,
         # KeyboardInterrupt too, is for the request's task to raise.
@@ -408,12 +445,10 @@ class Stream:
     def _source_ended(self) -> None:
         self._child = None
         self.ended_itself = self.ended_itself or self.reason is None
-        if self._source_done is not None:
-            self._source_done.set()
+        self._task_ended()
         if self._state is _State.CLOSED:
-            self.abandoned = False  # it has come to its end after all
-            self._keeper.discard(self)
-        elif self._error is not None:
+            return
+        if self._error is not None:
             self.close("failed")
         else:
             # While draining, it used its grace to say farewell.
@@ -424,6 +459,9 @@ class Stream:
             self._stopped = True
             if self._child is not None and self._pumping:  # else its first step finds that it is to close the source
                 self._child.cancel()
+        if self._feeding is not None and self._feeds:
+            self._feeds = False  # once is enough
+            self._feeding.cancel()
 
     def _fail(self, exc: BaseException) -> None:
         if self._state is _State.CLOSED:

@@ -45,6 +45,14 @@ def sync_events() -> Iterator[Any]:
         seen.append("finally")
 
 
+async def rude() -> AsyncIterator[Any]:
+    try:
+        yield {"data": "first"}
+        await anyio.sleep_forever()
+    finally:
+        raise ZeroDivisionError("in the clean-up")
+
+
 async def failing() -> AsyncIterator[Any]:
     yield {"data": "before"}
     await anyio.sleep(0.01)
@@ -170,6 +178,10 @@ def quart_app() -> Any:
     async def plain() -> Any:
         return asgi_sse.EventSourceResponse(async_events())
 
+    @app.get("/rude")
+    async def rude_view() -> Any:
+        return quart_adapter.EventSourceResponse(rude())
+
     @app.get("/context")
     async def context() -> Any:
         async def events() -> AsyncIterator[str]:
@@ -190,13 +202,23 @@ def django_app() -> Any:
     async def fail(request: Any) -> Any:
         return django_adapter.EventSourceResponse(failing())
 
+    async def rude_view(request: Any) -> Any:
+        return django_adapter.EventSourceResponse(rude())
+
     async def post(request: Any) -> Any:
         return django_adapter.EventSourceResponse(short(request.body.decode()))
 
     async def plain(request: Any) -> Any:
         return asgi_sse.EventSourceResponse(async_events())
 
-    views = {"async": asynchronous, "sync": synchronous, "failing": fail, "post": post, "plain": plain}
+    views = {
+        "async": asynchronous,
+        "sync": synchronous,
+        "failing": fail,
+        "post": post,
+        "plain": plain,
+        "rude": rude_view,
+    }
     urls = type("urls", (), {"urlpatterns": [path(name, view) for name, view in views.items()]})
     if not settings.configured:
         settings.configure(

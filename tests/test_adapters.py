@@ -146,6 +146,16 @@ async def test_a_stuck_client_holds_its_source_and_is_dropped(app: Any) -> None:
     assert registry.statistics().closed == {"timed_out": 1}
 
 
+@pytest.mark.parametrize("framework", ["quart", "django"])
+async def test_what_a_source_raises_behind_its_client_is_logged(app: Any, caplog: pytest.LogCaptureFixture) -> None:
+    async with open_stream(app, "/rude") as stream:
+        await stream.receive()
+        with suppress(Exception):
+            await stream.disconnect()
+    assert "the source of /rude raised when its client had left" in caplog.text
+    assert "ZeroDivisionError: in the clean-up" in caplog.text
+
+
 @every_framework
 async def test_an_idle_stream_is_kept_alive(app: Any) -> None:
     async with open_stream(SSEMiddleware(app, ping=0.01), "/async") as stream:
@@ -238,6 +248,17 @@ async def test_an_endpoint_class_for_starlette(app: Any) -> None:
 async def test_quart_lets_the_source_look_at_the_request(app: Any) -> None:
     async with open_stream(app, "/context?name=x") as stream:
         assert [event.data async for event in stream] == ["x"]
+
+
+@pytest.mark.parametrize("framework", ["quart"])
+async def test_a_request_inside_of_another_has_its_own_scope(app: Any) -> None:
+    async def outer(scope: Any, receive: Any, send: Any) -> None:
+        async with open_stream(app, "/sync") as inside:
+            count = len([event async for event in inside])
+        await asgi_sse.EventSourceResponse([count])(scope, receive, send)
+
+    async with open_stream(SSEMiddleware(outer), "/", method="GET") as stream:
+        assert (await stream.receive()).data == "3"
 
 
 def test_litestar_mounts_and_takes_a_raw_app() -> None:

@@ -2,9 +2,11 @@
 
 import gc
 import logging
+import random
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -134,6 +136,75 @@ async def test_each_item_is_a_message_and_the_source_waits_for_it() -> None:
         assert stream.complete
 
 
+@pytest.mark.real_time
+async def test_a_synchronous_source_waits_for_it_too() -> None:
+    acknowledged: list[int] = []
+
+    def jobs() -> Iterator[str]:
+        for number in range(100):
+            yield f"job {number}"
+            acknowledged.append(number)
+
+    async with open_stream(EventSourceResponse(jobs()), capacity=2) as stream:
+        for number in range(10):
+            assert (await stream.receive()).data == f"job {number}"
+        await anyio.sleep(0.1)
+        assert 9 <= len(acknowledged) <= 12  # up to two are with the server
+        await stream.disconnect()
+    assert len(acknowledged) <= 12
+
+
+@pytest.mark.parametrize("slow", [False, True])
+async def test_an_empty_item_is_no_end(slow: bool) -> None:
+    body = b""
+
+    async def send(message: Any) -> None:
+        nonlocal body
+        if slow:
+            await anyio.sleep(1)
+        body += message.get("body", b"")
+
+    async def receive() -> Any:
+        await anyio.sleep_forever()
+
+    response = EventSourceResponse(items(b"", "a", b"", b"", "b"), ping=0)
+    with anyio.fail_after(20):
+        await response({"type": "http", "method": "GET", "headers": []}, receive, send)
+    assert body == b"data: a\r\n\r\ndata: b\r\n\r\n"
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_nothing_is_lost_whatever_comes_between(seed: int) -> None:
+    """Sends, pings and the source take random times."""
+    chance = random.Random(seed)
+    sent: list[bytes] = []
+    sending = False
+
+    async def source() -> AsyncIterator[str]:
+        for number in range(200):
+            yield str(number)
+            if chance.random() < 0.3:
+                await anyio.sleep(chance.choice([0, 0.5, 1, 3]))
+
+    async def send(message: Any) -> None:
+        nonlocal sending
+        assert not sending
+        sending = True
+        if chance.random() < 0.3:
+            await anyio.sleep(chance.choice([0, 0.5, 1, 3]))
+        sending = False
+        sent.append(message.get("body", b""))
+
+    async def receive() -> Any:
+        await anyio.sleep_forever()
+
+    response = EventSourceResponse(source(), ping=1, ping_message_factory=lambda: ServerSentEvent(comment="x"))
+    await response({"type": "http", "method": "GET", "headers": []}, receive, send)
+    events = [chunk for chunk in b"".join(sent).split(b"\r\n\r\n") if chunk.startswith(b"data")]
+    assert events == [b"data: %d" % number for number in range(200)]
+    assert b": x\r\n\r\n" in b"".join(sent)
+
+
 async def test_a_source_that_never_waits_lets_others_run() -> None:
     others = 0
 
@@ -150,6 +221,7 @@ async def test_a_source_that_never_waits_lets_others_run() -> None:
     assert others >= 50
 
 
+@pytest.mark.real_time  # a thread takes time
 async def test_sync_sources_and_memory_streams() -> None:
     assert await body_of(EventSourceResponse(range(3))) == b"data: 0\r\n\r\ndata: 1\r\n\r\ndata: 2\r\n\r\n"
     send, receive = anyio.create_memory_object_stream[str](3)
@@ -158,6 +230,7 @@ async def test_sync_sources_and_memory_streams() -> None:
     assert await body_of(EventSourceResponse(receive)) == b"data: a\r\n\r\n"
 
 
+@pytest.mark.real_time
 async def test_the_body_can_be_wrapped() -> None:
     async def louder(events: Any) -> AsyncIterator[str]:
         async for event in events:
@@ -378,6 +451,109 @@ async def test_what_a_sender_raises_fails_the_stream_behind_what_it_gave() -> No
     assert not stream.complete
     send.close()
     receive.close()
+
+
+async def test_no_sender_is_begun_when_the_server_stops_already() -> None:
+    seen: list[str] = []
+
+    async def sender() -> None:
+        seen.append("sender")
+
+    registry = StreamRegistry()
+    registry.begin_drain()
+    response = EventSourceResponse(forever(), data_sender_callable=sender, registry=registry)
+    with anyio.fail_after(5):
+        body = await body_of(response)
+    assert body.startswith(b"retry: ")
+    assert seen == []
+
+
+@pytest.mark.parametrize("waits", ["for its client", "for its sender"])
+async def test_a_sender_is_no_error_when_its_client_leaves(waits: str) -> None:
+    ends: list[str] = []
+    send, receive = anyio.create_memory_object_stream[Any]()
+
+    async def sender() -> None:
+        try:
+            async with send:
+                for number in range(1000):
+                    await send.send(number)
+        finally:
+            ends.append("sender")
+
+    async def source() -> AsyncIterator[Any]:
+        try:
+            async with receive:
+                async for item in receive:
+                    yield item
+                    if waits == "for its sender":
+                        await anyio.sleep(1)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(0.1)
+            ends.append("source")
+
+    async with open_stream(EventSourceResponse(source(), data_sender_callable=sender), capacity=1) as stream:
+        await stream.read()
+        await anyio.sleep(0.5)
+        await stream.disconnect()
+    assert sorted(ends) == ["sender", "source"]
+
+
+async def test_what_a_sender_raises_in_its_clean_up_is_raised() -> None:
+    async def sender() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        async with open_stream(EventSourceResponse(forever(), data_sender_callable=sender)) as stream:
+            await stream.read()
+            await stream.disconnect()
+
+
+async def test_a_sender_that_does_not_end_is_left_behind(caplog: pytest.LogCaptureFixture) -> None:
+    left = anyio.Event()
+
+    async def sender() -> None:
+        while not left.is_set():
+            with suppress(anyio.get_cancelled_exc_class()), anyio.CancelScope(shield=True):
+                await left.wait()
+
+    response = EventSourceResponse(forever(), data_sender_callable=sender, cleanup_timeout=1)
+    async with open_stream(response) as stream:
+        await stream.read()
+        await stream.disconnect()
+    assert "was not cleaned up within 1 s" in caplog.text
+    left.set()
+    await anyio.sleep(1)
+
+
+async def test_a_source_beside_a_sender_is_a_source_like_any_other() -> None:
+    seen: list[str] = []
+
+    async def sender() -> None:
+        await anyio.sleep_forever()
+
+    async def source() -> AsyncIterator[Any]:
+        try:
+            yield {"data": "a", "id": "1\n2"}
+        except ValueError:
+            seen.append("refused")
+        try:
+            yield "b"
+            await anyio.sleep_forever()
+        except anyio.get_cancelled_exc_class():
+            seen.append("cancelled")
+            raise
+
+    async with open_stream(EventSourceResponse(source(), data_sender_callable=sender)) as stream:
+        assert await stream.read() == b"data: b\r\n\r\n"
+        await stream.disconnect()
+    assert seen == ["refused", "cancelled"]
+    with pytest.raises(TypeError, match="put it in a list"):
+        await body_of(EventSourceResponse("text", data_sender_callable=sender))
 
 
 async def test_a_failing_source_stops_its_sender() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import logging
 from typing import TYPE_CHECKING
 
 import anyio
@@ -14,6 +15,8 @@ from ..response import PASSAGE_KEY, current_scope
 if TYPE_CHECKING:
     from .._types import Message, Scope
     from ..response import EventSourceResponse
+
+logger = logging.getLogger(__name__)
 
 
 class Body(Changing):
@@ -35,7 +38,7 @@ class Body(Changing):
     ) -> None:
         super().__init__()
         self._response = response
-        self._scope = current_scope.get() or scope
+        self._scope = current_scope.get() if scope is None else scope
         if self._scope is not None and PASSAGE_KEY in self._scope:
             self._scope[PASSAGE_KEY].belongs_to_us()  # before the framework sends its head
         self._context = context
@@ -47,9 +50,8 @@ class Body(Changing):
         self._error: BaseException | None = None
 
     def begin(self, scope: Scope) -> None:
-        """The request is known only now."""
-        if self._scope is None:
-            self._scope = scope
+        """The request is known now."""
+        self._scope = scope
 
     def __aiter__(self) -> Body:
         return self
@@ -101,7 +103,10 @@ class Body(Changing):
         try:
             await self._response(scope, self._receive, self._send)
         except BaseException as exc:
-            self._error = exc
+            if self._disconnected:  # then nobody asks for a chunk any more, and would get it
+                logger.exception("the source of %s raised when its client had left", scope["path"])
+            else:
+                self._error = exc
         finally:
             self._ended = True
             self._notify()

@@ -31,7 +31,7 @@ class EventSourceResponse(StreamingHttpResponse):
     """Return it from a view, async or not.
 
     Put `asgi_sse.SSEMiddleware` around the app in ``asgi.py``: without it, ``GZipMiddleware`` holds the events back,
-    and under hypercorn's workers nobody tells the stream that the server stops.
+    and a stuck client cannot be dropped, since Django waits in its own send.
 
     Args:
         content: Where the events come from, as in `asgi_sse.EventSourceResponse`. The database connections of a

@@ -22,8 +22,8 @@ __all__ = ["EventSourceResponse"]
 class EventSourceResponse(Response):
     """Return it from a view. ``RESPONSE_TIMEOUT`` does not end it; the source may use ``quart.request``.
 
-    Put `asgi_sse.SSEMiddleware` around the app (``app.asgi_app = SSEMiddleware(app.asgi_app)``): hypercorn's
-    workers tell nobody but the ASGI app that they stop, and Quart does not let us see it.
+    Put `asgi_sse.SSEMiddleware` around the app (``app.asgi_app = SSEMiddleware(app.asgi_app)``): without it, a
+    stuck client cannot be dropped, since Quart waits in its own send.
 
     Args:
         content: Where the events come from, as in `asgi_sse.EventSourceResponse`.

@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-import anyio
 from starlette.datastructures import MutableHeaders
 from starlette.endpoints import HTTPEndpoint
 from starlette.responses import Response
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from types import EllipsisType
 
+    import anyio
     from starlette.background import BackgroundTask
     from starlette.requests import Request
 
@@ -242,7 +242,7 @@ class EventSourceResponse(Response):
         if ping is not None:
             self.ping_interval = ping
         # Asynchronous for who wraps it, as in sse-starlette. What is no source at all is refused when it is sent.
-        self.body_iterator = iterate(content) if _is_sync_series(content) else _without_fastapi(content)
+        self.body_iterator = iterate(content, ahead=False) if _is_sync_series(content) else _without_fastapi(content)
         self.status_code = status_code
         self.media_type = media_type or type(self).media_type
         self.background = background
@@ -323,9 +323,7 @@ class EventSourceResponse(Response):
         registry = self._registry
         if registry is None:
             registry = registry_of(scope) if AppStatus.enable_automatic_graceful_drain else _by_hand
-        feed, content = self.data_sender_callable, self.body_iterator
-        fed = None if feed is None or scope["method"].upper() == "HEAD" else _Fed(content, feed)
-        response = self._make(fed or content, registry)
+        response = self._make(registry)
         response.raw_headers = _headers_for(scope, self.raw_headers)
         draining = _Draining(self._shutdown_event, self._shutdown_grace_period)
         running = response.serve(scope, Inbox(self._telling(receive)), send, server, draining)
@@ -338,18 +336,18 @@ class EventSourceResponse(Response):
         try:
             if AppStatus.ends_all:
                 stream.loop.call_soon(partial(registry.end, (stream,)))
-            await (running if fed is None else fed.run(stream, running))
+            await running
         finally:
             del _running[self]
             self._stream = None
 
-    def _make(self, content: Any, registry: StreamRegistry) -> PlainResponse:
+    def _make(self, registry: StreamRegistry) -> PlainResponse:
         given = (
             self._ping_interval is not None or self.DEFAULT_PING_INTERVAL != EventSourceResponse.DEFAULT_PING_INTERVAL
         )
         timeout = self._cleanup_timeout
         response = PlainResponse(
-            content,
+            self.body_iterator,
             ping=self.ping_interval if given else ...,
             ping_message_factory=self.ping_message_factory or self._make_ping,
             sep=self.sep,
@@ -362,6 +360,7 @@ class EventSourceResponse(Response):
         response.status_code = self.status_code
         response.encoder = _encode
         response.lockstep = True
+        response.feeder = self.data_sender_callable
         return response
 
     def _make_ping(self) -> ServerSentEvent:
@@ -392,55 +391,6 @@ class EventSourceResponse(Response):
             result = self._on_close(reason)
             if hasattr(result, "__await__"):
                 await result
-
-
-class _Fed:
-    """A source, with what feeds it beside: that is stopped first, or it would find nobody who takes what it gives."""
-
-    def __init__(self, source: AsyncIterable[Any], feed: Callable[[], Awaitable[None]]) -> None:
-        self._source = source
-        self._iterator = source.__aiter__()
-        self._feed = feed
-        self._stop = anyio.CancelScope()
-        self._stopped = anyio.Event()
-
-    def __aiter__(self) -> _Fed:
-        return self
-
-    def __anext__(self) -> Awaitable[Any]:
-        return self._iterator.__anext__()
-
-    async def aclose(self) -> None:
-        self._stop.cancel()
-        await self._stopped.wait()
-        close = getattr(self._iterator, "aclose", None)
-        if close is not None:
-            await close()
-
-    async def _run_feed(self, stream: Stream) -> None:
-        try:
-            with self._stop:
-                await self._feed()
-        except Exception as exc:
-            stream.fail(exc)
-        finally:
-            self._stopped.set()
-
-    async def run(self, stream: Stream, running: Awaitable[None]) -> None:
-        """Run the feed as long as the stream."""
-        error: Exception | None = None
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._run_feed, stream)
-            try:
-                await running
-            except Exception as exc:  # carried out of the task group, which would wrap it in a group
-                error = exc
-            tasks.cancel_scope.cancel()
-        if error is not None:
-            try:
-                raise error
-            finally:
-                del error  # or its traceback would hold this frame, and this frame it
 
 
 def _encode(item: Any, sep: str, json_dumps: core.JSONDumps | None) -> bytes:  # noqa: ARG001 (not of sse-starlette)
