@@ -151,7 +151,7 @@ async def test_a_synchronous_source_waits_for_it_too() -> None:
         await anyio.sleep(0.1)
         assert 9 <= len(acknowledged) <= 12  # up to two are with the server
         await stream.disconnect()
-    assert len(acknowledged) <= 12
+    assert len(acknowledged) <= 13  # a server's send returns when its client has left
 
 
 @pytest.mark.parametrize("slow", [False, True])
