@@ -181,6 +181,14 @@ def decoded_event(data: str, event: str, last_event_id: str) -> ServerSentEvent:
     return self
 
 
+def numbered_event(event: ServerSentEvent, id: str) -> ServerSentEvent:  # noqa: A002 (the field's name in the standard)
+    """The same event with another id, one that needs no check."""
+    self = ServerSentEvent.__new__(ServerSentEvent)
+    self._data, self._event, _, self._retry, self._comment = event._fields()
+    self._id = id
+    return self
+
+
 def encode_item(item: Any, sep: str = "\n", json_dumps: JSONDumps | None = None) -> bytes:
     """What a source yielded, as bytes of the stream.
 

@@ -1,0 +1,324 @@
+"""The sequence of a broker's events: a bounded ring of encoded events for each channel, ids, and reads behind a cursor.
+
+No I/O, no clock and no lock of its own. One counter numbers the events of all channels, so that one id tells how far a
+stream has read, whichever channels it carries.
+"""
+
+import re
+import secrets
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from heapq import merge
+from itertools import islice
+from operator import attrgetter
+from typing import Final, Literal, TypeAlias
+
+from .errors import shown
+from .event import ServerSentEvent, numbered_event
+
+ResetReason: TypeAlias = Literal[
+    "expired",  # events behind the position were dropped
+    "unknown",  # the id is none of this log's
+    "epoch",  # the id is of an earlier log: the broker was restarted
+    "overflow",  # the reader was slower than the log forgets
+]
+
+MAX_NAME: Final = 200
+"""Characters of a channel's name; it becomes a key of Redis and a subject of NATS."""
+
+# Letters, digits and marks that are none of a wildcard's, in segments between dots.
+_NAME: Final = re.compile(r"[A-Za-z0-9_~:/@+=,-]+(?:\.[A-Za-z0-9_~:/@+=,-]+)*")
+_PATTERN: Final = re.compile(r"(?:[A-Za-z0-9_~:/@+=,-]+|\*)(?:\.(?:[A-Za-z0-9_~:/@+=,-]+|\*))*(?:\.\*\*)?|\*\*")
+_EPOCH: Final = re.compile(r"[0-9a-z]{1,32}")
+_ID: Final = re.compile(r"([0-9a-z]{1,32})-(0|[1-9][0-9]{0,17})")  # below 128 bytes and CORS-safe: no preflight for it
+
+
+def check_name(name: str) -> str:
+    """`name` itself, if a channel may be called so.
+
+    Raises:
+        TypeError: It is no ``str``.
+        ValueError: It has other characters, or is too long.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"channel {shown(name)} is {type(name).__name__}; give a str")
+    if len(name) > MAX_NAME or not _NAME.fullmatch(name):
+        raise ValueError(
+            f"channel {shown(name)}: give up to {MAX_NAME} of A-Z a-z 0-9 _ ~ : / @ + = , - in segments between dots"
+        )
+    return name
+
+
+def is_pattern(name: str) -> bool:
+    """Whether `name` stands for many channels."""
+    return "*" in name
+
+
+def check_pattern(name: str) -> str:
+    """`name` itself, if it is a channel's name, or a pattern of names: ``*`` is one segment, ``**`` the rest.
+
+    Raises:
+        TypeError: It is no ``str``.
+        ValueError: It is neither.
+    """
+    if not isinstance(name, str) or not is_pattern(name):
+        return check_name(name)
+    if len(name) > MAX_NAME or not _PATTERN.fullmatch(name):
+        raise ValueError(
+            f"pattern {shown(name)}: '*' stands for one whole segment, as in 'orders.*', and '**' at the end for all "
+            "that follow, as in 'orders.**'"
+        )
+    return name
+
+
+def pattern_test(pattern: str) -> Callable[[str], bool]:
+    """A function that tells whether a channel's name matches `pattern`."""
+    if pattern == "**":
+        return lambda _: True
+    parts = [re.escape(part) if part != "*" else r"[^.]+" for part in pattern.removesuffix(".**").split(".")]
+    text = r"\.".join(parts) + (r"\..+" if pattern.endswith(".**") else "")
+    matches = re.compile(text).fullmatch
+    return lambda name: matches(name) is not None
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One event of the log.
+
+    Attributes:
+        number: Its place in the sequence of all channels.
+        channel: The channel's name.
+        event: The event, with its id.
+        chunk: The event, encoded.
+        time: When it was appended, by the clock of who did.
+    """
+
+    number: int
+    channel: str
+    event: ServerSentEvent
+    chunk: bytes
+    time: float
+
+
+class Ring:
+    """The events that a channel still has, oldest first.
+
+    Attributes:
+        trimmed: The number of the last event that was dropped; what was before it is not known.
+        bytes: The size of what it has.
+    """
+
+    __slots__ = ("_entries", "_memo", "_numbers", "_start", "bytes", "name", "trimmed")
+
+    def __init__(self, name: str, trimmed: int) -> None:
+        self.name = name
+        self.trimmed = trimmed
+        self.bytes = 0
+        self._numbers: list[int] = []  # of the entries, to be searched
+        self._entries: list[Entry] = []
+        self._start = 0  # of both, what was dropped before it is cleared now and then
+        self._memo: tuple[int, int, int, bytes] | None = None
+
+    def __len__(self) -> int:
+        return len(self._numbers) - self._start
+
+    @property
+    def oldest(self) -> Entry:
+        """The first entry that is left."""
+        return self._entries[self._start]
+
+    @property
+    def newest(self) -> int:
+        """The number of the last event, whether or not it is left."""
+        return self._numbers[-1] if len(self) else self.trimmed
+
+    def append(self, entry: Entry) -> None:
+        """Add the newest one."""
+        self._numbers.append(entry.number)
+        self._entries.append(entry)
+        self.bytes += len(entry.chunk)
+
+    def drop(self) -> None:
+        """Forget the oldest one."""
+        entry = self._entries[self._start]
+        self._entries[self._start] = _NOTHING
+        self.trimmed = entry.number
+        self.bytes -= len(entry.chunk)
+        self._start += 1
+        if self._start > 64 and self._start > len(self._numbers) // 2:
+            del self._numbers[: self._start], self._entries[: self._start]
+            self._start = 0
+
+    def after(self, number: int) -> "islice[Entry]":
+        """The entries behind a number."""
+        return islice(self._entries, bisect_right(self._numbers, number, self._start), None)
+
+    def has(self, number: int) -> bool:
+        """Whether there is anything behind a number."""
+        return len(self) > 0 and self._numbers[-1] > number
+
+    def read(self, number: int, limit: int) -> tuple[bytes, int]:
+        """What is behind `number`, joined: at most `limit` bytes or one larger event; and the last number of it.
+
+        Readers at the same place share one result, until something is appended.
+        """
+        newest, memo = self._numbers[-1], self._memo
+        if memo is not None and memo[0] == number and memo[1] == limit and memo[2] == newest:
+            return memo[3], newest
+        first = bisect_right(self._numbers, number, self._start)
+        if first == len(self._numbers) - 1:
+            return self._entries[first].chunk, newest
+        size, last = 0, first
+        chunks: list[bytes] = []
+        for entry in islice(self._entries, first, None):
+            size += len(entry.chunk)
+            if size > limit and chunks:
+                break
+            chunks.append(entry.chunk)
+            last = entry.number
+        joined = b"".join(chunks)
+        if last == newest:
+            self._memo = (number, limit, newest, joined)
+        return joined, last
+
+
+_NOTHING: Final = Entry(0, "", ServerSentEvent(""), b"", 0.0)  # in the place of what was dropped
+
+
+class EventLog:
+    """The events of all channels.
+
+    Args:
+        history: Events that each channel keeps.
+        max_bytes: Bytes of events that each channel keeps; the newest one is kept whatever its size.
+        max_age: Seconds for which events are kept; ``None``: until there are too many.
+        max_channels: Channels that are kept. Beyond, the one that was published to least recently goes.
+        epoch: Tells this log from others; up to 32 of 0-9 a-z. Default: at random.
+
+    Attributes:
+        tail: The number of the last event of all.
+        epoch: Its part of each id.
+
+    Raises:
+        ValueError: A limit is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        history: int = 1000,
+        max_bytes: int = 16 * 1024 * 1024,
+        max_age: float | None = None,
+        max_channels: int = 10_000,
+        epoch: str | None = None,
+    ) -> None:
+        for name, value in (("history", history), ("max_bytes", max_bytes), ("max_channels", max_channels)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r} is no limit; give a whole number of at least 1")
+        if max_age is not None and not max_age > 0:
+            raise ValueError(f"max_age={max_age!r} is no age; give seconds, or None for any")
+        if epoch is not None and not _EPOCH.fullmatch(epoch):
+            raise ValueError(f"epoch={epoch!r}; give up to 32 of 0-9 a-z")
+        self.epoch = epoch or secrets.token_hex(4)
+        self.tail = 0
+        self._history = history
+        self._max_bytes = max_bytes
+        self._max_age = max_age
+        self._max_channels = max_channels
+        self._rings: OrderedDict[str, Ring] = OrderedDict()  # least recently published to first
+        self._floor = 0  # the last number of the channels that were forgotten
+
+    def __len__(self) -> int:
+        return len(self._rings)
+
+    def __contains__(self, channel: str) -> bool:
+        return channel in self._rings
+
+    @property
+    def channels(self) -> list[str]:
+        """The channels that have a ring."""
+        return list(self._rings)
+
+    def id_of(self, number: int) -> str:
+        """The id of an event, or of a position."""
+        return f"{self.epoch}-{number}"
+
+    def append(self, channel: str, event: ServerSentEvent, now: float, *, sep: str = "\n") -> Entry:
+        """Add an event, which has no id of its own.
+
+        Args:
+            channel: A valid name.
+            event: The event.
+            now: The time, for `max_age`.
+            sep: The line end.
+        """
+        number = self.tail + 1
+        event = numbered_event(event, self.id_of(number))
+        entry = Entry(number, channel, event, event.encode(sep), now)
+        ring = self._rings.get(channel)
+        if ring is None:
+            ring = self._rings[channel] = Ring(channel, self._floor)
+        self.tail = number
+        ring.append(entry)
+        self._rings.move_to_end(channel)
+        while len(ring) > self._history or (ring.bytes > self._max_bytes and len(ring) > 1):
+            ring.drop()
+        if self._max_age is not None:
+            while ring.oldest.time <= now - self._max_age:
+                ring.drop()
+        while len(self._rings) > self._max_channels:
+            self._forget(next(iter(self._rings)))
+        return entry
+
+    def expire(self, now: float) -> None:
+        """Drop what is older than `max_age`, and the channels that have nothing left."""
+        if self._max_age is None:
+            return
+        since = now - self._max_age
+        for name, ring in list(self._rings.items()):
+            while len(ring) and ring.oldest.time <= since:
+                ring.drop()
+            if not len(ring):
+                self._forget(name)
+
+    def _forget(self, channel: str) -> None:
+        self._floor = max(self._floor, self._rings.pop(channel).newest)
+
+    def parse(self, last_event_id: str) -> int | ResetReason:
+        """The position that an id stands for, or why it stands for none."""
+        found = _ID.fullmatch(last_event_id)
+        if found is None:
+            return "unknown"
+        if found[1] != self.epoch:
+            return "epoch"
+        number = int(found[2])
+        return number if number <= self.tail else "unknown"
+
+    def is_complete(self, channels: Iterable[str], *, patterns: bool, after: int) -> bool:
+        """Whether all that `channels` had behind a position is still there.
+
+        Args:
+            channels: Names, those that match a pattern among them.
+            patterns: Whether there is a pattern: then any channel that was forgotten may have been one of them.
+            after: The position.
+        """
+        if patterns and after < self._floor:
+            return False
+        for name in channels:
+            ring = self._rings.get(name)
+            if after < (self._floor if ring is None else ring.trimmed):
+                return False
+        return True
+
+    def ring(self, channel: str) -> Ring | None:
+        """The ring of a channel, if it has one."""
+        return self._rings.get(channel)
+
+    def entries(self, channels: Iterable[str], after: int) -> Iterable[Entry]:
+        """What `channels` have behind a position, in the order of the sequence."""
+        rings = [ring for ring in map(self._rings.get, channels) if ring is not None and ring.has(after)]
+        if len(rings) == 1:
+            return rings[0].after(after)
+        return merge(*(ring.after(after) for ring in rings), key=attrgetter("number"))

@@ -1,0 +1,221 @@
+"""The log of a broker against a model that never forgets."""
+
+import re
+from itertools import count
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from asgi_sse import ServerSentEvent
+from asgi_sse.log import EventLog, check_name, check_pattern, is_pattern, pattern_test
+
+CHANNELS = ["a", "a.x", "a.y", "b.x", "b.y.z"]
+PATTERNS = ["a", "a.x", "b.x", "a.*", "*.x", "**", "b.**", "*"]
+
+
+def numbers(entries: Any) -> list[int]:
+    return [entry.number for entry in entries]
+
+
+def event(data: str = "x") -> ServerSentEvent:
+    return ServerSentEvent(data, event="kind")
+
+
+class AgainstAModel(RuleBasedStateMachine):
+    """Every read behind a position gives all that was published there since, in order, or says that it cannot."""
+
+    @initialize(
+        history=st.integers(1, 5),
+        max_bytes=st.sampled_from([60, 200, 10**6]),
+        max_age=st.sampled_from([None, 3.0]),
+        max_channels=st.integers(1, 5),
+    )
+    def start(self, history: int, max_bytes: int, max_age: float | None, max_channels: int) -> None:
+        self.log = EventLog(history=history, max_bytes=max_bytes, max_age=max_age, max_channels=max_channels)
+        self.limits = history, max_bytes, max_channels
+        self.published: list[tuple[int, str, bytes]] = []
+        self.now = 0.0
+
+    @rule(channel=st.sampled_from(CHANNELS), size=st.sampled_from([1, 30, 90]))
+    def publish(self, channel: str, size: int) -> None:
+        entry = self.log.append(channel, event("x" * size), self.now)
+        self.published.append((entry.number, channel, entry.chunk))
+        assert entry.event.id == self.log.id_of(entry.number)
+        assert numbers(self.log.entries([channel], entry.number - 1)) == [
+            entry.number
+        ]  # the newest one is always there
+
+    @rule(seconds=st.sampled_from([0.5, 2.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule()
+    def expire(self) -> None:
+        self.log.expire(self.now)
+
+    @rule(patterns=st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=3), back=st.integers(0, 12))
+    def read(self, patterns: list[str], back: int) -> None:
+        after = max(0, self.log.tail - back)
+        tests = [pattern_test(pattern) for pattern in patterns]
+        matching = [name for name in CHANNELS if any(test(name) for test in tests)]
+        some = any(map(is_pattern, patterns))
+        names = [name for name in self.log.channels if name in matching]
+        names += [name for name in patterns if not is_pattern(name) and name not in names]
+        expected = [number for number, channel, _ in self.published if channel in matching and number > after]
+        found = numbers(self.log.entries(names, after))
+        if self.log.is_complete(names, patterns=some, after=after):
+            assert found == expected
+        else:
+            assert found == sorted(set(found) & set(expected))
+
+    @rule(channel=st.sampled_from(CHANNELS), back=st.integers(0, 12), limit=st.sampled_from([1, 100, 10**6]))
+    def read_bytes(self, channel: str, back: int, limit: int) -> None:
+        ring, position = self.log.ring(channel), max(0, self.log.tail - back)
+        if ring is None:
+            return
+        expected = b"".join(entry.chunk for entry in ring.after(position))
+        body = b""
+        while ring.has(position):
+            chunk, position = ring.read(position, limit)
+            assert len(chunk) <= limit or chunk.count(b"\n\n") == 1
+            body += chunk
+        assert body == expected
+
+    @invariant()
+    def limits_hold(self) -> None:
+        if not hasattr(self, "log"):
+            return
+        history, max_bytes, max_channels = self.limits
+        assert len(self.log) <= max_channels
+        for name in self.log.channels:
+            ring = self.log.ring(name)
+            assert ring is not None
+            assert len(ring) <= history
+            assert ring.bytes <= max_bytes or len(ring) == 1
+            assert ring.bytes == sum(len(entry.chunk) for entry in ring.after(0))
+
+
+TestAgainstAModel = AgainstAModel.TestCase
+TestAgainstAModel.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_ids_tell_where_a_reader_was() -> None:
+    log = EventLog(epoch="abc")
+    for _ in range(3):
+        log.append("a", event(), 0)
+    assert log.id_of(2) == "abc-2"
+    assert log.parse("abc-2") == 2
+    assert log.parse("abc-0") == 0
+    assert log.parse("abc-4") == "unknown"  # none that was ever sent
+    assert log.parse("abd-2") == "epoch"
+    for other in ("", "2", "abc-", "abc-02", "abc-2 ", "abc-\u0662", "ABC-2", "abc-" + "9" * 19):
+        assert log.parse(other) == "unknown"
+    assert EventLog().epoch != EventLog().epoch
+
+
+def test_an_id_is_safe_in_a_header_of_another_origin() -> None:
+    log = EventLog(epoch="z" * 32)
+    log.tail = 10**18
+    assert re.fullmatch(r"[0-9a-z-]{1,127}", log.id_of(log.tail))
+
+
+def test_what_was_dropped_is_known_by_channel() -> None:
+    log = EventLog(history=2)
+    for channel in "aaab":
+        log.append(channel, event(), 0)
+    assert not log.is_complete(["a"], patterns=False, after=0)
+    assert log.is_complete(["a"], patterns=False, after=1)
+    assert log.is_complete(["b"], patterns=False, after=0)  # what others lost is not its loss
+    assert not log.is_complete(["a", "b"], patterns=False, after=0)
+    assert log.is_complete(["never"], patterns=False, after=0)
+
+
+def test_a_channel_that_was_forgotten_and_came_back_is_not_complete() -> None:
+    log = EventLog(max_channels=1)
+    log.append("a", event(), 0)
+    log.append("b", event(), 0)
+    assert log.channels == ["b"]
+    log.append("a", event(), 0)
+    assert not log.is_complete(["a"], patterns=False, after=0)
+    assert log.is_complete(["a"], patterns=False, after=2)
+
+
+def test_readers_at_one_place_share_one_result() -> None:
+    log = EventLog()
+    for _ in range(10):
+        log.append("a", event(), 0)
+    ring = log.ring("a")
+    assert ring is not None
+    assert ring.read(3, 10_000)[0] is ring.read(3, 10_000)[0]
+    assert ring.read(9, 10_000)[0] is next(iter(ring.after(9))).chunk
+    log.append("a", event("later"), 0)
+    assert ring.read(3, 10_000)[1] == 11
+
+
+def test_a_long_life_keeps_what_it_must_alone() -> None:
+    log = EventLog(history=10)
+    for number in range(100_000):
+        log.append("a", event(str(number)), 0)
+    ring = log.ring("a")
+    assert ring is not None
+    assert numbers(ring.after(0)) == list(range(99_991, 100_001))
+    assert len(ring._entries) < 200
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matches", "others"),
+    [
+        ("orders.*", ["orders.1", "orders.x-y"], ["orders", "orders.1.2", "order.1", "xorders.1"]),
+        ("orders.**", ["orders.1", "orders.1.2"], ["orders", "orders2.1"]),
+        ("*.done", ["a.done"], ["done", "a.b.done", "a.doner"]),
+        ("**", ["a", "a.b.c"], []),
+        ("*", ["a", "chat/42"], ["a.b"]),
+        ("a.b", ["a.b"], ["aXb", "a.b.c"]),
+    ],
+)
+def test_patterns(pattern: str, matches: list[str], others: list[str]) -> None:
+    test = pattern_test(check_pattern(pattern))
+    assert [name for name in matches + others if test(name)] == matches
+
+
+@pytest.mark.parametrize("name", ["a", "a.b", "chat/42", "user:7@example.com", "x" * 200])
+def test_names(name: str) -> None:
+    assert check_name(name) == name
+    assert check_pattern(name) == name
+    assert not is_pattern(name)
+
+
+@pytest.mark.parametrize("name", ["", ".", "a.", ".a", "a..b", "a b", "a\nb", "ä", "a*", "*", "a>", "x" * 201, "a.\n"])
+def test_bad_names(name: str) -> None:
+    with pytest.raises(ValueError, match="channel"):
+        check_name(name)
+
+
+@pytest.mark.parametrize("pattern", ["a*", "**.a", "a.**.b", "a.*b", "***", "*.", "x" * 199 + ".*"])
+def test_bad_patterns(pattern: str) -> None:
+    with pytest.raises(ValueError, match="pattern"):
+        check_pattern(pattern)
+
+
+def test_what_is_no_str_is_no_name() -> None:
+    with pytest.raises(TypeError, match="give a str"):
+        check_pattern(7)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{"history": 0}, {"history": True}, {"max_bytes": 1.5}, {"max_channels": -1}, {"max_age": 0}, {"epoch": "A"}],
+)
+def test_bad_limits(limits: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(limits))):
+        EventLog(**limits)
+
+
+def test_numbers_go_on() -> None:
+    log, sequence = EventLog(), count(1)
+    assert [log.append(name, event(), 0).number for name in "abcab"] == [next(sequence) for _ in range(5)]
+    assert "a" in log
+    assert "z" not in log
