@@ -302,7 +302,9 @@ class StreamRegistry:
         left = drain.remaining
         abandoned = sum(stream in left or stream.abandoned for stream in streams)
         cancelled = sum(stream.forced and not (stream in left or stream.abandoned) for stream in streams)
-        finished = sum(stream.ended_itself and not stream.forced for stream in streams)
+        finished = sum(
+            stream.ended_itself and not (stream.forced or stream.abandoned or stream in left) for stream in streams
+        )
         return DrainReport(
             finished=finished,
             closed=len(streams) - finished - cancelled - abandoned,

@@ -48,14 +48,9 @@ def check_content(content: Any) -> None:
         )
 
 
-def iterate(content: AsyncIterable[Any] | Iterable[Any], *, ahead: bool = True) -> AsyncIterator[Any]:
-    """The items of `content`, one by one. Has an ``aclose`` wherever there is something to close.
-
-    Args:
-        content: The source.
-        ahead: Whether the thread of a synchronous one may be ahead of who asks for its items.
-    """
-    return content.__aiter__() if isinstance(content, AsyncIterable) else ThreadedIterator(content, ahead=ahead)
+def iterate(content: AsyncIterable[Any] | Iterable[Any]) -> AsyncIterator[Any]:
+    """The items of `content`, one by one. Has an ``aclose`` wherever there is something to close."""
+    return content.__aiter__() if isinstance(content, AsyncIterable) else ThreadedIterator(content)
 
 
 _IN_NEXT: Final = 0.1
@@ -67,6 +62,10 @@ class ThreadedIterator:
 
     A pooled thread would break sqlite's cursors and context variables, which belong to one thread, and
     one that is blocked would hold the interpreter's exit.
+
+    Args:
+        iterable: The source.
+        ahead: Whether the thread may be ahead of who asks for its items.
     """
 
     def __init__(self, iterable: Iterable[Any], *, ahead: bool = True) -> None:
@@ -125,6 +124,12 @@ class ThreadedIterator:
             patience = _IN_NEXT if self._in_next else math.inf
             wanted = self._wanted = anyio.Event()
         with anyio.move_on_after(patience):
+            await wanted.wait()
+        with self._changed:
+            cleaning_up = not (self._in_next or self._ended)  # it has come out, with an item that nobody wants
+            if cleaning_up:
+                wanted = self._wanted = anyio.Event()
+        if cleaning_up:
             await wanted.wait()
         with self._changed:
             self._unheard = not self._ended

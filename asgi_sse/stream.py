@@ -295,7 +295,7 @@ class Stream:
                     await self._tell_reason()
 
     async def _insist(self) -> None:
-        source = self._source or self._feeder
+        source = self._feeder if self._source is None else self._source
         for child in (self._child, self._feeding):
             if child is not None:
                 child.cancel_again()
@@ -415,13 +415,11 @@ class Stream:
         try:
             if not self._stopped and self._feeder is not None:
                 await self._feeder()
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError) as exc:
-            if self.reason is None:  # else its stream has ended before it, and with that who took what it gave
-                self.fail(exc)
         except BaseException as exc:
             if self.reason is None:
+                self.ended_itself = True
                 self.fail(exc)
-            else:
+            elif not _is_left_alone(exc):
                 self._source_raised(exc)
         self._feeding = None
         self._task_ended()
@@ -654,6 +652,13 @@ class Stream:
         self._wait.call_off()
         if reason == "timed_out":  # then an error is the one way to tell the server that it must cut the connection
             self._fail(SendTimeoutError(f"the client of {self.path} took nothing for {self._options.send_timeout} s"))
+
+
+def _is_left_alone(error: BaseException) -> bool:
+    """Whether a feeder found that its stream, which took what it gave, had ended before it."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(_is_left_alone, error.exceptions))
+    return isinstance(error, anyio.ClosedResourceError | anyio.BrokenResourceError)
 
 
 def _client_is_gone(error: BaseException) -> bool:

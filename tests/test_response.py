@@ -5,8 +5,9 @@ import contextvars
 import gc
 import re
 import threading
+import time
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -565,6 +566,29 @@ async def test_each_stream_has_its_own_context() -> None:
             await stream.read()
             await stream.read(timeout=5)
     assert seen == {name: {f"send {name}", f"source {name}", f"ping {name}"} for name in "ab"}
+
+
+@pytest.mark.real_time
+async def test_the_clean_up_of_a_synchronous_source_that_comes_out_of_next_is_waited_for() -> None:
+    inside, seen = threading.Event(), []
+
+    def source() -> Iterator[int]:
+        try:
+            while True:
+                yield 1
+                inside.set()
+                time.sleep(0.05)
+        finally:
+            time.sleep(0.2)
+            seen.append("finally")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        async with open_stream(EventSourceResponse(source())) as stream:
+            await stream.receive()
+            await anyio.to_thread.run_sync(inside.wait)
+            await stream.disconnect()
+    assert seen == ["finally"]
 
 
 async def test_a_source_that_is_woken_in_the_turn_of_its_end_is_cancelled_at_its_next_wait() -> None:

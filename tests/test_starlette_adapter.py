@@ -154,6 +154,29 @@ async def test_a_synchronous_source_waits_for_it_too() -> None:
     assert len(acknowledged) <= 13  # a server's send returns when its client has left
 
 
+@pytest.mark.real_time
+async def test_a_synchronous_source_that_was_wrapped_is_closed_all_the_same() -> None:
+    seen: list[str] = []
+
+    def source() -> Iterator[str]:
+        try:
+            for _ in range(1000):
+                yield "x"
+        finally:
+            seen.append("finally")
+
+    async def louder(events: Any) -> AsyncIterator[str]:
+        async for event in events:
+            yield f"{event}!"
+
+    response = EventSourceResponse(source())
+    response.body_iterator = louder(response.body_iterator)
+    async with open_stream(response, capacity=1) as stream:
+        await stream.receive()
+        await stream.disconnect()
+    assert seen == ["finally"]
+
+
 @pytest.mark.parametrize("slow", [False, True])
 async def test_an_empty_item_is_no_end(slow: bool) -> None:
     body = b""
@@ -511,6 +534,50 @@ async def test_what_a_sender_raises_in_its_clean_up_is_raised() -> None:
         async with open_stream(EventSourceResponse(forever(), data_sender_callable=sender)) as stream:
             await stream.read()
             await stream.disconnect()
+
+
+async def test_a_sender_that_finds_no_stream_is_no_error_in_a_task_group_either() -> None:
+    send, receive = anyio.create_memory_object_stream[Any]()
+
+    async def put() -> None:
+        with suppress(anyio.get_cancelled_exc_class()):
+            await anyio.sleep_forever()
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep(0.1)
+            await send.send("too late")
+
+    async def sender() -> None:
+        async with send, anyio.create_task_group() as tasks:
+            tasks.start_soon(put)
+
+    async with open_stream(EventSourceResponse(receive, data_sender_callable=sender)) as stream:
+        await stream.disconnect()
+
+
+async def test_a_report_counts_each_stream_once() -> None:
+    """A source says farewell, and its sender does not heed its cancellation."""
+    event, left, registry = anyio.Event(), anyio.Event(), StreamRegistry()
+
+    async def source() -> AsyncIterator[str]:
+        yield "first"
+        await event.wait()
+        yield "bye"
+
+    async def sender() -> None:
+        while not left.is_set():
+            with suppress(anyio.get_cancelled_exc_class()), anyio.CancelScope(shield=True):
+                await left.wait()
+
+    response = EventSourceResponse(
+        source(), data_sender_callable=sender, registry=registry, cleanup_timeout=0.2, shutdown_event=event,
+        shutdown_grace_period=3,
+    )  # fmt: skip
+    async with open_stream(response) as stream:
+        await stream.read()
+        report = await registry.drain(5)
+    assert (report.finished, report.closed, report.cancelled, report.abandoned) == (0, 0, 0, 1)
+    left.set()
+    await anyio.sleep(1)
 
 
 async def test_a_sender_that_does_not_end_is_left_behind(caplog: pytest.LogCaptureFixture) -> None:

@@ -103,7 +103,9 @@ class Body(Changing):
         try:
             await self._response(scope, self._receive, self._send)
         except BaseException as exc:
-            if self._disconnected:  # then nobody asks for a chunk any more, and would get it
+            if self._disconnected and isinstance(exc, anyio.get_cancelled_exc_class()):
+                pass  # the event loop ends
+            elif self._disconnected:  # then nobody asks for a chunk any more, and would get it
                 logger.exception("the source of %s raised when its client had left", scope["path"])
             else:
                 self._error = exc

@@ -10,8 +10,9 @@ import re
 from collections.abc import AsyncIterable, Iterable, Mapping
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeGuard
 
+import anyio
 from starlette.datastructures import MutableHeaders
 from starlette.endpoints import HTTPEndpoint
 from starlette.responses import Response
@@ -24,14 +25,13 @@ from ..registry import StreamRegistry
 from ..response import PASSAGE_KEY, encode_header, registry_of
 from ..response import EventSourceResponse as PlainResponse
 from ..server import Server, server_of
-from ..source import iterate
+from ..source import ThreadedIterator
 from ..stream import DrainingEvent, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from types import EllipsisType
 
-    import anyio
     from starlette.background import BackgroundTask
     from starlette.requests import Request
 
@@ -242,7 +242,8 @@ class EventSourceResponse(Response):
         if ping is not None:
             self.ping_interval = ping
         # Asynchronous for who wraps it, as in sse-starlette. What is no source at all is refused when it is sent.
-        self.body_iterator = iterate(content, ahead=False) if _is_sync_series(content) else _without_fastapi(content)
+        self._thread = ThreadedIterator(content, ahead=False) if _is_sync_series(content) else None
+        self.body_iterator = self._thread or _without_fastapi(content)
         self.status_code = status_code
         self.media_type = media_type or type(self).media_type
         self.background = background
@@ -340,6 +341,9 @@ class EventSourceResponse(Response):
         finally:
             del _running[self]
             self._stream = None
+            if self._thread is not None and self.body_iterator is not self._thread:
+                with anyio.CancelScope(shield=True):
+                    await self._thread.aclose()  # who wraps an iterator rarely closes it
 
     def _make(self, registry: StreamRegistry) -> PlainResponse:
         given = (
@@ -397,7 +401,7 @@ def _encode(item: Any, sep: str, json_dumps: core.JSONDumps | None) -> bytes:  #
     return ensure_bytes(item, sep)
 
 
-def _is_sync_series(content: object) -> bool:
+def _is_sync_series(content: object) -> TypeGuard[Iterable[Any]]:
     return isinstance(content, Iterable) and not isinstance(
         content, AsyncIterable | str | bytes | bytearray | memoryview | Mapping
     )
