@@ -107,15 +107,15 @@ class Ring:
 
     Attributes:
         trimmed: The number of the last event that was dropped; what was before it is not known.
-        bytes: The size of what it has.
+        size: The bytes of what it has.
     """
 
-    __slots__ = ("_entries", "_memo", "_numbers", "_start", "bytes", "name", "trimmed")
+    __slots__ = ("_entries", "_memo", "_numbers", "_start", "name", "size", "trimmed")
 
     def __init__(self, name: str, trimmed: int) -> None:
         self.name = name
         self.trimmed = trimmed
-        self.bytes = 0
+        self.size = 0
         self._numbers: list[int] = []  # of the entries, to be searched
         self._entries: list[Entry] = []
         self._start = 0  # of both, what was dropped before it is cleared now and then
@@ -138,14 +138,14 @@ class Ring:
         """Add the newest one."""
         self._numbers.append(entry.number)
         self._entries.append(entry)
-        self.bytes += len(entry.chunk)
+        self.size += len(entry.chunk)
 
     def drop(self) -> None:
         """Forget the oldest one."""
         entry = self._entries[self._start]
         self._entries[self._start] = _NOTHING
         self.trimmed = entry.number
-        self.bytes -= len(entry.chunk)
+        self.size -= len(entry.chunk)
         self._start += 1
         if self._start > 64 and self._start > len(self._numbers) // 2:
             del self._numbers[: self._start], self._entries[: self._start]
@@ -263,7 +263,7 @@ class EventLog:
         self.tail = number
         ring.append(entry)
         self._rings.move_to_end(channel)
-        while len(ring) > self._history or (ring.bytes > self._max_bytes and len(ring) > 1):
+        while len(ring) > self._history or (ring.size > self._max_bytes and len(ring) > 1):
             ring.drop()
         if self._max_age is not None:
             while ring.oldest.time <= now - self._max_age:

@@ -94,8 +94,8 @@ class AgainstAModel(RuleBasedStateMachine):
             ring = self.log.ring(name)
             assert ring is not None
             assert len(ring) <= history
-            assert ring.bytes <= max_bytes or len(ring) == 1
-            assert ring.bytes == sum(len(entry.chunk) for entry in ring.after(0))
+            assert ring.size <= max_bytes or len(ring) == 1
+            assert ring.size == sum(len(entry.chunk) for entry in ring.after(0))
 
 
 TestAgainstAModel = AgainstAModel.TestCase
