@@ -1,6 +1,7 @@
 """Server-Sent Events for any ASGI app, that stay up, resume, and end cleanly."""
 
 from .app import create_app
+from .broker import Broker, Channel, Subscription
 from .cors import CORS
 from .decoder import EventDecoder
 from .errors import (
@@ -21,7 +22,9 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "CORS",
+    "Broker",
     "BrokerError",
+    "Channel",
     "CompressionError",
     "DrainReport",
     "EventDecoder",
@@ -36,5 +39,6 @@ __all__ = [
     "ServerSentEvent",
     "StreamClosedError",
     "StreamRegistry",
+    "Subscription",
     "create_app",
 ]

@@ -189,6 +189,23 @@ def numbered_event(event: ServerSentEvent, id: str) -> ServerSentEvent:  # noqa:
     return self
 
 
+def as_event(item: Any, json_dumps: JSONDumps | None = None) -> ServerSentEvent:
+    """The event that an item stands for, as `encode_item` has it; encoded bytes are none.
+
+    Raises:
+        InvalidEventError: It stands for none, or a field of it cannot be sent as meant.
+    """
+    if isinstance(item, ServerSentEvent):
+        return item
+    if isinstance(item, Mapping):
+        return _event_of(item, json_dumps)
+    if isinstance(item, _PLAIN):
+        return ServerSentEvent(item)
+    raise InvalidEventError(
+        f"{shown(item)} is no event: give a ServerSentEvent, a dict of its arguments, str, int or float"
+    )
+
+
 def encode_item(item: Any, sep: str = "\n", json_dumps: JSONDumps | None = None) -> bytes:
     """What a source yielded, as bytes of the stream.
 

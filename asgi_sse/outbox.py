@@ -126,6 +126,13 @@ class Buffer:
         """Call `wake` when there is something to take."""
         self._wake = wake
 
+    def detach(self) -> None:
+        """The stream is over: what is still pushed goes nowhere."""
+        self._wake = _nothing
+
+    def stop(self) -> None:
+        """See `stream.Live`: what was pushed is sent in any case."""
+
     @property
     def pushed(self) -> int:
         """How many items were added, ever."""

@@ -247,7 +247,8 @@ class EventSourceResponse:
         if defaults is not None:
             options = replace(defaults.options, **self._given) if self._given else defaults.options
         registry = registry_of(scope) if self._registry is None else self._registry
-        source = iterate(content)
+        live: Any = content if hasattr(content, "as_live") else None
+        source: Any = content if live is not None else iterate(content)
         head: Message = {"type": "http.response.start", "status": self.status_code, "headers": list(self.raw_headers)}
         if scope["method"].upper() == "HEAD":
             return _send_at_once(send, head, b"", options.send_timeout, source)
@@ -258,7 +259,7 @@ class EventSourceResponse:
             return _send_at_once(send, head, farewell, options.send_timeout, source)
         passage = scope.get(PASSAGE_KEY)
         self.stream = Stream(
-            source,
+            None if live is not None else source,
             head=head,
             path=scope["path"],
             client=scope.get("client"),
@@ -272,11 +273,14 @@ class EventSourceResponse:
             encoder=self.encoder,
             lockstep=self.lockstep,
             feeder=self.feeder,
+            live=None if live is None else live.as_live(),
         )
         if passage is not None:
             passage.carries(self.stream)
         elif defaults is None or defaults.guard:
             watch_head(head["headers"], send, server.loop, scope["path"], registry.count_compressed)
+        if live is not None:
+            live.joined(self.stream)
         return self.stream.run()
 
 

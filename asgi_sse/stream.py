@@ -22,7 +22,7 @@ from ._types import CloseReason, Message, Send
 from .errors import InvalidEventError, SendTimeoutError, StreamClosedError
 from .event import ItemEncoder, ServerSentEvent, encode_item
 from .options import StreamOptions
-from .outbox import Buffer, Lockstep, Outbox, current_flusher
+from .outbox import Buffer, Feed, Lockstep, Outbox, current_flusher
 from .server import Server, abort_transport
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,27 @@ class Watched(Protocol):
         ...
 
 
+class Live(Feed, Protocol):
+    """A feed that is no buffer of a source's: it ends with its stream, or by `Stream.feed_ended`."""
+
+    @property
+    def pushed(self) -> int:
+        """How many events were taken, ever."""
+        ...
+
+    def attach(self, wake: Callable[[], object]) -> None:
+        """Call `wake`, in the stream's event loop, when there is something to take."""
+        ...
+
+    def detach(self) -> None:
+        """The stream is over."""
+        ...
+
+    def stop(self) -> None:
+        """The stream is ending early: what was not taken stays where it is, for a client that resumes."""
+        ...
+
+
 class DrainingEvent:
     """Set when the server is about to stop. Who looks at it has time left to end its stream by itself.
 
@@ -125,9 +146,9 @@ class Stream:
     __slots__ = (
         "__weakref__", "_began", "_child", "_connection", "_context", "_deadline", "_draining", "_encode", "_error",
         "_farewell", "_feeder", "_feeding", "_feeds", "_grace_ends", "_head", "_inbox", "_keeper", "_lifetime_ends",
-        "_loop", "_open_at", "_options", "_outbox", "_pumping", "_source", "_source_done", "_state", "_stopped",
-        "_wait", "abandoned", "buffer", "check_at", "client", "ended_itself", "entry", "forced", "path", "reason",
-        "send_error", "server",
+        "_live", "_loop", "_open_at", "_options", "_outbox", "_pumping", "_source", "_source_done", "_state",
+        "_stopped", "_wait", "abandoned", "buffer", "check_at", "client", "ended_itself", "entry", "forced", "path",
+        "reason", "send_error", "server",
     )  # fmt: skip
 
     def __init__(
@@ -147,6 +168,7 @@ class Stream:
         encoder: ItemEncoder = encode_item,
         lockstep: bool = False,
         feeder: Callable[[], Awaitable[None]] | None = None,
+        live: Live | None = None,
         child: Child | None = None,
     ) -> None:
         loop = server.loop
@@ -164,9 +186,11 @@ class Stream:
         self.client = client
         flusher = current_flusher()
         self.buffer = Lockstep(flusher) if lockstep else Buffer(flusher)
+        self._live = live
+        feed: Live = live or self.buffer
         self._context = contextvars.copy_context()
-        self._outbox = Outbox(send, self.buffer, flusher=flusher, loop=loop, owner=self, context=self._context)
-        self.buffer.attach(self._outbox.flush_now if lockstep else self._outbox.wake)
+        self._outbox = Outbox(send, feed, flusher=flusher, loop=loop, owner=self, context=self._context)
+        feed.attach(self._outbox.flush_now if lockstep else self._outbox.wake)
         self._wait: Wait = loop.wait()
         self._child = child
         self._feeder = feeder
@@ -207,7 +231,7 @@ class Stream:
     @property
     def events(self) -> int:
         """How many items the source has given."""
-        return self.buffer.pushed
+        return (self._live or self.buffer).pushed
 
     @property
     def bytes_sent(self) -> int:
@@ -248,7 +272,7 @@ class Stream:
         """
         self._keeper.add(self)
         if self._source is None:
-            self._pumping = True  # another app's task is the source, and has sent its head
+            self._pumping = True  # another app's task is the source, and has sent its head; or a feed that has no task
             self._open()
         else:
             self._child = self._loop.spawn(self._pump, "asgi_sse source")
@@ -270,7 +294,7 @@ class Stream:
             finally:
                 self._state = _State.CLOSED
                 self.abandoned = self._has_tasks
-                self.buffer.attach(_nothing)
+                (self._live or self.buffer).detach()
                 self._keeper.discard(self)
         error, self._error = self._error, None
         if isinstance(error, StreamClosedError) and self._inbox.disconnected:
@@ -497,6 +521,11 @@ class Stream:
         else:
             self._finish(reason)
 
+    def feed_ended(self) -> None:
+        """There will be nothing more in the feed: what it has is sent, then the end."""
+        self.ended_itself = self.reason is None
+        self.close("finished")
+
     def fail(self, error: BaseException) -> None:
         """End as if the source had raised `error`: what it gave is sent, the body stays cut."""
         self._fail(error)
@@ -527,6 +556,8 @@ class Stream:
         self._state = _State.DRAINING
         self.reason = reason
         self._stop_source()
+        if self._live is not None and reason != "finished":
+            self._live.stop()
         farewell = self._farewell
         if reason == "failed":
             farewell = self._error_event()
@@ -670,7 +701,3 @@ def _client_is_gone(error: BaseException) -> bool:
     if isinstance(error, RuntimeError):
         return "handler is closed" in str(error)
     return isinstance(error, OSError | anyio.ClosedResourceError | anyio.BrokenResourceError)
-
-
-def _nothing() -> None:
-    """The stream is over: what the source still pushes goes nowhere."""

@@ -18,7 +18,7 @@ FLOORS = [
     {"registry"},
     {"response"},
     {"routing", "healing", "cors"},
-    {"passage"},
+    {"passage", "broker"},
     {"middleware"},
     {"app"},
     {"adapters", "testing", "cli", "demo", "__main__"},

@@ -60,10 +60,11 @@ def test_the_readme_names_each_default(readme: str) -> None:
 @pytest.mark.real_time
 async def test_the_readme_runs(readme: str) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names: dict[str, Any] = {}
     apps = []
     for block in blocks:
+        names = dict(names)  # each block may use what those before it have defined, and changes nothing for them
         exec(block, names)
         apps.append(names["app"])
     async with open_stream(apps[0], "/ticks", headers={"Last-Event-ID": "41"}) as stream:
@@ -77,9 +78,14 @@ async def test_the_readme_runs(readme: str) -> None:
         assert (await stream.receive()).id == "1"
     async with open_stream(apps[2], "/events") as stream:
         assert [event.data async for event in stream] == ["hello"]
-    async with open_stream(apps[3], "/ticks") as stream:
+    async with open_stream(apps[3], "/orders") as stream:
+        async with open_stream(apps[3], "/order") as order:
+            assert [event async for event in order] == []
+        event = await stream.receive()
+        assert (event.event, event.data) == ("order", '{"state":"paid"}')
+    async with open_stream(apps[4], "/ticks") as stream:
         assert (await stream.receive()).id == "1"
-        apps[3].registry.begin_drain()
+        apps[4].registry.begin_drain()
         assert [event async for event in stream] == []
         assert stream.complete
     names["app"] = apps[0]

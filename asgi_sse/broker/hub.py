@@ -1,0 +1,168 @@
+"""Who subscribes to what, in this process, and the log that they all read."""
+
+from __future__ import annotations
+
+import threading
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Final, Protocol
+
+from .._eventloop import EventLoop, current_loop
+from ..errors import BrokerError
+from ..log import Entry, EventLog, is_pattern, pattern_test
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..event import ServerSentEvent
+
+clock: Final = time.monotonic
+
+
+class Reader(Protocol):
+    """What the hub needs of a subscription."""
+
+    names: tuple[str, ...]
+
+    def matched(self, channel: str) -> None:
+        """`channel`, which a pattern of it matches, has its first event. Called with the lock held, from any thread."""
+        ...
+
+    def published(self, number: int) -> None:
+        """There is something behind a number. Called with the lock held, from any thread."""
+        ...
+
+    def wake(self) -> None:
+        """There is something to read. Called in its event loop."""
+        ...
+
+
+class _Group:
+    """The readers of one event loop."""
+
+    __slots__ = ("loop", "pending", "readers", "thread")
+
+    def __init__(self, loop: EventLoop) -> None:
+        self.loop = loop
+        self.thread = threading.get_ident()
+        self.readers: set[Reader] = set()
+        self.pending: set[Reader] = set()  # to be woken by a call that is under way to another thread
+
+
+class Hub:
+    """Appends to a log from any thread, and wakes who reads it.
+
+    Attributes:
+        log: The log. Read and written with `lock` held.
+        lock: Held for microseconds, and never across anything that waits.
+    """
+
+    def __init__(self, log: EventLog, *, max_subscribers: int | None = None) -> None:
+        self.log = log
+        self.lock = threading.Lock()
+        self._max_subscribers = max_subscribers
+        self._groups: dict[Reader, _Group] = {}
+        self._loops: dict[EventLoop, _Group] = {}
+        self._exact: dict[str, set[Reader]] = {}
+        self._patterns: dict[Reader, list[Callable[[str], bool]]] = {}
+        self._known: set[str] = set()  # channels whose patterns were looked up since the last one came or went
+        self._matching: dict[str, list[Reader]] = {}  # by patterns
+
+    def join(self, reader: Reader) -> None:
+        """`reader` is to be woken from now on, in the event loop of the caller.
+
+        Raises:
+            BrokerError: One of its channels has as many subscribers as it may.
+        """
+        loop = current_loop()
+        with self.lock:
+            if self._max_subscribers is not None:
+                for name in reader.names:
+                    if len(self._exact.get(name, ())) >= self._max_subscribers:
+                        raise BrokerError(
+                            f"{name} has {self._max_subscribers} subscribers already, the most there may be"
+                        )
+            group = self._loops.get(loop)
+            if group is None:
+                group = self._loops[loop] = _Group(loop)
+            group.readers.add(reader)
+            self._groups[reader] = group
+            tests = []
+            for name in reader.names:
+                if is_pattern(name):
+                    tests.append(pattern_test(name))
+                else:
+                    self._exact.setdefault(name, set()).add(reader)
+            if tests:
+                self._patterns[reader] = tests
+                self._matching.clear()
+                for channel in self.log.channels:
+                    if any(test(channel) for test in tests):
+                        reader.matched(channel)
+
+    def leave(self, reader: Reader) -> None:
+        """`reader` is not to be woken any more."""
+        with self.lock:
+            group = self._groups.pop(reader, None)
+            if group is None:
+                return
+            group.readers.discard(reader)
+            group.pending.discard(reader)
+            if not group.readers:
+                self._loops.pop(group.loop, None)
+            for name in reader.names:
+                readers = self._exact.get(name)
+                if readers is not None:
+                    readers.discard(reader)
+                    if not readers:
+                        del self._exact[name]
+            if self._patterns.pop(reader, None) is not None:
+                self._matching.clear()
+
+    def subscribers(self, channel: str) -> int:
+        """How many read `channel` now, by its name or by a pattern."""
+        with self.lock:
+            return len(set(self._exact.get(channel, ())).union(self._by_pattern(channel)))
+
+    def publish(self, channel: str, event: ServerSentEvent) -> Entry:
+        """Append an event, and wake those who read its channel."""
+        thread = threading.get_ident()
+        here: list[Reader] = []
+        there: list[_Group] = []
+        with self.lock:
+            entry = self.log.append(channel, event, clock())
+            before = entry.number - 1
+            exact = self._exact.get(channel, ())
+            for reader in (*exact, *(r for r in self._by_pattern(channel) if r not in exact)):
+                reader.published(before)
+                group = self._groups[reader]
+                if group.loop.closed:
+                    continue  # and its readers with it
+                if group.thread == thread:
+                    here.append(reader)
+                else:
+                    if not group.pending:
+                        there.append(group)
+                    group.pending.add(reader)
+        for reader in here:
+            reader.wake()
+        for group in there:
+            group.loop.call_threadsafe(partial(self._wake, group))
+        return entry
+
+    def _by_pattern(self, channel: str) -> list[Reader]:
+        readers = self._matching.get(channel)
+        if readers is None:
+            readers = [reader for reader, tests in self._patterns.items() if any(test(channel) for test in tests)]
+            for reader in readers:
+                reader.matched(channel)
+            if len(self._matching) > 10_000:  # as many channels as a log keeps by default
+                self._matching.clear()
+            self._matching[channel] = readers
+        return readers
+
+    def _wake(self, group: _Group) -> None:
+        with self.lock:
+            pending, group.pending = group.pending, set()
+        for reader in pending:
+            reader.wake()
