@@ -99,7 +99,7 @@ class AgainstAModel(RuleBasedStateMachine):
 
 
 TestAgainstAModel = AgainstAModel.TestCase
-TestAgainstAModel.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestAgainstAModel.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 def test_ids_tell_where_a_reader_was() -> None:
