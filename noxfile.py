@@ -90,7 +90,7 @@ def wheel(session: nox.Session) -> None:
     shutil.copy("conftest.py", out)
     shutil.copy("pyproject.toml", out)
     session.chdir(out)
-    session.run("python", "-m", "pytest", *IN_PROCESS)
+    session.run("python", "-m", "pytest", *IN_PROCESS[:5])  # enough to see that nothing is missing
 
 
 @nox.session
