@@ -189,7 +189,7 @@ def numbered_event(event: ServerSentEvent, id: str) -> ServerSentEvent:  # noqa:
     return self
 
 
-def as_event(item: Any, json_dumps: JSONDumps | None = None) -> ServerSentEvent:
+def as_event(item: Any) -> ServerSentEvent:
     """The event that an item stands for, as `encode_item` has it; encoded bytes are none.
 
     Raises:
@@ -198,7 +198,7 @@ def as_event(item: Any, json_dumps: JSONDumps | None = None) -> ServerSentEvent:
     if isinstance(item, ServerSentEvent):
         return item
     if isinstance(item, Mapping):
-        return _event_of(item, json_dumps)
+        return _event_of(item, None)
     if isinstance(item, _PLAIN):
         return ServerSentEvent(item)
     raise InvalidEventError(

@@ -78,7 +78,7 @@ class Watched(Protocol):
 
 
 class Live(Feed, Protocol):
-    """A feed that is no buffer of a source's: it ends with its stream, or by `Stream.feed_ended`."""
+    """A feed that is no buffer of a source's: it ends with its stream."""
 
     @property
     def pushed(self) -> int:
@@ -520,11 +520,6 @@ class Stream:
             self._over("failed")  # early enough for the caller to answer with a status of its own
         else:
             self._finish(reason)
-
-    def feed_ended(self) -> None:
-        """There will be nothing more in the feed: what it has is sent, then the end."""
-        self.ended_itself = self.reason is None
-        self.close("finished")
 
     def fail(self, error: BaseException) -> None:
         """End as if the source had raised `error`: what it gave is sent, the body stays cut."""

@@ -322,7 +322,6 @@ def test_wsgi_is_refused() -> None:
     response = django_adapter.EventSourceResponse([])
     with pytest.raises(TypeError, match="needs ASGI"):
         list(response)
-    response._body._response._content = None
 
 
 async def test_an_endpoint_beside_django_has_its_own_thread_and_signals(on_django: Any) -> None:

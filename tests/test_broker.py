@@ -5,6 +5,8 @@ import json
 import random
 import re
 import threading
+import weakref
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -224,6 +226,18 @@ async def test_what_is_lost_twice_before_it_is_told_is_told_once_and_not_resumed
     await subscription.aclose()
 
 
+async def test_what_is_too_old_is_given_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("asgi_sse.broker.hub.clock", lambda: now)
+    broker = Broker(max_age=60)
+    first = await broker.publish("a", "old")
+    await broker.publish("a", "old too")
+    now = 61.0
+    subscription = broker.subscribe("a", last_event_id=first)
+    assert (await subscription.__anext__()).data == '{"reason":"expired"}'
+    await subscription.aclose()
+
+
 async def test_several_channels_and_patterns_in_one_stream() -> None:
     broker = Broker()
     await broker.publish("orders.old", "0")
@@ -293,15 +307,17 @@ async def test_a_drain_stops_at_the_next_boundary_and_the_rest_is_resumed() -> N
 
 async def test_idle_subscribers_are_kept_alive_and_leave_nothing_behind() -> None:
     broker = Broker()
-    async with open_stream(EventSourceResponse(broker.subscribe("a"), ping=5)) as stream:
+    subscription = broker.subscribe("a")
+    reference = weakref.ref(subscription)
+    async with open_stream(EventSourceResponse(subscription, ping=5)) as stream:
         await stream.read()
         assert await stream.read(timeout=6) == b": ping\n\n"
         await stream.disconnect()
-    del stream
+    del stream, subscription
+    await anyio.sleep(2)  # until its head was looked at
     gc.collect()
     assert broker.subscribers("a") == 0
-    assert not broker._hub._groups
-    assert not broker._hub._loops
+    assert reference() is None
 
 
 async def test_head_reads_nothing() -> None:
@@ -338,15 +354,16 @@ async def test_a_subscription_is_an_async_iterable() -> None:
 
 async def test_replay_and_live_are_one_read() -> None:
     broker = Broker()
-    first = await broker.publish("a", 0)
-    for number in range(1, 200):
-        await broker.publish("a", number)
+    numbers = count()
+    first = await broker.publish("a", next(numbers))
+    for _ in range(199):
+        await broker.publish("a", next(numbers))
     seen = []
     async for event in broker.subscribe("a", last_event_id=first):
         seen.append(int(str(event.data)))
         if seen[-1] % 10 == 0 and len(seen) < 400:
             for _ in range(10):
-                await broker.publish("a", 200 + broker._hub.log.tail - 200)
+                await broker.publish("a", next(numbers))
         if len(seen) == 399:
             break
     assert seen == list(range(1, 400))

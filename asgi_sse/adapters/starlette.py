@@ -266,9 +266,8 @@ class EventSourceResponse(Response):
         self._told = False
         self._stream: Stream | None = None
         self.active = True
-        if (
-            send_timeout is not None or on_close is not None or self._more != _NO_MORE
-        ):  # checked now, not when it is sent
+        # Checked now, not when it is sent.
+        if send_timeout is not None or on_close is not None or self._more != _NO_MORE:
             more = {name: value for name, value in self._more.items() if value is not ...}
             StreamOptions(send_timeout=send_timeout, on_close=on_close, **more)
         merged = MutableHeaders()

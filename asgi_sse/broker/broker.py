@@ -36,7 +36,7 @@ class Broker:
         url: ``memory://``: in this process.
         history: Events that each channel keeps.
         max_bytes: Bytes of events that each channel keeps; the newest one is kept whatever its size.
-        max_age: Seconds for which they are kept; ``None``: until there are too many.
+        max_age: Seconds after which nobody gets them any more; ``None``: until there are too many.
         max_channels: Channels that are kept. Beyond, the one that was published to least recently is forgotten.
         max_subscribers: Subscribers that a channel may have; ``None``: any number.
         overflow: What becomes of a subscriber that is so slow that events it has not read were dropped: ``reset``

@@ -76,6 +76,7 @@ class Hub:
         """
         loop = current_loop()
         with self.lock:
+            self.log.expire(clock())  # a channel that nobody publishes to has nobody else who looks at its age
             if self._max_subscribers is not None:
                 for name in reader.names:
                     if len(self._exact.get(name, ())) >= self._max_subscribers:
