@@ -1,7 +1,7 @@
 """Server-Sent Events for any ASGI app, that stay up, resume, and end cleanly."""
 
 from .app import create_app
-from .broker import Broker, Channel, Subscription
+from .broker import Access, Broker, Channel, Run, Subscription
 from .cors import CORS
 from .decoder import EventDecoder
 from .errors import (
@@ -22,6 +22,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "CORS",
+    "Access",
     "Broker",
     "BrokerError",
     "Channel",
@@ -33,6 +34,7 @@ __all__ = [
     "InvalidEventError",
     "JSONServerSentEvent",
     "Request",
+    "Run",
     "SSEError",
     "SSEMiddleware",
     "SendTimeoutError",

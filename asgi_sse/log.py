@@ -4,6 +4,7 @@ No I/O, no clock and no lock of its own. One counter numbers the events of all c
 stream has read, whichever channels it carries.
 """
 
+import math
 import re
 import secrets
 from bisect import bisect_right
@@ -108,13 +109,21 @@ class Ring:
     Attributes:
         trimmed: The number of the last event that was dropped; what was before it is not known.
         size: The bytes of what it has.
+        history: Events that it keeps.
+        max_bytes: Bytes that it keeps.
+        max_age: Seconds for which it keeps them.
     """
 
-    __slots__ = ("_entries", "_memo", "_numbers", "_start", "name", "size", "trimmed")
+    __slots__ = (
+        "_entries", "_memo", "_numbers", "_start", "history", "max_age", "max_bytes", "name", "size", "trimmed",
+    )  # fmt: skip
 
-    def __init__(self, name: str, trimmed: int) -> None:
+    def __init__(self, name: str, trimmed: int, *, history: float, max_bytes: int, max_age: float) -> None:
         self.name = name
         self.trimmed = trimmed
+        self.history = history
+        self.max_bytes = max_bytes
+        self.max_age = max_age
         self.size = 0
         self._numbers: list[int] = []  # of the entries, to be searched
         self._entries: list[Entry] = []
@@ -135,13 +144,30 @@ class Ring:
         return self._numbers[-1] if len(self) else self.trimmed
 
     def append(self, entry: Entry) -> None:
-        """Add the newest one."""
+        """Add the newest one, and drop what is too much."""
         self._numbers.append(entry.number)
         self._entries.append(entry)
         self.size += len(entry.chunk)
+        self._trim()
+        self.expire(entry.time)
 
-    def drop(self) -> None:
-        """Forget the oldest one."""
+    def keep(self, max_bytes: int) -> None:
+        """From now on, keep events of any number and age, but only so many bytes."""
+        self.history = self.max_age = math.inf
+        self.max_bytes = max_bytes
+        self._trim()
+
+    def _trim(self) -> None:
+        while len(self) > self.history or (self.size > self.max_bytes and len(self) > 1):
+            self._drop()
+
+    def expire(self, now: float) -> None:
+        """Drop what is too old."""
+        since = now - self.max_age
+        while len(self) and self.oldest.time <= since:
+            self._drop()
+
+    def _drop(self) -> None:
         entry = self._entries[self._start]
         self._entries[self._start] = _NOTHING
         self.trimmed = entry.number
@@ -225,10 +251,14 @@ class EventLog:
         self.tail = 0
         self._history = history
         self._max_bytes = max_bytes
-        self._max_age = max_age
+        self._max_age = math.inf if max_age is None else max_age
         self._max_channels = max_channels
-        self._rings: OrderedDict[str, Ring] = OrderedDict()  # least recently published to first
-        self._floor = 0  # the last number of the channels that were forgotten
+        self._rings: dict[str, Ring] = {}
+        self._order: OrderedDict[str, None] = OrderedDict()  # those of them that may be forgotten, the next one first
+        # The last number of each channel that was forgotten, as many as there may be channels; and of those that are
+        # not even there any more: a reader in front of it may have missed something of a channel that nobody knows.
+        self._forgotten: OrderedDict[str, int] = OrderedDict()
+        self._floor = 0
 
     def __len__(self) -> int:
         return len(self._rings)
@@ -238,8 +268,8 @@ class EventLog:
 
     @property
     def channels(self) -> list[str]:
-        """The channels that have a ring."""
-        return list(self._rings)
+        """The channels of which anything is known."""
+        return [*self._rings, *self._forgotten]
 
     def id_of(self, number: int) -> str:
         """The id of an event, or of a position."""
@@ -257,34 +287,47 @@ class EventLog:
         number = self.tail + 1
         event = numbered_event(event, self.id_of(number))
         entry = Entry(number, channel, event, event.encode(sep), now)
-        ring = self._rings.get(channel)
-        if ring is None:
-            ring = self._rings[channel] = Ring(channel, self._floor)
         self.tail = number
-        ring.append(entry)
-        self._rings.move_to_end(channel)
-        while len(ring) > self._history or (ring.size > self._max_bytes and len(ring) > 1):
-            ring.drop()
-        if self._max_age is not None:
-            while ring.oldest.time <= now - self._max_age:
-                ring.drop()
-        while len(self._rings) > self._max_channels:
-            self._forget(next(iter(self._rings)))
+        self._ring_of(channel).append(entry)
+        if channel in self._order:
+            self._order.move_to_end(channel)
+        while len(self._order) > self._max_channels:
+            self._forget(next(iter(self._order)))
         return entry
+
+    def keep(self, channel: str, max_bytes: int) -> None:
+        """All events of `channel` from now on, whatever their number and age, up to so many bytes; until `release`."""
+        self._ring_of(channel).keep(max_bytes)
+        self._order.pop(channel, None)
+
+    def release(self, channel: str) -> None:
+        """Drop what was kept of `channel`."""
+        self._forget(channel)
 
     def expire(self, now: float) -> None:
         """Drop what is older than `max_age`, and the channels that have nothing left."""
-        if self._max_age is None:
+        if self._max_age == math.inf:
             return
-        since = now - self._max_age
-        for name, ring in list(self._rings.items()):
-            while len(ring) and ring.oldest.time <= since:
-                ring.drop()
+        for name in list(self._order):
+            ring = self._rings[name]
+            ring.expire(now)
             if not len(ring):
                 self._forget(name)
 
+    def _ring_of(self, channel: str) -> Ring:
+        ring = self._rings.get(channel)
+        if ring is None:
+            trimmed = self._forgotten.pop(channel, self._floor)
+            ring = Ring(channel, trimmed, history=self._history, max_bytes=self._max_bytes, max_age=self._max_age)
+            self._rings[channel] = ring
+            self._order[channel] = None
+        return ring
+
     def _forget(self, channel: str) -> None:
-        self._floor = max(self._floor, self._rings.pop(channel).newest)
+        self._order.pop(channel, None)
+        self._forgotten[channel] = self._rings.pop(channel).newest
+        if len(self._forgotten) > self._max_channels:
+            self._floor = max(self._floor, self._forgotten.popitem(last=False)[1])
 
     def parse(self, last_event_id: str) -> int | ResetReason:
         """The position that an id stands for, or why it stands for none."""
@@ -308,7 +351,7 @@ class EventLog:
             return False
         for name in channels:
             ring = self._rings.get(name)
-            if after < (self._floor if ring is None else ring.trimmed):
+            if after < (self._forgotten.get(name, self._floor) if ring is None else ring.trimmed):
                 return False
         return True
 

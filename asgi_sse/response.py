@@ -258,6 +258,9 @@ class EventSourceResponse:
             farewell = ServerSentEvent(retry=registry.farewell_retry()).encode(options.sep)
             return _send_at_once(send, head, farewell, options.send_timeout, source)
         passage = scope.get(PASSAGE_KEY)
+        if live is not None:
+            live = live.as_live()
+            draining.watched = draining.watched or live.patient
         self.stream = Stream(
             None if live is not None else source,
             head=head,
@@ -273,7 +276,7 @@ class EventSourceResponse:
             encoder=self.encoder,
             lockstep=self.lockstep,
             feeder=self.feeder,
-            live=None if live is None else live.as_live(),
+            live=live,
         )
         if passage is not None:
             passage.carries(self.stream)

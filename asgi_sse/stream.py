@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from enum import Enum
+from functools import partial
 from inspect import isawaitable
 from typing import Any, Final, Protocol, cast
 
@@ -97,6 +98,15 @@ class Live(Feed, Protocol):
         """The stream is ending early: what was not taken stays where it is, for a client that resumes."""
         ...
 
+    def keep_alive(self) -> bytes:
+        """What to send to an idle client in place of a comment; ``b""``: nothing else than that."""
+        ...
+
+    @property
+    def patient(self) -> bool:
+        """Whether it ends by itself, and has the time of a drain for it."""
+        ...
+
 
 class DrainingEvent:
     """Set when the server is about to stop. Who looks at it has time left to end its stream by itself.
@@ -134,6 +144,17 @@ class DrainingEvent:
             self._event.set()
 
 
+class _Helper:
+    """A task that runs beside the source."""
+
+    __slots__ = ("child", "main", "runs")
+
+    def __init__(self, main: Callable[[], Awaitable[None]]) -> None:
+        self.main = main
+        self.child: Child | None = None
+        self.runs = False  # its first step was taken
+
+
 class Stream:
     """One running response.
 
@@ -145,7 +166,7 @@ class Stream:
 
     __slots__ = (
         "__weakref__", "_began", "_child", "_connection", "_context", "_deadline", "_draining", "_encode", "_error",
-        "_farewell", "_feeder", "_feeding", "_feeds", "_grace_ends", "_head", "_inbox", "_keeper", "_lifetime_ends",
+        "_expires_at", "_farewell", "_grace_ends", "_head", "_helpers", "_inbox", "_keeper", "_lifetime_ends",
         "_live", "_loop", "_open_at", "_options", "_outbox", "_pumping", "_source", "_source_done", "_state",
         "_stopped", "_wait", "abandoned", "buffer", "check_at", "client", "ended_itself", "entry", "forced", "path",
         "reason", "send_error", "server",
@@ -187,15 +208,13 @@ class Stream:
         flusher = current_flusher()
         self.buffer = Lockstep(flusher) if lockstep else Buffer(flusher)
         self._live = live
-        feed: Live = live or self.buffer
+        feed = live or self.buffer
         self._context = contextvars.copy_context()
         self._outbox = Outbox(send, feed, flusher=flusher, loop=loop, owner=self, context=self._context)
-        feed.attach(self._outbox.flush_now if lockstep else self._outbox.wake)
+        feed.attach(self._outbox.flush_now if lockstep and live is None else self._outbox.wake)
         self._wait: Wait = loop.wait()
         self._child = child
-        self._feeder = feeder
-        self._feeding: Child | None = None
-        self._feeds = False  # its first step was taken
+        self._helpers: tuple[_Helper, ...] = () if feeder is None else (_Helper(feeder),)
         self._source_done: anyio.Event | None = None
         self._pumping = False
         self._stopped = False  # the source has been cancelled
@@ -208,6 +227,7 @@ class Stream:
         # Spread, so that the clients of one deploy do not all return at once.
         spread = random.uniform(0.8, 1.0)  # noqa: S311
         self._lifetime_ends = self._began + lifetime * spread if lifetime else math.inf
+        self._expires_at = math.inf
         self._deadline = math.inf  # of the closing
         self._grace_ends = math.inf  # of the source, while draining
         self.entry: list[Stream] = []  # the heartbeat's
@@ -276,8 +296,8 @@ class Stream:
             self._open()
         else:
             self._child = self._loop.spawn(self._pump, "asgi_sse source")
-            if self._feeder is not None:
-                self._feeding = self._loop.spawn(self._run_feeder, "asgi_sse feeder")
+        for helper in self._helpers:
+            self._begin_helper(helper)
         if self._options.open_timeout == 0:
             # The source's first step comes before the second turn, so that an error in it still has its own status.
             # Before the first one on asyncio; trio takes the tasks and callbacks of one turn in any order.
@@ -319,8 +339,8 @@ class Stream:
                     await self._tell_reason()
 
     async def _insist(self) -> None:
-        source = self._feeder if self._source is None else self._source
-        for child in (self._child, self._feeding):
+        source = [helper.main for helper in self._helpers] if self._source is None else self._source
+        for child in (self._child, *(helper.child for helper in self._helpers)):
             if child is not None:
                 child.cancel_again()
         await self._wait_for_source(_LAST_CALL)
@@ -345,7 +365,7 @@ class Stream:
 
     @property
     def _has_tasks(self) -> bool:
-        return self._child is not None or self._feeding is not None
+        return self._child is not None or bool(self._helpers)
 
     async def _wait_for_source(self, seconds: float) -> None:
         if self._has_tasks:
@@ -434,18 +454,29 @@ class Stream:
             self._source_raised(exc)
         self._source = None  # whoever keeps the response does not keep what the source holds
 
-    async def _run_feeder(self) -> None:
-        self._feeds = True
+    def run_beside(self, main: Callable[[], Awaitable[None]]) -> None:
+        """Run `main` in a task that ends with the stream; what it raises fails the stream."""
+        if self.reason is None:
+            helper = _Helper(main)
+            self._helpers += (helper,)
+            self._begin_helper(helper)
+
+    def _begin_helper(self, helper: "_Helper") -> None:
+        # In the request's context, which a callback of the event loop does not have.
+        helper.child = self._context.copy().run(self._loop.spawn, partial(self._run_helper, helper), "asgi_sse helper")
+
+    async def _run_helper(self, helper: "_Helper") -> None:
+        helper.runs = True
         try:
-            if not self._stopped and self._feeder is not None:
-                await self._feeder()
+            if self.reason is None:
+                await helper.main()
         except BaseException as exc:
             if self.reason is None:
                 self.ended_itself = True
                 self.fail(exc)
             elif not _is_left_alone(exc):
                 self._source_raised(exc)
-        self._feeding = None
+        self._helpers = tuple(other for other in self._helpers if other is not helper)
         self._task_ended()
 
     def _task_ended(self) -> None:
@@ -473,17 +504,23 @@ class Stream:
         if self._error is not None:
             self.close("failed")
         else:
-            # While draining, it used its grace to say farewell.
-            self.close("drained" if self._state is _State.DRAINING else "finished")
+            self.live_ended()
+
+    def live_ended(self) -> None:
+        """There is nothing more to take, ever."""
+        self.ended_itself = self.ended_itself or self.reason is None
+        # While draining, it used its grace to say farewell.
+        self.close("drained" if self._state is _State.DRAINING else "finished")
 
     def _stop_source(self) -> None:
         if not self._stopped:
             self._stopped = True
             if self._child is not None and self._pumping:  # else its first step finds that it is to close the source
                 self._child.cancel()
-        if self._feeding is not None and self._feeds:
-            self._feeds = False  # once is enough
-            self._feeding.cancel()
+        for helper in self._helpers:
+            if helper.runs and helper.child is not None:
+                helper.runs = False  # once is enough
+                helper.child.cancel()
 
     def _fail(self, exc: BaseException) -> None:
         if self._state is _State.CLOSED:
@@ -520,6 +557,11 @@ class Stream:
             self._over("failed")  # early enough for the caller to answer with a status of its own
         else:
             self._finish(reason)
+
+    def expire_in(self, seconds: float) -> None:
+        """End as after a lifetime of so many more seconds; ``inf`` takes that back."""
+        self._expires_at = self._loop.time() + seconds
+        self._keeper.arm(self, self._next_check())
 
     def fail(self, error: BaseException) -> None:
         """End as if the source had raised `error`: what it gave is sent, the body stays cut."""
@@ -625,7 +667,7 @@ class Stream:
         options, outbox = self._options, self._outbox
         if now >= self._grace_ends:
             self.close("drained")
-        elif now >= self._lifetime_ends:
+        elif now >= self._lifetime_ends or now >= self._expires_at:
             self.close("expired")
         elif not outbox.opened:
             if self._inbox.reading:  # the time for which a client uploads is not the source's
@@ -640,7 +682,7 @@ class Stream:
         when = min(self._deadline, self._send_deadline())
         if self.reason is not None:
             return when
-        when = min(when, self._lifetime_ends, self._grace_ends)
+        when = min(when, self._lifetime_ends, self._expires_at, self._grace_ends)
         if not outbox.opened:
             return min(when, self._open_at)
         if options.ping:
@@ -655,10 +697,12 @@ class Stream:
 
     def _ping(self) -> None:
         factory = self._options.ping_message_factory
+        chunk = b"" if self._live is None else self._live.keep_alive()
         try:
-            # In the request's context: the heartbeat serves others too, and has none.
-            item = ServerSentEvent(comment="ping") if factory is None else self._context.run(factory)
-            chunk = self._encode(item, self._options.sep, self._options.json_dumps)
+            if not chunk:
+                # In the request's context: the heartbeat serves others too, and has none.
+                item = ServerSentEvent(comment="ping") if factory is None else self._context.run(factory)
+                chunk = self._encode(item, self._options.sep, self._options.json_dumps)
         except Exception as exc:
             self._fail(exc)
             self.close("failed")

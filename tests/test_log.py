@@ -36,6 +36,7 @@ class AgainstAModel(RuleBasedStateMachine):
     def start(self, history: int, max_bytes: int, max_age: float | None, max_channels: int) -> None:
         self.log = EventLog(history=history, max_bytes=max_bytes, max_age=max_age, max_channels=max_channels)
         self.limits = history, max_bytes, max_channels
+        self.kept: set[str] = set()
         self.published: list[tuple[int, str, bytes]] = []
         self.now = 0.0
 
@@ -55,6 +56,15 @@ class AgainstAModel(RuleBasedStateMachine):
     @rule()
     def expire(self) -> None:
         self.log.expire(self.now)
+
+    @rule(channel=st.sampled_from(CHANNELS))
+    def keep_or_release(self, channel: str) -> None:
+        if channel in self.kept:
+            self.kept.discard(channel)
+            self.log.release(channel)
+        else:
+            self.kept.add(channel)
+            self.log.keep(channel, 120)
 
     @rule(patterns=st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=3), back=st.integers(0, 12))
     def read(self, patterns: list[str], back: int) -> None:
@@ -89,12 +99,17 @@ class AgainstAModel(RuleBasedStateMachine):
         if not hasattr(self, "log"):
             return
         history, max_bytes, max_channels = self.limits
-        assert len(self.log) <= max_channels
+        assert len(self.log) <= max_channels + len(self.kept)
+        assert len(self.log.channels) <= 2 * max_channels + len(self.kept)
         for name in self.log.channels:
             ring = self.log.ring(name)
-            assert ring is not None
-            assert len(ring) <= history
-            assert ring.size <= max_bytes or len(ring) == 1
+            if ring is None:
+                continue  # forgotten, but for its last number
+            if name in self.kept:
+                assert ring.size <= 120 or len(ring) == 1
+            else:
+                assert len(ring) <= history
+                assert ring.size <= max_bytes or len(ring) == 1
             assert ring.size == sum(len(entry.chunk) for entry in ring.after(0))
 
 
@@ -133,14 +148,37 @@ def test_what_was_dropped_is_known_by_channel() -> None:
     assert log.is_complete(["never"], patterns=False, after=0)
 
 
-def test_a_channel_that_was_forgotten_and_came_back_is_not_complete() -> None:
+def test_a_channel_that_was_forgotten_is_known_by_its_last_number() -> None:
     log = EventLog(max_channels=1)
     log.append("a", event(), 0)
     log.append("b", event(), 0)
-    assert log.channels == ["b"]
+    assert log.ring("a") is None
+    assert not log.is_complete(["a"], patterns=False, after=0)
+    assert log.is_complete(["a"], patterns=False, after=1)
+    assert log.is_complete(["never"], patterns=True, after=0)  # what is known of others does not make it incomplete
     log.append("a", event(), 0)
     assert not log.is_complete(["a"], patterns=False, after=0)
-    assert log.is_complete(["a"], patterns=False, after=2)
+    assert log.is_complete(["a"], patterns=False, after=1)
+    log.append("c", event(), 0)
+    log.append("d", event(), 0)  # now b is known by no more than a bound for all of its kind
+    assert log.channels == ["d", "c"]
+    assert not log.is_complete(["never"], patterns=True, after=1)
+    assert not log.is_complete(["b"], patterns=False, after=1)
+
+
+def test_a_channel_that_is_kept_outlives_the_limits_of_others() -> None:
+    log = EventLog(history=2, max_channels=1, max_age=10)
+    log.keep("run", 10_000)
+    for _ in range(10):
+        log.append("run", event(), 0)
+    for channel in ("a", "b"):
+        log.append(channel, event(), 100)
+    log.expire(100)
+    assert numbers(log.entries(["run"], 0)) == list(range(1, 11))
+    log.release("run")
+    assert log.ring("run") is None
+    assert not log.is_complete(["run"], patterns=False, after=9)
+    assert log.is_complete(["run"], patterns=False, after=10)
 
 
 def test_readers_at_one_place_share_one_result() -> None:

@@ -1,6 +1,9 @@
 """Channels: publish once, encode once, and every subscriber reads with a cursor of its own."""
 
-from .broker import Broker, Channel
+from .broker import Broker
+from .channel import Channel
+from .endpoint import Access
+from .run import Run
 from .subscription import Subscription
 
-__all__ = ["Broker", "Channel", "Subscription"]
+__all__ = ["Access", "Broker", "Channel", "Run", "Subscription"]

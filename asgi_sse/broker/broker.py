@@ -1,24 +1,30 @@
-"""`Broker` and `Channel`: the names by which events are published and subscribed to."""
+"""`Broker`: by which events are published, and subscribed to."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import BrokerError, InvalidEventError, shown
-from ..event import ServerSentEvent, as_event
+from ..errors import BrokerError
 from ..log import EventLog, check_name, check_pattern
-from .hub import Hub, clock
+from ..source import check_content
+from .channel import Channel
+from .endpoint import Authorize, BrokerEndpoint
+from .hub import Hub, clock, unnumbered
+from .presence import Presence
+from .run import Outcome, Run, Runs
 from .subscription import Subscription
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterable, Callable, Iterable, Mapping
     from types import TracebackType
     from typing import Self
 
+    from ..event import ServerSentEvent
     from ..routing import Request
-    from .subscription import Overflow
+    from .cursor import Overflow
 
 _IDEMPOTENCY_WINDOW: Final = 120.0
 """Seconds for which a key is known: as long as NATS JetStream does by default."""
@@ -41,6 +47,11 @@ class Broker:
         max_subscribers: Subscribers that a channel may have; ``None``: any number.
         overflow: What becomes of a subscriber that is so slow that events it has not read were dropped: ``reset``
             tells it so, by an event of that type, and goes on with what is new; ``close`` ends its stream.
+        on_join: Called with each `Subscription` that begins to be read, in its event loop. Sync or async; what it
+            raises is logged.
+        on_leave: Called with each that is not read any more, after what `on_join` did for it.
+        max_runs: Runs that may go on at once; and those that are kept after their end.
+        run_grace: Seconds for which runs may go on when the broker is closed.
 
     Raises:
         ValueError: A limit is out of range, or the URL is none that is known.
@@ -56,6 +67,10 @@ class Broker:
         max_channels: int = 10_000,
         max_subscribers: int | None = None,
         overflow: Overflow = "reset",
+        on_join: Callable[[Subscription], Any] | None = None,
+        on_leave: Callable[[Subscription], Any] | None = None,
+        max_runs: int = 1000,
+        run_grace: float = 10.0,
     ) -> None:
         if url != "memory://":
             raise ValueError(f"url={url!r}: there is 'memory://'")
@@ -63,9 +78,20 @@ class Broker:
             raise ValueError(f"overflow={overflow!r}; give 'reset' or 'close'")
         if max_subscribers is not None and max_subscribers < 1:
             raise ValueError(f"max_subscribers={max_subscribers!r}; give a number of at least 1, or None for any")
+        if max_runs < 1:
+            raise ValueError(f"max_runs={max_runs!r}; give a number of at least 1")
+        if not run_grace >= 0:
+            raise ValueError(f"run_grace={run_grace!r} is no length of time; give seconds of at least 0")
+        for name, hook in (("on_join", on_join), ("on_leave", on_leave)):
+            if hook is not None and not callable(hook):
+                raise TypeError(f"{name}={hook!r} is not callable; give a function, or None")
         log = EventLog(history=history, max_bytes=max_bytes, max_age=max_age, max_channels=max_channels)
         self._hub = Hub(log, max_subscribers=max_subscribers)
-        self._overflow: Overflow = overflow
+        self._max_bytes = max_bytes
+        self._presence = Presence(on_join, on_leave) if on_join or on_leave else None
+        self._open = partial(Subscription, self._hub, overflow=overflow, presence=self._presence)
+        self._runs = Runs(self._hub, max_runs)
+        self._run_grace = run_grace
         self._keys_lock = threading.Lock()
         self._keys: OrderedDict[str, tuple[float, str]] = OrderedDict()
 
@@ -75,7 +101,15 @@ class Broker:
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Nothing to close in memory."""
+        """Give runs their grace and end them, and wait for the hooks."""
+        await self._runs.close(self._run_grace)
+        if self._presence is not None:
+            await self._presence.wait()
+
+    @property
+    def runs(self) -> Mapping[str, Run]:
+        """The runs by name: those that go on, and those that ended less than their ``ttl`` ago."""
+        return self._runs
 
     def channel(self, name: str) -> Channel:
         """The channel `name`; it need not be made before.
@@ -83,7 +117,7 @@ class Broker:
         Raises:
             ValueError: The name is none.
         """
-        return Channel(self, check_name(name))
+        return Channel(self, self._hub, check_name(name))
 
     async def publish(self, channel: str, event: Any, *, idempotency_key: str | None = None) -> str:
         """Publish an event, and give its id.
@@ -103,9 +137,7 @@ class Broker:
     def publish_nowait(self, channel: str, event: Any, *, idempotency_key: str | None = None) -> str:
         """As `publish`, from any thread and from any event loop, without waiting. In memory only."""
         check_name(channel)
-        made = as_event(event)
-        if made.id is not None:
-            raise InvalidEventError(f"id={shown(made.id)}: a broker numbers its events itself; leave the id out")
+        made = unnumbered(event)
         if idempotency_key is None:
             return self._append(channel, made)
         with self._keys_lock:
@@ -131,6 +163,9 @@ class Broker:
         *channels: str,
         last_event_id: str | None = None,
         filter: Callable[[ServerSentEvent], bool] | None = None,  # noqa: A002 (as the built-in function)
+        checkpoint: bool = False,
+        snapshot: Callable[[], Any] | None = None,
+        info: Any = None,
     ) -> Subscription:
         """A place in the log, from which to read.
 
@@ -138,6 +173,12 @@ class Broker:
             *channels: Names; or patterns, where ``*`` stands for one segment and ``**`` at the end for the rest.
             last_event_id: The id of the last event that was read. ``None`` or ``""``: what is published from now on.
             filter: Which events to read.
+            checkpoint: Whether a keep-alive of its stream, in place of a comment, tells the client the id up to which
+                there was nothing for it: then a client of quiet channels in a busy broker can resume however long it
+                was quiet. A browser gives no event for it; a client that does is httpx-sse.
+            snapshot: Gives the state as of now, in an event or several: sent first where there is no id to resume
+                from, and after each ``reset``. Sync or async, or an async generator function.
+            info: Anything, for `on_join` and `on_leave` to see.
 
         Raises:
             TypeError: There is no channel.
@@ -145,52 +186,101 @@ class Broker:
         """
         if not channels:
             raise TypeError("subscribe() needs the name of a channel")
-        names = tuple(dict.fromkeys(check_pattern(name) for name in channels))
-        return Subscription(self._hub, names, last_event_id=last_event_id, filter=filter, overflow=self._overflow)
+        if snapshot is not None and not callable(snapshot):
+            raise TypeError(f"snapshot={snapshot!r} is not callable; give a function that makes it")
+        return self._open(
+            tuple(dict.fromkeys(check_pattern(name) for name in channels)),
+            last_event_id=last_event_id,
+            filter=filter,
+            checkpoint=checkpoint,
+            snapshot=snapshot,
+            info=info,
+        )
+
+    def endpoint(
+        self,
+        *channels: str,
+        authorize: Authorize | None = None,
+        recheck: float | None = None,
+        snapshot: Callable[[Request], Any] | None = None,
+        filter: Callable[[Request, ServerSentEvent], bool] | None = None,  # noqa: A002
+        checkpoint: bool = False,
+        runs: bool = False,
+    ) -> BrokerEndpoint:
+        """An endpoint of `create_app` or `SSEMiddleware`, which streams channels to those who may read them.
+
+        Which ones: `channels`; else what the route has in the place of ``{channel}``, as in ``"/events/{channel}"``;
+        else each ``channel`` of the query; else all that `authorize` grants. One that is a run is answered as such.
+
+        Args:
+            *channels: Names or patterns.
+            authorize: Asked with each `Request` before the response begins. Gives the channels that may be read, or
+                patterns of them, or an `Access`, which says until when as well; ``True``: whatever is asked for;
+                ``None``: nothing, which is answered with 403, as is what is asked for beyond. It may be async, and
+                raise an `HTTPError` of its own, such as a 401. Without: anybody may read any channel by its name, but
+                none by a pattern.
+            recheck: Seconds after which to ask it again, and again; a stream that it does not grant any more is ended.
+            snapshot: As of `subscribe`, but called with the `Request`.
+            filter: As of `subscribe`, but called with the `Request` and the event.
+            checkpoint: As of `subscribe`.
+            runs: Whether there are runs alone: where there is none of a name, the answer is 404.
+
+        Raises:
+            TypeError: An argument is of a wrong kind.
+            ValueError: A name is none, or an argument is out of range.
+        """
+        return BrokerEndpoint(
+            self,
+            self._hub,
+            channels,
+            authorize=authorize,
+            recheck=recheck,
+            snapshot=snapshot,
+            filter=filter,
+            checkpoint=checkpoint,
+            runs=runs,
+        )
+
+    async def run(
+        self,
+        name: str,
+        source: AsyncIterable[Any] | Iterable[Any],
+        *,
+        ttl: float = 300.0,
+        max_lifetime: float | None = None,
+        max_bytes: int | None = None,
+        on_end: Callable[[Outcome, BaseException | None], Any] | None = None,
+    ) -> Run:
+        """Publish what a source gives to a channel until it ends, whether or not anybody reads.
+
+        Behind its last event comes a final one: of the type ``end``, with the data ``{"reason": …}``, one of
+        ``finished``, ``failed``, ``cancelled``, ``expired`` and ``drained``.
+
+        Args:
+            name: The channel's name.
+            source: An async generator, any async iterable, or an iterable, which is run in a thread of its own. Its
+                items are as of `publish`.
+            ttl: Seconds for which clients can get it after its end.
+            max_lifetime: Seconds after which it is ended; ``None``: never.
+            max_bytes: Of its events that are kept: those beyond, the first ones, are lost to clients that come late,
+                who are told by a ``reset``. Default: as of any channel.
+            on_end: Makes the final event, of how it ended and what the source raised.
+
+        Raises:
+            BrokerError: A run of that name goes on, or there are as many as there may be.
+            TypeError: `source` is none.
+            ValueError: The name is none, or an argument is out of range.
+        """
+        check_name(name)
+        check_content(source)
+        for what, value in (("ttl", ttl), ("max_lifetime", max_lifetime), ("max_bytes", max_bytes)):
+            if value is not None and not value >= 0:
+                raise ValueError(f"{what}={value!r} is out of range; give a number of at least 0")
+        kept = self._max_bytes if max_bytes is None else max_bytes
+        return self._runs.begin(
+            self, name, source, self._open, ttl=ttl, max_lifetime=max_lifetime, max_bytes=kept, on_end=on_end
+        )
 
     def subscribers(self, channel: str) -> int:
         """How many read `channel` now, by its name or by a pattern."""
         return self._hub.subscribers(check_name(channel))
-
-
-class Channel:
-    """One channel of a broker. As an endpoint of `create_app` or `SSEMiddleware` it streams its events.
-
-    Attributes:
-        name: Its name.
-    """
-
-    __slots__ = ("_broker", "name")
-
-    def __init__(self, broker: Broker, name: str) -> None:
-        self._broker = broker
-        self.name = name
-
-    def __repr__(self) -> str:
-        return f"Channel({self.name!r})"
-
-    async def publish(self, event: Any, *, idempotency_key: str | None = None) -> str:
-        """See `Broker.publish`."""
-        return await self._broker.publish(self.name, event, idempotency_key=idempotency_key)
-
-    def publish_nowait(self, event: Any, *, idempotency_key: str | None = None) -> str:
-        """See `Broker.publish_nowait`."""
-        return self._broker.publish_nowait(self.name, event, idempotency_key=idempotency_key)
-
-    def subscribe(
-        self,
-        *,
-        last_event_id: str | None = None,
-        filter: Callable[[ServerSentEvent], bool] | None = None,  # noqa: A002
-    ) -> Subscription:
-        """See `Broker.subscribe`."""
-        return self._broker.subscribe(self.name, last_event_id=last_event_id, filter=filter)
-
-    @property
-    def subscribers(self) -> int:
-        """How many read it now."""
-        return self._broker.subscribers(self.name)
-
-    async def __call__(self, request: Request) -> Subscription:
-        """Answer a request with its events, behind the ``Last-Event-ID`` header or else that query parameter."""
-        return self.subscribe(last_event_id=request.last_event_id or request.query.get("last_event_id"))

@@ -1,44 +1,48 @@
-"""`Subscription`: one reader's place in the log of a broker."""
+"""`Subscription`: what channels have behind a place, and all that follows, given out one way or the other."""
 
 from __future__ import annotations
 
-import sys
-from collections import deque
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
+from .._eventloop import current_loop
 from ..errors import StreamClosedError
 from ..event import ServerSentEvent
-from ..inbox import Changing
-from ..log import is_pattern
+from .cursor import Cursor, Overflow
+from .snapshot import Snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
+    from types import TracebackType
+    from typing import Self
 
-    from ..log import Entry, ResetReason
+    from .._eventloop import EventLoop
+    from ..log import Entry
     from ..stream import Stream
     from .hub import Hub
-
-Overflow: TypeAlias = Literal["reset", "close"]
+    from .presence import Presence
+    from .run import Run
 
 _BATCH: Final = 64
 
 
-class Subscription(Changing):
-    """What channels have behind a position, and all that follows: replay and live are one read.
+class Subscription(Cursor):
+    """What channels have behind a place, and all that follows: replay and live are one read.
 
     An async iterable of `ServerSentEvent`, each with its id; and, given to `EventSourceResponse`, a stream that has
-    no task and no buffer of its own. To be read once, by one of the two.
+    no task and no buffer of its own. To be read once, by one of the two. It begins when it is read first, and ends
+    with the loop or response that reads it, or by `aclose`.
 
     Where the log has dropped events that were not read, there is one event of the type ``reset`` instead, whose data
     says why (``{"reason": "expired"}``, ``unknown``, ``epoch`` or ``overflow``), and whose id is where it goes on.
 
     Attributes:
         names: The channels, and patterns of channels.
+        info: What was given to `Broker.subscribe` as such.
     """
 
     __slots__ = (
-        "__weakref__", "_batch", "_begun_with", "_behind", "_channels", "_closed", "_filter", "_given", "_greets",
-        "_hub", "_lost", "_overflow", "_position", "_some", "_stopped", "_stream", "_taken", "_used", "_wake", "names",
+        "__weakref__", "_batch", "_begun_with", "_checkpoint", "_greets", "_loop", "_presence", "_stopped", "_stream",
+        "_taken", "_wake", "info",
     )  # fmt: skip
 
     def __init__(
@@ -49,31 +53,27 @@ class Subscription(Changing):
         last_event_id: str | None,
         filter: Callable[[ServerSentEvent], bool] | None,  # noqa: A002 (as it is called)
         overflow: Overflow,
+        checkpoint: bool,
+        snapshot: Callable[[], Any] | None,
+        presence: Presence | None,
+        info: Any,
+        run: Run | None = None,
     ) -> None:
-        super().__init__()
-        self.names = names
-        self._hub = hub
-        self._channels = [name for name in names if not is_pattern(name)]  # and those that patterns have matched
-        self._some = len(self._channels) < len(names)
-        self._filter = filter
-        self._overflow = overflow
+        made = None if snapshot is None else Snapshot(snapshot)
+        super().__init__(
+            hub, names, last_event_id=last_event_id, filter=filter, overflow=overflow, snapshot=made, run=run
+        )
+        self.info = info
+        self._checkpoint = checkpoint
+        self._presence = presence
         self._begun_with = last_event_id or ""
-        self._lost: ResetReason | None = None  # events are gone, and the reader is to be told
         self._greets = False  # its position is to be sent, before anything else
-        self._used = self._closed = self._stopped = False
+        self._stopped = False
+        self._loop: EventLoop | None = None  # in which it is read
         self._stream: Stream | None = None
         self._wake: Callable[[], object] = self._notify
         self._taken = 0
-        self._behind = True  # there may be something to read
-        self._batch: deque[Entry] = deque()  # read, and not given yet
-        self._given: int | None = None  # how far the reader has come; None: where it began
-        with hub.lock:
-            self._position = hub.log.tail
-            place = hub.log.parse(last_event_id) if last_event_id else hub.log.tail
-            if isinstance(place, int):
-                self._position = self._given = place
-            else:
-                self._reset(place)
+        self._batch: list[Entry] = []  # read and not given yet, the next one last
 
     @property
     def last_event_id(self) -> str:
@@ -83,40 +83,77 @@ class Subscription(Changing):
     def __repr__(self) -> str:
         return f"<Subscription {' '.join(self.names)} at {self.last_event_id}>"
 
-    # The hub's side
-
-    def matched(self, channel: str) -> None:
-        """See `hub.Reader`."""
-        if channel not in self._channels:
-            self._channels.append(channel)
-
-    def published(self, number: int) -> None:
-        """See `hub.Reader`."""
-        if not self._behind:  # all before it is read, so that nothing of it can be missing
-            self._behind = True
-            self._position = number
-
     def wake(self) -> None:
         """See `hub.Reader`."""
         self._wake()
 
+    async def prepare(self) -> None:
+        """Make its snapshot now, if it begins with one. Without, that is made when it is read.
+
+        Raises:
+            Exception: What making it raised.
+        """
+        if self._snapshot is not None and self._snapshot.wanted:
+            await self._snapshot.make(self._hub.log.id_of)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._close()
+
+    async def aclose(self) -> None:
+        """Read no more."""
+        self._close()
+
+    def leave_soon(self) -> None:
+        """Nobody reads it any more. May be called anywhere, with the hub's lock held too."""
+        if self._loop is not None and not self._closed:
+            self._loop.call_threadsafe(self._close)
+
+    def _begin(self) -> None:
+        if self._loop is not None:
+            raise StreamClosedError("this subscription was read before; subscribe once for each reader")
+        self._loop = current_loop()
+        self._join()
+        if self._presence is not None:
+            self._presence.joined(self)
+
+    def _close(self) -> None:
+        self._closed = True
+        if self._hub.leave(self) and self._presence is not None:
+            self._presence.left(self)
+        self._notify()
+
+    def _reset_event(self) -> ServerSentEvent:
+        event = super()._reset_event()
+        if self._given is None:
+            self._begun_with = ""
+        return event
+
     # As an async iterable
 
-    def __aiter__(self) -> Subscription:
-        return self
+    def __aiter__(self) -> AsyncIterator[ServerSentEvent]:
+        return _Iterator(self)
 
     async def __anext__(self) -> ServerSentEvent:
         """The next event.
 
         Raises:
-            StopAsyncIteration: It was closed; or events were lost, and its policy for that is ``close``.
+            StopAsyncIteration: It was closed; the run that it reads has ended; or events were lost, and its policy for
+                that is ``close``.
             StreamClosedError: It is read by a response.
+            Exception: What making its snapshot raised.
         """
         if self._stream is not None:
             raise StreamClosedError("this subscription is read by a response; subscribe once for each reader")
-        if not self._used:
+        if self._loop is None:
             self._begin()
         while not self._closed:
+            if self._lost is None:
+                await self.prepare()
             event = self._next()
             if event is not None:
                 return event
@@ -125,51 +162,47 @@ class Subscription(Changing):
         raise StopAsyncIteration
 
     def _next(self) -> ServerSentEvent | None:
+        if self._snapshot is not None and self._snapshot.events and self._lost is None:
+            return self._next_of(self._snapshot)
         while True:
             while self._batch:
-                entry = self._batch.popleft()
+                entry = self._batch.pop()
                 self._given = entry.number
-                if self._filter is None or self._filter(entry.event):
+                if self._wanted(entry):
                     self._taken += 1
                     return entry.event
             with self._hub.lock:
                 self._check()
                 if self._lost is not None:
                     return self._reset_event()
-                if self._closed or not self._read(_BATCH):
-                    return None
+                self._closed = self._closed or self._at_end()
+                if not self._closed:
+                    self._batch = self._read(_BATCH)[::-1]
+            if self._closed:
+                self._close()
+            if not self._batch:
+                return None
 
-    async def aclose(self) -> None:
-        """Read no more."""
-        self._close()
-
-    def _close(self) -> None:
-        self._closed = True
-        self._hub.leave(self)
-        self._notify()
-
-    def _begin(self) -> None:
-        if self._used:
-            raise StreamClosedError("this subscription was read before; subscribe once for each reader")
-        self._used = True
-        self._behind = True  # before it is woken for the first time: what was published since it was made counts
-        self._hub.join(self)
-        with self._hub.lock:
-            # A channel that a pattern matches may have been forgotten: then nobody knows what it had.
-            if not self._hub.log.is_complete(self._channels, patterns=self._some, after=self._position):
-                self._reset("expired")
+    def _next_of(self, snapshot: Snapshot) -> ServerSentEvent:
+        event = snapshot.events.popleft()
+        if not snapshot.events:
+            self._given = snapshot.position
+        return event
 
     # As the feed of a stream (stream.Live)
 
     def as_live(self) -> Subscription:
         """This, as what a stream pulls from."""
         self._begin()
-        self._greets = True  # so that a client which leaves before its first event has a place to resume from
+        # So that a client which leaves before its first event has a place to resume from; unless it gets a snapshot,
+        # whose end is that place.
+        self._greets = self._snapshot is None or not (self._snapshot.wanted or self._snapshot.events)
         return self
 
     def joined(self, stream: Stream) -> None:
         """`stream` is the one that pulls."""
         self._stream = stream
+        self._make_snapshot()
 
     def attach(self, wake: Callable[[], object]) -> None:
         """See `stream.Live`."""
@@ -186,6 +219,11 @@ class Subscription(Changing):
         self._stopped = True
 
     @property
+    def patient(self) -> bool:
+        """See `stream.Live`: what reads a run has the time of a drain to see its end."""
+        return self._run is not None
+
+    @property
     def pushed(self) -> int:
         """How many events were taken."""
         return self._taken
@@ -198,76 +236,117 @@ class Subscription(Changing):
     @property
     def ready(self) -> bool:
         """Whether there is anything to take."""
-        return not self._stopped and (self._behind or self._greets or self._lost is not None)
+        if self._stopped:
+            return False
+        if self._greets or self._lost is not None:
+            return True
+        if self._snapshot is not None and (self._snapshot.wanted or self._snapshot.events):
+            return not self._snapshot.wanted
+        return self._behind
 
     def take(self, limit: int) -> bytes:
         """See `outbox.Feed`."""
+        greets, self._greets = self._greets, False
+        snapshot = self._snapshot
+        if snapshot is not None and snapshot.events and self._lost is None:
+            return self._take_of(snapshot, limit)
         with self._hub.lock:
             self._check()
-            greets, self._greets = self._greets, False
             if self._lost is not None:
-                return self._reset_event().encode()
+                event = self._reset_event()
+                self._make_snapshot()
+                return event.encode()
             if greets:
                 self._given = self._position
                 return ServerSentEvent(id=self._hub.log.id_of(self._position)).encode()
             if self._closed:
                 return b""
-            if len(self._channels) == 1 and self._filter is None:
-                return self._take_of_one(limit)
-            self._read(limit=limit)
-        batch, self._batch = self._batch, deque()
-        chunks = [entry.chunk for entry in batch if self._filter is None or self._filter(entry.event)]
-        self._given = self._position
+            if self._single is not None and self._filter is None:
+                return self._take_of_one(self._single, limit)
+            batch = self._read(limit=limit)
+            self._given = self._position
+            self._see_end()
+        chunks = [entry.chunk for entry in batch if self._wanted(entry)]
         self._taken += len(chunks)
         return b"".join(chunks)
 
-    def _take_of_one(self, limit: int) -> bytes:
-        ring = self._hub.log.ring(self._channels[0])
-        if ring is None or not ring.has(self._position):
-            self._behind = False
-            return b""
-        chunk, self._position = ring.read(self._position, limit)
+    def _take_of_one(self, channel: str, limit: int) -> bytes:
+        ring = self._hub.log.ring(channel)
+        chunk = b""
+        if ring is not None and ring.has(self._position):
+            chunk, self._position = ring.read(self._position, limit)
+            self._taken += 1
         self._given = self._position
-        self._taken += 1
-        self._behind = ring.has(self._position)
+        self._behind = ring is not None and ring.has(self._position)
+        self._see_end()
         return chunk
+
+    def _take_of(self, snapshot: Snapshot, limit: int) -> bytes:
+        chunks: list[bytes] = []
+        size = 0
+        while snapshot.events:
+            chunk = snapshot.events[0].encode()
+            size += len(chunk)
+            if chunks and size > limit:
+                break
+            chunks.append(chunk)
+            self._next_of(snapshot)
+        return b"".join(chunks)
 
     def sent(self) -> None:
         """See `outbox.Feed`."""
 
-    # The log
+    def keep_alive(self) -> bytes:
+        """See `stream.Live`: where all there is was read, the place up to which that is so."""
+        if not self._checkpoint or self._given is None:
+            return b""
+        with self._hub.lock:
+            if self.ready:
+                return b""
+            self._given = self._position = self._hub.log.tail
+        return ServerSentEvent(id=self._hub.log.id_of(self._position)).encode()
 
-    def _read(self, count: int = sys.maxsize, limit: int = sys.maxsize) -> bool:
-        """Read what is next into the batch: so many events and bytes at the most, or one larger event."""
-        size = 0
-        for entry in self._hub.log.entries(self._channels, self._position):
-            size += len(entry.chunk)
-            if self._batch and (size > limit or len(self._batch) >= count):
-                return True
-            self._batch.append(entry)
-            self._position = entry.number
-        self._behind = False
-        return bool(self._batch)
+    def _see_end(self) -> None:
+        if not self._closed and self._at_end():
+            self._closed = self._stopped = True  # what a later run of that name publishes is not for this reader
+            if self._stream is not None:
+                self._stream.loop.call_soon(self._stream.live_ended)
 
-    def _check(self) -> None:
-        if self._behind and not self._hub.log.is_complete(self._channels, patterns=False, after=self._position):
-            if self._overflow == "close":
-                self._closed = self._stopped = True
-                if self._stream is not None:
-                    stream = self._stream
-                    stream.loop.call_soon(lambda: stream.close("overflowed"))
-            else:
-                self._reset("overflow")
+    def _overflowed(self) -> None:
+        self._closed = self._stopped = True
+        if self._stream is not None:
+            stream = self._stream
+            stream.loop.call_soon(lambda: stream.close("overflowed"))
 
-    def _reset(self, reason: ResetReason) -> None:
-        self._lost = self._lost or reason  # one event for all that was lost until it is read
-        self._position = self._hub.log.tail
-        self._behind = False
+    def _make_snapshot(self) -> None:
+        if self._stream is not None and self._snapshot is not None and self._snapshot.wanted:
+            self._stream.run_beside(self._prepare_and_wake)
 
-    def _reset_event(self) -> ServerSentEvent:
-        reason, self._lost = self._lost, None
-        self._given = self._position
-        return ServerSentEvent({"reason": reason}, event="reset", id=self._hub.log.id_of(self._position))
+    async def _prepare_and_wake(self) -> None:
+        await self.prepare()
+        self._wake()
+
+
+class _Iterator:
+    """Iterates over a subscription, and closes it where it is left with a ``break`` or an error."""
+
+    __slots__ = ("_subscription",)
+
+    def __init__(self, subscription: Subscription) -> None:
+        self._subscription = subscription
+
+    def __aiter__(self) -> AsyncIterator[ServerSentEvent]:
+        return self
+
+    def __anext__(self) -> Any:
+        return self._subscription.__anext__()
+
+    async def aclose(self) -> None:
+        """Read no more."""
+        await self._subscription.aclose()
+
+    def __del__(self) -> None:
+        self._subscription.leave_soon()
 
 
 def _nothing() -> None:

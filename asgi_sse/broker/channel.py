@@ -1,0 +1,80 @@
+"""`Channel`: one name of a broker."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .endpoint import check_room
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..event import ServerSentEvent
+    from ..routing import Request
+    from .broker import Broker
+    from .hub import Hub
+    from .subscription import Subscription
+
+
+class Channel:
+    """One channel of a broker. As an endpoint of `create_app` or `SSEMiddleware` it streams its events.
+
+    Attributes:
+        name: Its name.
+    """
+
+    __slots__ = ("_broker", "_hub", "name")
+
+    def __init__(self, broker: Broker, hub: Hub, name: str) -> None:
+        self._broker = broker
+        self._hub = hub
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r})"
+
+    async def publish(self, event: Any, *, idempotency_key: str | None = None) -> str:
+        """See `Broker.publish`."""
+        return await self._broker.publish(self.name, event, idempotency_key=idempotency_key)
+
+    def publish_nowait(self, event: Any, *, idempotency_key: str | None = None) -> str:
+        """See `Broker.publish_nowait`."""
+        return self._broker.publish_nowait(self.name, event, idempotency_key=idempotency_key)
+
+    def subscribe(
+        self,
+        *,
+        last_event_id: str | None = None,
+        filter: Callable[[ServerSentEvent], bool] | None = None,  # noqa: A002 (as of Broker.subscribe)
+        checkpoint: bool = False,
+        snapshot: Callable[[], Any] | None = None,
+        info: Any = None,
+    ) -> Subscription:
+        """See `Broker.subscribe`."""
+        return self._broker.subscribe(
+            self.name,
+            last_event_id=last_event_id,
+            filter=filter,
+            checkpoint=checkpoint,
+            snapshot=snapshot,
+            info=info,
+        )
+
+    @property
+    def subscribers(self) -> int:
+        """How many read it now."""
+        return self._broker.subscribers(self.name)
+
+    async def __call__(self, request: Request) -> Subscription:
+        """Answer a request with its events, behind its ``Last-Event-ID``; without, with what is published from now on.
+
+        While it is that of a `Run`, with the run.
+
+        Raises:
+            HTTPError: 503, it has as many subscribers as it may; 204, see `Run`.
+        """
+        run = self._broker.runs.get(self.name)
+        if run is not None:
+            return await run(request)
+        check_room(self._hub, (self.name,))
+        return self.subscribe(last_event_id=request.last_event_id, info=request)

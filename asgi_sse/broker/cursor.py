@@ -1,0 +1,163 @@
+"""`Cursor`: a place in the log of a broker, and the rules by which it moves on."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast
+
+from ..event import ServerSentEvent
+from ..inbox import Changing
+from ..log import is_pattern
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..log import Entry, ResetReason
+    from .hub import Hub
+    from .run import Run
+    from .snapshot import Snapshot
+
+Overflow: TypeAlias = Literal["reset", "close"]
+
+
+class Cursor(Changing):
+    """What is behind it is unread; where that is not complete any more, it is reset.
+
+    What is read is settled here, with the hub's lock held; how it is given out, by `Subscription`.
+
+    Attributes:
+        names: The channels, and patterns of channels.
+    """
+
+    __slots__ = (
+        "_behind", "_closed", "_dirty", "_filter", "_given", "_hub", "_lost", "_overflow", "_position", "_run",
+        "_single", "_snapshot", "names",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        hub: Hub,
+        names: tuple[str, ...],
+        *,
+        last_event_id: str | None,
+        filter: Callable[[ServerSentEvent], bool] | None,  # noqa: A002 (as it is called)
+        overflow: Overflow,
+        snapshot: Snapshot | None,
+        run: Run | None = None,
+    ) -> None:
+        super().__init__()
+        self.names = names
+        self._hub = hub
+        self._single = names[0] if len(names) == 1 and not is_pattern(names[0]) else None
+        self._dirty: set[str] | None = None  # of several channels, those that may have something to read
+        self._behind = True  # there may be something to read
+        self._filter = filter
+        self._overflow = overflow
+        self._snapshot = snapshot
+        self._run = run
+        self._lost: ResetReason | None = None  # events are gone, and the reader is to be told
+        self._closed = False
+        self._given: int | None = None  # how far the reader has come; None: where it began
+        with hub.lock:
+            log = hub.log
+            if last_event_id:
+                place = log.parse(last_event_id)
+                if isinstance(place, int):
+                    self._position = self._given = place
+                else:
+                    self._reset(place)
+            else:
+                self._position = log.tail if run is None else run.start
+                if snapshot is None:
+                    self._given = self._position
+                else:
+                    snapshot.want(self._position)
+
+    # The hub's side
+
+    def published(self, channel: str, before: int) -> None:
+        """See `hub.Reader`."""
+        if not self._behind:  # all before it is read, so that nothing of it can be missing
+            self._behind = True
+            self._position = before
+        if self._dirty is not None:
+            self._dirty.add(channel)
+
+    def _join(self) -> None:
+        self._behind = True  # before it is woken for the first time: what was published since it was made counts
+        channels = self._hub.join(self)
+        if self._single is None:
+            self._dirty = set(channels)
+        with self._hub.lock:
+            # A channel that a pattern matches may have been forgotten: then nobody knows what it had.
+            patterns = any(map(is_pattern, self.names))
+            if not self._hub.log.is_complete(channels, patterns=patterns, after=self._position):
+                self._reset("expired")
+
+    def wake(self) -> None:
+        """See `hub.Reader`."""
+        raise NotImplementedError
+
+    # The log; with the hub's lock held
+
+    def _channels(self) -> set[str] | tuple[str]:
+        return (self._single,) if self._single is not None else self._dirty or set()
+
+    def _read(self, count: int = sys.maxsize, limit: int = sys.maxsize) -> list[Entry]:
+        """What is next: so many events and bytes at the most, or one larger event."""
+        batch: list[Entry] = []
+        size = 0
+        for entry in self._hub.log.entries(self._channels(), self._position):
+            size += len(entry.chunk)
+            if batch and (size > limit or len(batch) >= count):
+                break
+            batch.append(entry)
+            self._position = entry.number
+        else:
+            self._caught_up()
+        return batch
+
+    def _caught_up(self) -> None:
+        self._behind = False
+        if self._dirty is not None:
+            self._dirty.clear()
+
+    def _check(self) -> None:
+        """See whether what is behind it is complete."""
+        if self._behind and not self._hub.log.is_complete(self._channels(), patterns=False, after=self._position):
+            if self._overflow == "close":
+                self._overflowed()
+            else:
+                self._reset("overflow")
+
+    def _overflowed(self) -> None:
+        self._closed = True
+
+    def _reset(self, reason: ResetReason) -> None:
+        self._lost = self._lost or reason  # one event for all that was lost until it is read
+        log = self._hub.log
+        ring = None if self._run is None else log.ring(self._run.name)
+        if ring is not None:
+            # Of a run, whatever is left is wanted, its end above all.
+            self._position = max(ring.trimmed, cast("Run", self._run).start)
+            return
+        self._position = log.tail
+        self._caught_up()
+        if self._snapshot is not None:
+            self._snapshot.want(self._position)
+
+    def _reset_event(self) -> ServerSentEvent:
+        reason, self._lost = self._lost, None
+        # With a snapshot to come, the client is to have no id until it has all of that.
+        self._given = None if self._snapshot is not None else self._position
+        place = "" if self._given is None else self._hub.log.id_of(self._given)
+        return ServerSentEvent({"reason": reason}, event="reset", id=place)
+
+    def _at_end(self) -> bool:
+        """Whether it reads a run, and has come to its end."""
+        return self._run is not None and self._run.final is not None and self._position >= self._run.final
+
+    def _wanted(self, entry: Entry) -> bool:
+        if self._filter is None or self._filter(entry.event):
+            return True
+        return self._run is not None and entry.number == self._run.final  # who misses that one never stops
