@@ -15,7 +15,7 @@ async def chain(
     receive: Receive,
     send: Send,
     *,
-    startup: Callable[[], Any],
+    startup: Callable[[], Awaitable[Any]],
     shutdown: Callable[[], Awaitable[Any]],
     strict: bool,
 ) -> None:
@@ -38,13 +38,20 @@ async def chain(
         pending = message["type"]
         if pending == "lifespan.startup":
             begun = True
-            startup()
+            try:
+                await startup()
+            except Exception as exc:
+                # Told here: of an exception alone, uvicorn takes it that there is no lifespan, and goes on without.
+                await send_on({"type": "lifespan.startup.failed", "message": f"{type(exc).__name__}: {exc}"})
+                raise
         elif pending == "lifespan.shutdown":
             await shutdown()
         return message
 
     async def send_on(message: Message) -> None:
         nonlocal pending, over
+        if over:
+            return  # the app tells as well what we have told
         pending = ""
         over = message["type"] in ("lifespan.startup.failed", "lifespan.shutdown.complete", "lifespan.shutdown.failed")
         await send(message)

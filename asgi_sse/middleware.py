@@ -2,13 +2,13 @@
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import fields, replace
-from functools import partial
 from typing import Any, Final
 
 from asgiref.compatibility import guarantee_single_callable
 
 from . import lifespan
 from ._types import ASGIApp, Receive, Scope, Send
+from .broker import Broker
 from .compression import Guard
 from .cors import CORS, is_preflight
 from .options import StreamOptions
@@ -18,7 +18,7 @@ from .response import SCOPE_KEY, Defaults
 from .routing import METHODS, Endpoint, RouteTable, route_path
 from .server import server_of
 
-_OWN: Final = ("routes", "registry", "compression", "adopt", "cors", "signals", "strict_lifespan")
+_OWN: Final = ("routes", "broker", "registry", "compression", "adopt", "cors", "signals", "strict_lifespan")
 _OPTIONS: Final = tuple(field.name for field in fields(StreamOptions))
 _COMPRESSION: Final = ("bypass", "refuse", "off")
 
@@ -34,6 +34,7 @@ class SSEMiddleware:
         routes: Paths such as ``"/events"`` or ``"/users/{name}"``, each with its endpoint: an async or
             sync generator function, or a coroutine function, that takes a `Request` or nothing and
             gives the events or a response; or any ASGI app.
+        broker: One that is opened and closed with the app. It is closed when all streams have ended.
         registry: Where the streams run. Default: a new one.
         signals: Whether to learn of the server's shutdown early, from its signals and its own state.
             Without, an endless stream holds uvicorn and hypercorn unless the registry is drained by call.
@@ -63,6 +64,7 @@ class SSEMiddleware:
         app: ASGIApp,
         routes: Mapping[str, Any] | None = None,
         *,
+        broker: Broker | None = None,
         registry: StreamRegistry | None = None,
         compression: str = "bypass",
         adopt: bool = True,
@@ -77,6 +79,8 @@ class SSEMiddleware:
         if unknown:
             known = ", ".join((*_OWN, *_OPTIONS))
             raise TypeError(f"there is no option {unknown[0]!r}; there are {known}")
+        if broker is not None and not isinstance(broker, Broker):
+            raise TypeError(f"broker={broker!r} is none; give a Broker")
         if compression not in _COMPRESSION:
             raise ValueError(f"compression={compression!r}; give one of {', '.join(map(repr, _COMPRESSION))}")
         # Most sources that fail at all fail within a second: until then the head can wait for their status.
@@ -92,6 +96,7 @@ class SSEMiddleware:
         self._terms = Terms(self.registry, adopted if adopt else None, watch=signals, guard=self._guard)
         self._cors = cors if cors is None or isinstance(cors, CORS) else CORS(cors)
         self._strict_lifespan = strict_lifespan
+        self._broker = broker
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one connection, or the lifespan."""
@@ -126,17 +131,20 @@ class SSEMiddleware:
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         server = server_of(send)
 
-        def startup() -> None:
+        async def startup() -> None:
             self.registry.start(server)
             if self._guard is not None:
                 self._guard.look()
+            if self._broker is not None:
+                await self._broker.__aenter__()
+
+        async def shutdown() -> None:
+            try:
+                await self.registry.stop(server)
+            finally:
+                if self._broker is not None:
+                    await self._broker.__aexit__(None, None, None)
 
         await lifespan.chain(
-            self.app,
-            scope,
-            receive,
-            send,
-            startup=startup,
-            shutdown=partial(self.registry.stop, server),
-            strict=self._strict_lifespan,
+            self.app, scope, receive, send, startup=startup, shutdown=shutdown, strict=self._strict_lifespan
         )

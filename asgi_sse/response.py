@@ -275,15 +275,14 @@ class EventSourceResponse:
             draining=draining,
             encoder=self.encoder,
             lockstep=self.lockstep,
-            feeder=self.feeder,
             live=live,
         )
         if passage is not None:
             passage.carries(self.stream)
         elif defaults is None or defaults.guard:
             watch_head(head["headers"], send, server.loop, scope["path"], registry.count_compressed)
-        if live is not None:
-            live.joined(self.stream)
+        if self.feeder is not None:
+            self.stream.run_beside(self.feeder)
         return self.stream.run()
 
 

@@ -90,6 +90,10 @@ class Live(Feed, Protocol):
         """Call `wake`, in the stream's event loop, when there is something to take."""
         ...
 
+    def joined(self, stream: "Stream") -> None:
+        """`stream` is the one that takes."""
+        ...
+
     def detach(self) -> None:
         """The stream is over."""
         ...
@@ -188,7 +192,6 @@ class Stream:
         draining: DrainingEvent,
         encoder: ItemEncoder = encode_item,
         lockstep: bool = False,
-        feeder: Callable[[], Awaitable[None]] | None = None,
         live: Live | None = None,
         child: Child | None = None,
     ) -> None:
@@ -214,7 +217,7 @@ class Stream:
         feed.attach(self._outbox.flush_now if lockstep and live is None else self._outbox.wake)
         self._wait: Wait = loop.wait()
         self._child = child
-        self._helpers: tuple[_Helper, ...] = () if feeder is None else (_Helper(feeder),)
+        self._helpers: tuple[_Helper, ...] = ()
         self._source_done: anyio.Event | None = None
         self._pumping = False
         self._stopped = False  # the source has been cancelled
@@ -237,6 +240,8 @@ class Stream:
         self.ended_itself = False
         self.forced = False
         self.abandoned = False
+        if live is not None:
+            live.joined(self)
 
     @property
     def state(self) -> str:
@@ -296,8 +301,6 @@ class Stream:
             self._open()
         else:
             self._child = self._loop.spawn(self._pump, "asgi_sse source")
-        for helper in self._helpers:
-            self._begin_helper(helper)
         if self._options.open_timeout == 0:
             # The source's first step comes before the second turn, so that an error in it still has its own status.
             # Before the first one on asyncio; trio takes the tasks and callbacks of one turn in any order.
@@ -459,11 +462,9 @@ class Stream:
         if self.reason is None:
             helper = _Helper(main)
             self._helpers += (helper,)
-            self._begin_helper(helper)
-
-    def _begin_helper(self, helper: "_Helper") -> None:
-        # In the request's context, which a callback of the event loop does not have.
-        helper.child = self._context.copy().run(self._loop.spawn, partial(self._run_helper, helper), "asgi_sse helper")
+            # In the request's context, which a callback of the event loop does not have.
+            spawn = partial(self._loop.spawn, partial(self._run_helper, helper), "asgi_sse helper")
+            helper.child = self._context.copy().run(spawn)
 
     async def _run_helper(self, helper: "_Helper") -> None:
         helper.runs = True

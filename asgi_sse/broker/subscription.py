@@ -200,7 +200,7 @@ class Subscription(Cursor):
         return self
 
     def joined(self, stream: Stream) -> None:
-        """`stream` is the one that pulls."""
+        """See `stream.Live`."""
         self._stream = stream
         self._make_snapshot()
 
