@@ -12,7 +12,7 @@ from ..log import is_pattern
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..log import Entry, ResetReason
+    from ..log import Entry, ResetReason, Ring
     from .hub import Hub
     from .run import Run
     from .snapshot import Snapshot
@@ -107,8 +107,11 @@ class Cursor(Changing):
         """What is next: so many events and bytes at the most, or one larger event."""
         batch: list[Entry] = []
         size = 0
+        final = None if self._run is None else self._run.final
         for entry in self._hub.log.entries(self._channels(), self._position):
             size += len(entry.chunk)
+            if final is not None and entry.number > final:
+                break  # of a later run of that name
             if batch and (size > limit or len(batch) >= count):
                 break
             batch.append(entry)
@@ -152,6 +155,9 @@ class Cursor(Changing):
         self._given = None if self._snapshot is not None else self._position
         place = "" if self._given is None else self._hub.log.id_of(self._given)
         return ServerSentEvent({"reason": reason}, event="reset", id=place)
+
+    def _ends_within(self, ring: Ring) -> bool:
+        return self._run is not None and self._run.final is not None and self._run.final < ring.newest
 
     def _at_end(self) -> bool:
         """Whether it reads a run, and has come to its end."""

@@ -327,8 +327,14 @@ class Runs(Mapping[str, Run]):
             for run in running:
                 await run.wait()
 
+    def release(self, run: Run) -> None:
+        """Let go of `run`."""
+        with self._lock:
+            if self._all.get(run.name) is run and run.name in self._until:
+                self._release(run.name)
+
     def purge(self) -> None:
-        """Let go of those whose time is over."""
+        """Let go of those whose time is over, in an event loop that was closed meanwhile."""
         now = clock()
         with self._lock:
             for name in [name for name, until in self._until.items() if until <= now]:
@@ -341,7 +347,7 @@ class Runs(Mapping[str, Run]):
                 while len(self._until) > self._max_runs:
                     self._release(next(iter(self._until)))
         if not run.loop.closed:
-            run.loop.call_at(run.loop.time() + ttl, partial(_purge, weakref.ref(self)))
+            run.loop.call_at(run.loop.time() + ttl, partial(_release, weakref.ref(self), weakref.ref(run)))
 
     def _release(self, name: str) -> None:
         del self._until[name], self._all[name]
@@ -349,7 +355,7 @@ class Runs(Mapping[str, Run]):
             self._hub.log.release(name)
 
 
-def _purge(runs: weakref.ref[Runs]) -> None:
-    alive = runs()
-    if alive is not None:
-        alive.purge()
+def _release(runs: weakref.ref[Runs], run: weakref.ref[Run]) -> None:
+    manager, ended = runs(), run()
+    if manager is not None and ended is not None:
+        manager.release(ended)

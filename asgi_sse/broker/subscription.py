@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from .._eventloop import EventLoop
-    from ..log import Entry
+    from ..log import Entry, Ring
     from ..stream import Stream
     from .hub import Hub
     from .presence import Presence
@@ -261,8 +261,9 @@ class Subscription(Cursor):
                 return ServerSentEvent(id=self._hub.log.id_of(self._position)).encode()
             if self._closed:
                 return b""
-            if self._single is not None and self._filter is None:
-                return self._take_of_one(self._single, limit)
+            ring = None if self._single is None or self._filter is not None else self._hub.log.ring(self._single)
+            if ring is not None and not self._ends_within(ring):
+                return self._take_of_one(ring, limit)
             batch = self._read(limit=limit)
             self._given = self._position
             self._see_end()
@@ -270,14 +271,13 @@ class Subscription(Cursor):
         self._taken += len(chunks)
         return b"".join(chunks)
 
-    def _take_of_one(self, channel: str, limit: int) -> bytes:
-        ring = self._hub.log.ring(channel)
+    def _take_of_one(self, ring: Ring, limit: int) -> bytes:
         chunk = b""
-        if ring is not None and ring.has(self._position):
+        if ring.has(self._position):
             chunk, self._position = ring.read(self._position, limit)
             self._taken += 1
         self._given = self._position
-        self._behind = ring is not None and ring.has(self._position)
+        self._behind = ring.has(self._position)
         self._see_end()
         return chunk
 
