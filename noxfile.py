@@ -16,8 +16,8 @@ MINIMUMS = ["anyio==4.8.0", "asgiref==3.8.0", "trio==0.27.0", "uvicorn==0.34.0",
 IN_PROCESS = [
     f"tests/test_{name}.py"
     for name in (
-        "event", "decoder", "log", "broker", "broker_endpoint", "runs", "response", "hostile", "routing", "registry", "shutdown", "healing",
-        "compression", "cors", "floors",
+        "event", "decoder", "log", "broker", "broker_endpoint", "runs", "response", "hostile", "routing", "registry",
+        "shutdown", "healing", "compression", "cors", "floors",
     )
 ]  # fmt: skip
 ADAPTERS = ["tests/test_adapters.py", "tests/test_starlette_adapter.py"]

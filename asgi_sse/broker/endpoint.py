@@ -196,7 +196,7 @@ class BrokerEndpoint:
                 access = await self._access_of(request)
                 allowed = self._allowed(asked, access)
             except HTTPError:
-                allowed = ()
+                break
             if not set(names) <= set(allowed):
                 break
             response.limit(access)
