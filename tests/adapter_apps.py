@@ -13,8 +13,10 @@ import django
 import fastapi
 import litestar
 import quart
+from asgiref.sync import async_to_sync
 from django.conf import settings
 from django.core.asgi import get_asgi_application
+from django.http import HttpResponse
 from django.urls import path
 from starlette.applications import Starlette
 from starlette.routing import Route
@@ -26,6 +28,7 @@ from asgi_sse.adapters import quart as quart_adapter
 from asgi_sse.adapters import starlette as starlette_adapter
 
 seen: list[str] = []
+broker = asgi_sse.Broker()
 
 
 async def async_events() -> AsyncIterator[Any]:
@@ -64,7 +67,16 @@ async def short(text: str) -> AsyncIterator[Any]:
     yield {"data": "[DONE]"}
 
 
-SOURCES: dict[str, Callable[[], Any]] = {"/async": async_events, "/sync": sync_events, "/failing": failing}
+def channel_events() -> Any:
+    return broker.subscribe("a")
+
+
+SOURCES: dict[str, Callable[[], Any]] = {
+    "/async": async_events,
+    "/sync": sync_events,
+    "/failing": failing,
+    "/channel": channel_events,
+}
 
 
 def starlette_app() -> Any:
@@ -110,6 +122,10 @@ def fastapi_app() -> Any:
     async def post(request: fastapi.Request) -> starlette_adapter.EventSourceResponse:
         return starlette_adapter.EventSourceResponse(short((await request.body()).decode()))
 
+    @app.get("/channel")
+    async def channel() -> starlette_adapter.EventSourceResponse:
+        return starlette_adapter.EventSourceResponse(channel_events())
+
     @app.get("/plain")
     async def plain() -> Any:
         return asgi_sse.EventSourceResponse(async_events())
@@ -151,7 +167,11 @@ def litestar_app() -> Any:
     async def as_any() -> Any:
         return asgi_sse.EventSourceResponse(async_events())
 
-    return litestar.Litestar([asynchronous, synchronous, fail, post, plain, as_any])
+    @litestar.get("/channel")
+    async def channel() -> litestar_adapter.EventSourceResponse:
+        return litestar_adapter.EventSourceResponse(channel_events())
+
+    return litestar.Litestar([asynchronous, synchronous, fail, post, plain, as_any, channel])
 
 
 def quart_app() -> Any:
@@ -177,6 +197,10 @@ def quart_app() -> Any:
     @app.get("/plain")
     async def plain() -> Any:
         return asgi_sse.EventSourceResponse(async_events())
+
+    @app.get("/channel")
+    async def channel() -> Any:
+        return quart_adapter.EventSourceResponse(channel_events())
 
     @app.get("/rude")
     async def rude_view() -> Any:
@@ -211,7 +235,16 @@ def django_app() -> Any:
     async def plain(request: Any) -> Any:
         return asgi_sse.EventSourceResponse(async_events())
 
+    def channel(request: Any) -> Any:
+        return django_adapter.EventSourceResponse(channel_events())
+
+    def publish(request: Any) -> Any:
+        broker.publish_nowait("a", "of a synchronous view")
+        return HttpResponse(async_to_sync(broker.publish)("a", "and through the event loop"))
+
     views = {
+        "channel": channel,
+        "publish": publish,
         "async": asynchronous,
         "sync": synchronous,
         "failing": fail,

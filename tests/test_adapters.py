@@ -102,6 +102,24 @@ async def test_a_source_that_fails_cuts_the_body_and_is_raised(app: Any, wrapped
 
 
 @every_framework
+async def test_a_subscription_is_streamed(app: Any, framework: str) -> None:
+    async with open_stream(SSEMiddleware(app), "/channel") as stream:
+        while not adapter_apps.broker.subscribers("a"):
+            await anyio.sleep(0.01)
+        await adapter_apps.broker.publish("a", "x")
+        assert (await stream.receive(10)).data == "x"
+        if framework == "django":
+            async with open_stream(app, "/publish") as other:
+                assert other.status == 200
+                given = (await the_end_of(other)).decode()
+            assert (await stream.receive(10)).data == "of a synchronous view"
+            last = await stream.receive(10)
+            assert (last.data, last.id) == ("and through the event loop", given)
+        await stream.disconnect()
+    assert adapter_apps.broker.subscribers("a") == 0
+
+
+@every_framework
 async def test_a_post_is_answered_with_a_stream(app: Any) -> None:
     async with open_stream(app, "/post", method="POST", body=b"hello") as stream:
         assert stream.status == 200
