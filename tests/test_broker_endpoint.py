@@ -1,5 +1,6 @@
 """Channels as endpoints: who may read what and until when, snapshots, presence, checkpoints, limits."""
 
+import random
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from asgi_sse import (
     Access,
@@ -455,6 +458,58 @@ async def test_a_client_that_leaves_while_its_snapshot_is_made() -> None:
         await stream.disconnect()
     assert ended == ["cancelled"]
     assert broker.subscribers("a") == 0
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32))
+async def test_a_state_that_is_rebuilt_is_right_in_the_end(seed: int) -> None:
+    """Of clients that keep it by snapshots and changes, are cut anywhere, and too slow at times."""
+    chance = random.Random(seed)
+    broker = Broker(history=chance.choice([1, 3, 50]), max_channels=chance.choice([1, 50]))
+    state: set[int] = set()
+
+    async def snapshot() -> list[dict[str, Any]]:
+        made = [{"event": "part", "data": number} for number in sorted(state)]
+        for _ in range(chance.choice([0, 0, 1, 5])):
+            await anyio.lowlevel.checkpoint()
+        return [{"event": "clear", "data": ""}, *made]
+
+    done = anyio.Event()
+
+    async def client() -> None:
+        seen: set[int] = set()
+        last = ""
+        while True:
+            ending = done.is_set()
+            response = EventSourceResponse(
+                broker.subscribe("set.*", last_event_id=last or None, snapshot=snapshot), send_timeout=None
+            )
+            async with open_stream(response, capacity=1) as stream:
+                events: list[ServerSentEvent] = []
+                with anyio.move_on_after(0.2):
+                    for _ in range(10**6 if ending else chance.randrange(20)):
+                        events.append(await stream.receive(10))  # noqa: PERF401 (it is cut)
+                events += stream._events  # fed to the decoder: seen, with its id
+                if any(event.event == "reset" for event in events) or stream._decoder.last_event_id:
+                    last = stream.last_event_id
+            for event in events:
+                if event.event in {"clear", "reset"}:
+                    seen.clear()
+                else:
+                    seen.add(int(str(event.data)))
+            if ending:
+                break
+        assert seen == state
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(4):
+            tasks.start_soon(client)
+        for number in range(60):
+            state.add(number)
+            await broker.publish(f"set.{number % 3}", number)
+            if chance.random() < 0.3:
+                await anyio.sleep(chance.choice([0, 0.01]))
+        done.set()
 
 
 # Checkpoints

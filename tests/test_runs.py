@@ -2,6 +2,7 @@
 
 import gc
 import json
+import random
 import threading
 import weakref
 from collections.abc import AsyncIterator, Iterator
@@ -10,8 +11,21 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from asgi_sse import Broker, BrokerError, EventSourceResponse, Request, Run, ServerSentEvent, StreamRegistry, create_app
+from asgi_sse import (
+    Broker,
+    BrokerError,
+    EventSourceResponse,
+    Request,
+    Run,
+    ServerSentEvent,
+    SSEMiddleware,
+    StreamClosedError,
+    StreamRegistry,
+    create_app,
+)
 from asgi_sse.testing import OpenStream, open_stream
 
 pytestmark = pytest.mark.anyio
@@ -427,8 +441,6 @@ async def test_a_broker_that_cannot_be_opened_stops_the_start(monkeypatch: pytes
         async def send(message: Any, messages: list[Any] = messages) -> None:
             messages.append(message)
 
-        from asgi_sse import SSEMiddleware
-
         with pytest.raises(BrokerError):
             await SSEMiddleware(app, broker=Broker())({"type": "lifespan"}, receive, send)
         assert messages == [{"type": "lifespan.startup.failed", "message": "BrokerError: nobody answers"}]
@@ -479,3 +491,48 @@ async def test_bad_arguments() -> None:
         create_app({}, broker="redis://")
     assert len(broker.runs) == 0
     assert json.loads(str(ServerSentEvent({"reason": "x"}).data)) == {"reason": "x"}
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32))
+async def test_any_coming_and_going(seed: int) -> None:
+    """Every client has every event of the run once and in order in the end, wherever it was cut."""
+    chance = random.Random(seed)
+    broker = Broker(history=1, max_channels=1)
+    events = chance.randrange(30)
+
+    async def source() -> AsyncIterator[str]:
+        for number in range(events):
+            if chance.random() < 0.7:
+                await anyio.lowlevel.checkpoint()
+            yield f"word {number}"
+            await broker.publish(f"other.{number}", "x")
+
+    app = app_of(broker)
+    run = await broker.run("chat", source())
+
+    async def client() -> None:
+        seen: list[str] = []
+        last, status = "", 200
+        while status == 200:
+            async with open_stream(app, "/runs/chat", headers={"Last-Event-ID": last} if last else {}) as stream:
+                status = stream.status
+                with anyio.move_on_after(0 if chance.random() < 0.3 else None):
+                    for _ in range(chance.randrange(10)):
+                        try:
+                            seen.append(str((await stream.receive(10)).data))
+                        except StreamClosedError:
+                            break
+                # What the decoder was fed of one message counts as seen, with its id.
+                while stream._events:
+                    seen.append(str(stream._events.popleft().data))
+                last = stream.last_event_id or last
+        assert status == 204
+        assert seen == said(events)
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(5):
+            tasks.start_soon(client)
+            await anyio.lowlevel.checkpoint()
+    assert run.outcome == "finished"
+    assert broker.subscribers("chat") == 0
