@@ -4,8 +4,11 @@ import inspect
 import re
 import subprocess
 import sys
+import time
+from collections.abc import AsyncIterator
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -60,8 +63,17 @@ def test_the_readme_names_each_default(readme: str) -> None:
 @pytest.mark.real_time
 async def test_the_readme_runs(readme: str) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 7
-    names: dict[str, Any] = {}
+    assert len(blocks) == 9
+
+    async def load_state(channel: str) -> str:
+        return f"the state of {channel}"
+
+    async def tokens(prompt: str) -> AsyncIterator[str]:
+        for word in prompt.split():
+            yield word
+
+    ann = SimpleNamespace(name="ann", session_ends=time.time() + 100)
+    names: dict[str, Any] = {"users": {"secret": ann}, "load_state": load_state, "tokens": tokens}
     apps = []
     for block in blocks:
         names = dict(names)  # each block may use what those before it have defined, and changes nothing for them
@@ -83,9 +95,21 @@ async def test_the_readme_runs(readme: str) -> None:
             assert [event async for event in order] == []
         event = await stream.receive()
         assert (event.event, event.data) == ("order", '{"state":"paid"}')
-    async with open_stream(apps[4], "/ticks") as stream:
+    async with open_stream(apps[4], "/events/user.ann", headers={"Cookie": "session=secret"}) as stream:
+        assert (await stream.receive()).data == "the state of user.ann"
+    for path, status in (("/events/user.bob", 403), ("/mine", 200)):
+        async with open_stream(apps[4], path, headers={"Cookie": "session=secret"}) as stream:
+            assert stream.status == status
+    async with open_stream(apps[5], "/ask/42", method="POST", body=b"a b") as stream:
+        assert [event.data async for event in stream] == ["a", "b", '{"reason":"finished"}']
+        last = stream.last_event_id
+    async with open_stream(apps[5], "/runs?channel=chat/42") as stream:
+        assert [event.data async for event in stream][:2] == ["a", "b"]
+    async with open_stream(apps[5], "/runs?channel=chat/42", headers={"Last-Event-ID": last}) as stream:
+        assert stream.status == 204
+    async with open_stream(apps[6], "/ticks") as stream:
         assert (await stream.receive()).id == "1"
-        apps[4].registry.begin_drain()
+        apps[6].registry.begin_drain()
         assert [event async for event in stream] == []
         assert stream.complete
     names["app"] = apps[0]
