@@ -34,7 +34,7 @@ class SSEMiddleware:
         routes: Paths such as ``"/events"`` or ``"/users/{name}"``, each with its endpoint: an async or
             sync generator function, or a coroutine function, that takes a `Request` or nothing and
             gives the events or a response; or any ASGI app.
-        broker: One that is opened and closed with the app. It is closed when all streams have ended.
+        broker: One that is opened and closed with the app. Its runs are told of the end with the streams.
         registry: Where the streams run. Default: a new one.
         signals: Whether to learn of the server's shutdown early, from its signals and its own state.
             Without, an endless stream holds uvicorn and hypercorn unless the registry is drained by call.
@@ -97,6 +97,8 @@ class SSEMiddleware:
         self._cors = cors if cors is None or isinstance(cors, CORS) else CORS(cors)
         self._strict_lifespan = strict_lifespan
         self._broker = broker
+        if broker is not None:
+            self.registry.when_draining(broker.begin_close)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one connection, or the lifespan."""

@@ -173,6 +173,51 @@ def check_progress(run: Run) -> None:
     assert "EventSource(" in run.client.get("/").text
 
 
+def check_dashboard(run: Run) -> None:
+    for order, state in (("7", "paid"), ("8", "new"), ("7", "sent")):
+        assert run.status(f"/shops/bakery?order={order}&state={state}", "POST") == 201
+    with run.stream("/board?key=bread") as events:
+        board = next(events)
+        assert (board.event, board.data) == ("board", '{"7": "sent", "8": "new"}')
+        run.status("/shops/butcher?order=1&state=new", "POST")
+        run.status("/shops/bakery?order=8&state=paid", "POST")
+        change = next(events)
+        assert (change.event, change.data) == ("change", '{"order":"8","state":"paid"}')
+    (again,) = run.some("/board?key=bread", 1, headers=id_of(str(board.id)))
+    assert again == change
+    reset, board = run.some("/board?key=bread", 2, headers=id_of("gone-1"))
+    assert (reset.event, reset.id, board.event) == ("reset", "", "board")
+    assert run.status("/board?key=bread&channel=shop.butcher") == 403
+    assert run.status("/board") == 403
+    assert run.status("/shops/none", "POST") == 400
+    assert "EventSource(" in run.client.get("/").text
+
+
+def ask(run: Run, prompt: str) -> str:
+    return f"/answers?channel={run.client.post('/ask', json={'prompt': prompt}).json()['channel']}"
+
+
+def check_conversation(run: Run) -> None:
+    path = ask(run, "any thing")
+    seen = run.some(path, 3)  # and away
+    run.wait_for_log("an answer has ended")
+    rest = [event for _, event in run.all(path, headers=id_of(str(seen[-1].id)))]
+    *tokens, end = [*seen, *rest]
+    assert (end.event, end.data) == ("end", '{"reason":"finished"}')
+    assert "".join(json.loads(str(event.data))["token"] for event in tokens).startswith("You said: any thing\nI ")
+    assert [event for _, event in run.all(path)] == [*tokens, end]
+    assert run.status(path, headers=id_of(str(end.id))) == 204
+    path = ask(run, "long " * 1000)
+    with run.stream(path) as events:
+        next(events)
+        assert run.status(path.replace("/answers", "/cancel"), "POST") == 202
+        assert [*events][-1].data == '{"reason":"cancelled"}'
+    assert run.status("/answers?channel=answer/none") == 404
+    assert run.status("/cancel", "POST") == 404
+    assert run.status("/ask", "POST", json={}) == 422
+    assert "EventSource(" in run.client.get("/").text
+
+
 def check_errors(run: Run) -> None:
     response = run.client.get("/reports/missing")
     assert (response.status_code, response.text) == (404, "there is no report 'missing'")
@@ -218,6 +263,8 @@ OPEN: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
     "plain_asgi": {"/ticks": (GET, "tick"), "/by-hand": (GET, "tick")},
     "llm_tokens": {"/answer": (ASK, "message")},
     "progress": {"/jobs/b": (GET, "progress, or done")},
+    "dashboard": {"/board?key=bread": (GET, "board")},
+    "conversation": {"/answers": (ASK, "end")},
     "errors": {"/reports/daily": (GET, "message")},
     "memory_channels": {"/news": (GET, "message"), "/countdown": (GET, "message")},
     "shutdown": {"/ticks": (GET, "farewell"), "/adapter": (GET, "farewell")},
@@ -285,7 +332,8 @@ def try_example(name: str, server: str, directory: Path) -> None:
             assert run.status("/jobs/b", "POST") == 202
         still_open = []
         for path, (request, kind) in OPEN[name].items():
-            events = streams.enter_context(run.stream(path, **request))
+            asked = ask(run, **request["json"]) if name == "conversation" else path
+            events = streams.enter_context(run.stream(asked, **(GET if asked != path else request)))
             still_open.append((next(events), events, kind))
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)

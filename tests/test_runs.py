@@ -396,6 +396,30 @@ async def test_runs_have_a_grace_when_the_broker_is_closed() -> None:
     assert [event.data async for event in long.subscribe()] == said(4, "drained")
 
 
+@pytest.mark.parametrize(("grace", "words_seen"), [(2.5, 3), (100, 9)])
+async def test_a_drain_ends_the_runs_of_the_broker_before_their_streams(grace: float, words_seen: int) -> None:
+    broker, registry = Broker(run_grace=grace), StreamRegistry(drain_timeout=10)
+    run = await broker.run("chat", words(100))
+    app = create_app({"/chat": broker.channel("chat")}, registry=registry, broker=broker)
+    async with open_stream(app, "/chat") as stream:
+        registry.begin_drain()
+        registry.begin_drain()
+        assert await rest(stream) == said(words_seen, "drained")
+    assert run.outcome == "drained"
+
+
+async def test_a_broker_that_another_server_has_open_is_not_ended() -> None:
+    broker, registry = Broker(run_grace=0), StreamRegistry()
+    create_app({}, registry=registry, broker=broker)
+    async with broker:
+        async with broker:
+            run = await broker.run("chat", words(5))
+            registry.begin_drain()
+        await anyio.sleep(2)
+        assert run.outcome is None
+    assert run.outcome == "drained"
+
+
 async def test_a_broker_that_is_closed_with_the_app() -> None:
     broker = Broker(run_grace=1)
     app = create_app({"/chat": broker.channel("chat")}, broker=broker)

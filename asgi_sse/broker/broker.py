@@ -31,6 +31,9 @@ _IDEMPOTENCY_WINDOW: Final = 120.0
 
 _IDEMPOTENCY_KEYS: Final = 100_000
 
+_FAREWELL: Final = 1.0
+"""Seconds before the end of their streams at which runs are ended, so that the final event still gets there."""
+
 
 class Broker:
     """Channels of events, each kept for those who come back.
@@ -51,7 +54,7 @@ class Broker:
             raises is logged.
         on_leave: Called with each that is not read any more, after what `on_join` did for it.
         max_runs: Runs that may go on at once; and those that are kept after their end.
-        run_grace: Seconds for which runs may go on when the broker is closed.
+        run_grace: Seconds for which runs may go on when the server stops, or the broker is closed.
 
     Raises:
         ValueError: A limit is out of range, or the URL is none that is known.
@@ -92,19 +95,33 @@ class Broker:
         self._open = partial(Subscription, self._hub, overflow=overflow, presence=self._presence)
         self._runs = Runs(self._hub, max_runs)
         self._run_grace = run_grace
+        self._opened = 0
         self._keys_lock = threading.Lock()
         self._keys: OrderedDict[str, tuple[float, str]] = OrderedDict()
 
     async def __aenter__(self) -> Self:
+        self._opened += 1
+        self._runs.reopen()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Give runs their grace and end them, and wait for the hooks."""
+        """Give runs their grace and end them, and wait for the hooks; unless it was opened more than once."""
+        self._opened -= 1
+        if self._opened:
+            return
         await self._runs.close(self._run_grace)
         if self._presence is not None:
             await self._presence.wait()
+
+    def begin_close(self, within: float) -> None:
+        """The streams end in so many seconds: end runs early enough for their clients to see it. From any thread.
+
+        Another server of this process may still have it open: then nothing is done.
+        """
+        if self._opened <= 1:
+            self._runs.begin_close(min(self._run_grace, max(within - _FAREWELL, within / 2)))
 
     @property
     def runs(self) -> Mapping[str, Run]:

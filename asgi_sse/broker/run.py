@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import weakref
 from collections.abc import Mapping
@@ -101,7 +102,7 @@ class Run(Channel):
         """Let the source run."""
         self._child = self.loop.spawn(self._pump, "asgi_sse run")
         if max_lifetime is not None:
-            self.loop.call_at(self.loop.time() + max_lifetime, partial(_expire, weakref.ref(self)))
+            self.loop.call_at(self.loop.time() + max_lifetime, partial(_stop, weakref.ref(self), "expired"))
 
     def cancel(self) -> None:
         """End it early: its source sees one cancellation, and its clients get the final event. From any thread."""
@@ -158,6 +159,11 @@ class Run(Channel):
         """End it early, and say so. From any thread."""
         if not self.loop.call_threadsafe(partial(self._stop, outcome)):
             self._end(outcome)  # its event loop was closed under it
+
+    def stop_in(self, seconds: float) -> None:
+        """Stop it for the server's sake, in so many seconds. Called in its event loop."""
+        if self.outcome is None:
+            self.loop.call_at(self.loop.time() + seconds, partial(_stop, weakref.ref(self), "drained"))
 
     def _stop(self, outcome: Outcome) -> None:
         if self._stopped is None and not self._ending:
@@ -252,10 +258,10 @@ class Run(Channel):
         self._ended(self)
 
 
-def _expire(run: weakref.ref[Run]) -> None:
+def _stop(run: weakref.ref[Run], outcome: Outcome) -> None:
     alive = run()
     if alive is not None:
-        alive.stop("expired")
+        alive.stop(outcome)
 
 
 class Runs(Mapping[str, Run]):
@@ -266,6 +272,7 @@ class Runs(Mapping[str, Run]):
         self._max_runs = max_runs
         self._lock = threading.Lock()
         self._all: dict[str, Run] = {}
+        self._closes_at = math.inf
         self._until: dict[str, float] = {}  # those that have ended; who ended first is first
 
     def __getitem__(self, name: str) -> Run:
@@ -312,11 +319,22 @@ class Runs(Mapping[str, Run]):
         run.begin(max_lifetime)
         return run
 
+    def reopen(self) -> None:
+        """What `begin_close` has begun is over."""
+        self._closes_at = math.inf
+
+    def begin_close(self, grace: float) -> None:
+        """End those that still go on in so many seconds, unless that was asked for before. From any thread."""
+        if self._closes_at == math.inf:
+            self._closes_at = clock() + grace
+            for run in list(self._all.values()):
+                run.loop.call_threadsafe(partial(run.stop_in, grace))
+
     async def close(self, grace: float) -> None:
-        """Wait so many seconds for those that go on, then end them."""
+        """Wait so many seconds, from `begin_close` on, for those that go on, then end them."""
         running = [run for run in self._all.values() if run.outcome is None]
         try:
-            with anyio.move_on_after(grace):
+            with anyio.move_on_after(min(grace, max(0, self._closes_at - clock()))):
                 for run in running:
                     await run.wait()
         finally:

@@ -1,0 +1,39 @@
+"""A board of orders for each shop: the state first, then each change; nothing is missed, and only its owners see it."""
+
+import json
+from pathlib import Path
+
+from starlette.responses import HTMLResponse, PlainTextResponse
+
+from asgi_sse import Broker, HTTPError, Request, ServerSentEvent, create_app
+
+PAGE = HTMLResponse(Path(__file__).with_name("index.html").read_text())
+KEYS = {"bread": "shop.bakery", "meat": "shop.butcher"}  # stand for sessions
+
+broker = Broker()
+boards: dict[str, dict[str, str]] = {"shop.bakery": {}, "shop.butcher": {}}
+
+
+async def change(request: Request) -> PlainTextResponse:
+    channel = f"shop.{request.path_params['shop']}"
+    order, state = request.query.get("order", ""), request.query.get("state", "")
+    if channel not in boards or not order or not state:
+        raise HTTPError(400, "give a shop that there is, an order and a state")
+    boards[channel][order] = state
+    await broker.publish(channel, ServerSentEvent({"order": order, "state": state}, event="change"))
+    return PlainTextResponse("changed\n", 201)
+
+
+def authorize(request: Request) -> list[str] | None:
+    channel = KEYS.get(request.query.get("key", ""))
+    return None if channel is None else [channel]
+
+
+def board(request: Request) -> ServerSentEvent:
+    return ServerSentEvent(json.dumps(boards[KEYS[request.query["key"]]]), event="board")
+
+
+app = create_app(
+    {"/": PAGE, "/shops/{shop}": change, "/board": broker.endpoint(authorize=authorize, snapshot=board)},
+    broker=broker,
+)
