@@ -396,10 +396,10 @@ async def test_runs_have_a_grace_when_the_broker_is_closed() -> None:
     assert [event.data async for event in long.subscribe()] == said(4, "drained")
 
 
-@pytest.mark.parametrize(("grace", "words_seen"), [(2.5, 3), (100, 9)])
+@pytest.mark.parametrize(("grace", "words_seen"), [(2.5, 4), (100, 13)])
 async def test_a_drain_ends_the_runs_of_the_broker_before_their_streams(grace: float, words_seen: int) -> None:
     broker, registry = Broker(run_grace=grace), StreamRegistry(drain_timeout=10)
-    run = await broker.run("chat", words(100))
+    run = await broker.run("chat", words(100, 0.7))
     app = create_app({"/chat": broker.channel("chat")}, registry=registry, broker=broker)
     async with open_stream(app, "/chat") as stream:
         registry.begin_drain()
