@@ -1,7 +1,7 @@
 """Measures asgi_sse beside its peers, each as a real uvicorn process on one core, the client on the other.
 
 python -m benchmarks                 # everything
-python -m benchmarks gen idle        # some of it
+python -m benchmarks gen idle        # some of it; fan, pace, storm and idle-sub are a channel with many subscribers
 """
 
 import argparse
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
+from .broadcast import fan, idle_sub, never, pace, storm
 from .server import CORES, PEERS, cpu_of_this_process, serving
 
 GEN_SECONDS = 3.0
@@ -61,10 +62,6 @@ class Reader:
         for sock in self.counts:
             sock.close()
         self.selector.close()
-
-
-def never() -> bool:
-    return False
 
 
 def gen(peer: str) -> dict[str, float]:
@@ -188,20 +185,35 @@ def overhead() -> float:
     return asyncio.run(main())
 
 
-def table(name: str, measure: Callable[[str], dict[str, float]], peers: list[str], ratio: str) -> None:
+MEASURES: dict[str, tuple[Callable[[str], dict[str, float]], tuple[str, ...]]] = {  # and what is compared
+    "gen": (gen, ("k events/s",)),
+    "gen200": (gen200, ("k events/s",)),
+    "idle": (idle, ("KiB/connection",)),
+    "fan": (fan, ("us/delivery", "seconds")),
+    "pace": (pace, ("us/delivery", "p99 ms")),
+    "storm": (storm, ("us/delivery", "p99 ms", "seconds")),
+    "idle-sub": (idle_sub, ("KiB/subscriber",)),
+}
+
+
+def table(name: str, peers: list[str]) -> None:
+    measure, ratios = MEASURES[name]
     print(f"\n## {name}: {measure.__doc__}\n")
     rows = {peer: measure(peer) for peer in peers}
+    more = {"+ 1 stuck": storm("asgi_sse", stuck=True)} if name == "storm" and "asgi_sse" in peers else {}
     columns = list(next(iter(rows.values())))
     print(f"{'':14}" + "".join(f"{column:>16}" for column in columns))
-    for peer, figures in rows.items():
+    for peer, figures in (rows | more).items():
         print(f"{peer:14}" + "".join(f"{figures[column]:16.2f}" for column in columns))
-    ours = rows["asgi_sse"][ratio]
-    others = (f"{ours / rows[peer][ratio]:.2f} x {peer}" for peer in peers if peer != "asgi_sse" and rows[peer][ratio])
-    print(f"{ratio}: asgi_sse is at {', '.join(others)}")
+    others = [peer for peer in peers if peer != "asgi_sse"]
+    for ratio in ratios if "asgi_sse" in peers and others else ():
+        ours = rows["asgi_sse"][ratio]
+        compared = (f"{ours / rows[peer][ratio]:.2f} x {peer}" for peer in others if rows[peer][ratio])
+        print(f"{ratio}: asgi_sse is at {', '.join(compared)}")
 
 
 def main() -> None:
-    names = ["micro", "gen", "gen200", "idle"]
+    names = ["micro", *MEASURES]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__.splitlines()[0] if __doc__ else ""
     )
@@ -216,16 +228,14 @@ def main() -> None:
     if len(CORES) > 1:
         os.sched_setaffinity(0, CORES[1:2])
     peers = [peer for peer in PEERS if peer in arguments.peers and importlib.util.find_spec(PEERS[peer])]
-    versions = [f"{peer} {version(PEERS[peer])}" for peer in peers if peer not in ("raw", "adapter", "asgi_sse")]
-    print(
-        f"Python {platform.python_version()}, uvicorn {version('uvicorn')}, {', '.join(versions)}; {len(CORES)} cores"
-    )
+    packages = dict.fromkeys(["uvicorn", *(PEERS[peer] for peer in peers if PEERS[peer] != "asgi_sse")])
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    print(f"Python {platform.python_version()}, {versions}; {len(CORES)} cores")
     for name in chosen:
         if name == "micro":
             micro()
         else:
-            measure = {"gen": gen, "gen200": gen200, "idle": idle}[name]
-            table(name, measure, peers, "KiB/connection" if name == "idle" else "k events/s")
+            table(name, peers)
 
 
 if __name__ == "__main__":

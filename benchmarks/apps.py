@@ -12,34 +12,36 @@ from urllib.parse import parse_qsl
 
 
 def raw() -> Any:
+    return Raw()
+
+
+START = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+
+
+class Raw:
     """No library at all, and no more than an endless stream needs: its source, one send an event, and a watch.
 
     ``/gen`` gives the loop a turn after each send, without which nobody else would have one. ``/news`` is encoded once
     for all.
     """
-    start = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
-    news = Topic()
 
-    async def watch(receive: Any, task: Any) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        task.cancel()
+    def __init__(self) -> None:
+        self.news = Topic()
 
-    async def app(scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             while (message := await receive())["type"] != "lifespan.shutdown":
                 await send({"type": message["type"] + ".complete"})
             await send({"type": "lifespan.shutdown.complete"})
             return
         if scope["path"] == "/publish":
-            query = dict(parse_qsl(scope["query_string"].decode()))
-            start_publishing(query, lambda number, data: news.publish(b"id: %d\ndata: %s\n\n" % (number, data.encode())))
-            await send(start)
+            start_publishing(dict(parse_qsl(scope["query_string"].decode())), self.publish)
+            await send(START)
             await send({"type": "http.response.body"})
             return
-        queue = news.join() if scope["path"] == "/news" else None
-        await send(start)
-        watcher = asyncio.create_task(watch(receive, asyncio.current_task()))
+        queue = self.news.join() if scope["path"] == "/news" else None
+        await send(START)
+        watcher = asyncio.create_task(self.watch(receive, asyncio.current_task()))
         number = 0
         try:
             while queue is not None:
@@ -56,9 +58,15 @@ def raw() -> Any:
                 await asyncio.sleep(0)
         finally:
             watcher.cancel()
-            news.queues.discard(queue)
+            self.news.queues.discard(queue)
 
-    return app
+    async def watch(self, receive: Any, task: Any) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        task.cancel()
+
+    def publish(self, number: int, data: str) -> None:
+        self.news.publish(f"id: {number}\ndata: {data}\n\n".encode())
 
 
 async def gen() -> AsyncIterator[dict[str, Any]]:
