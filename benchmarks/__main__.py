@@ -1,7 +1,7 @@
 """Measures asgi_sse beside its peers, each as a real uvicorn process on one core, the client on the other.
 
 python -m benchmarks                 # everything
-python -m benchmarks gen idle        # some of it
+python -m benchmarks gen idle        # some of it; fan, pace, storm and idle-sub are a channel with many subscribers
 """
 
 import argparse
@@ -13,79 +13,17 @@ import resource
 import selectors
 import socket
 import statistics
-import subprocess
-import sys
 import time
 import timeit
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import psutil
+from .broadcast import fan, idle_sub, never, pace, storm
+from .server import CORES, PEERS, cpu_of_this_process, serving
 
-PEERS = {  # and the package of each
-    "raw": "uvicorn",
-    "sse_starlette": "sse_starlette",
-    "fastapi": "fastapi",
-    "litestar": "litestar",
-    "adapter": "asgi_sse",
-    "asgi_sse": "asgi_sse",
-}
-CORES = sorted(os.sched_getaffinity(0))
 GEN_SECONDS = 3.0
 IDLE_CONNECTIONS = 2000
-
-
-class Server:
-    """A peer's app under uvicorn, on the first core."""
-
-    def __init__(self, peer: str) -> None:
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            self.port = sock.getsockname()[1]
-        command = [sys.executable, "-m", "uvicorn", "--factory", f"benchmarks.apps:{peer}"]
-        options = [f"--port={self.port}", "--log-level=critical", "--no-access-log", "--backlog=4096"]
-        self.process = subprocess.Popen([*command, *options], cwd=Path(__file__).parent.parent)
-        os.sched_setaffinity(self.process.pid, CORES[:1])
-        self.about = psutil.Process(self.process.pid)
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                self.connect("/idle").close()
-                return
-            except OSError:
-                if time.monotonic() > deadline or self.process.poll() is not None:
-                    raise
-                time.sleep(0.05)
-
-    def connect(self, path: str) -> socket.socket:
-        sock = socket.create_connection(("127.0.0.1", self.port), timeout=20)
-        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: text/event-stream\r\n\r\n".encode())
-        return sock
-
-    def cpu(self) -> float:
-        times = self.about.cpu_times()
-        return times.user + times.system
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-@contextmanager
-def serving(peer: str) -> Iterator[Server]:
-    server = Server(peer)
-    try:
-        yield server
-    finally:
-        server.stop()
-
-
-def cpu_of_this_process() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 class Reader:
@@ -124,10 +62,6 @@ class Reader:
         for sock in self.counts:
             sock.close()
         self.selector.close()
-
-
-def never() -> bool:
-    return False
 
 
 def gen(peer: str) -> dict[str, float]:
@@ -251,20 +185,35 @@ def overhead() -> float:
     return asyncio.run(main())
 
 
-def table(name: str, measure: Callable[[str], dict[str, float]], peers: list[str], ratio: str) -> None:
+MEASURES: dict[str, tuple[Callable[[str], dict[str, float]], tuple[str, ...]]] = {  # and what is compared
+    "gen": (gen, ("k events/s",)),
+    "gen200": (gen200, ("k events/s",)),
+    "idle": (idle, ("KiB/connection",)),
+    "fan": (fan, ("us/delivery", "seconds")),
+    "pace": (pace, ("us/delivery", "p99 ms")),
+    "storm": (storm, ("us/delivery", "p99 ms", "seconds")),
+    "idle-sub": (idle_sub, ("KiB/subscriber",)),
+}
+
+
+def table(name: str, peers: list[str]) -> None:
+    measure, ratios = MEASURES[name]
     print(f"\n## {name}: {measure.__doc__}\n")
     rows = {peer: measure(peer) for peer in peers}
+    more = {"+ 1 stuck": storm("asgi_sse", stuck=True)} if name == "storm" and "asgi_sse" in peers else {}
     columns = list(next(iter(rows.values())))
     print(f"{'':14}" + "".join(f"{column:>16}" for column in columns))
-    for peer, figures in rows.items():
+    for peer, figures in (rows | more).items():
         print(f"{peer:14}" + "".join(f"{figures[column]:16.2f}" for column in columns))
-    ours = rows["asgi_sse"][ratio]
-    others = (f"{ours / rows[peer][ratio]:.2f} x {peer}" for peer in peers if peer != "asgi_sse" and rows[peer][ratio])
-    print(f"{ratio}: asgi_sse is at {', '.join(others)}")
+    others = [peer for peer in peers if peer != "asgi_sse"]
+    for ratio in ratios if "asgi_sse" in peers and others else ():
+        ours = rows["asgi_sse"][ratio]
+        compared = (f"{ours / rows[peer][ratio]:.2f} x {peer}" for peer in others if rows[peer][ratio])
+        print(f"{ratio}: asgi_sse is at {', '.join(compared)}")
 
 
 def main() -> None:
-    names = ["micro", "gen", "gen200", "idle"]
+    names = ["micro", *MEASURES]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__.splitlines()[0] if __doc__ else ""
     )
@@ -279,16 +228,14 @@ def main() -> None:
     if len(CORES) > 1:
         os.sched_setaffinity(0, CORES[1:2])
     peers = [peer for peer in PEERS if peer in arguments.peers and importlib.util.find_spec(PEERS[peer])]
-    versions = [f"{peer} {version(PEERS[peer])}" for peer in peers if peer not in ("raw", "adapter", "asgi_sse")]
-    print(
-        f"Python {platform.python_version()}, uvicorn {version('uvicorn')}, {', '.join(versions)}; {len(CORES)} cores"
-    )
+    packages = dict.fromkeys(["uvicorn", *(PEERS[peer] for peer in peers if PEERS[peer] != "asgi_sse")])
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    print(f"Python {platform.python_version()}, {versions}; {len(CORES)} cores")
     for name in chosen:
         if name == "micro":
             micro()
         else:
-            measure = {"gen": gen, "gen200": gen200, "idle": idle}[name]
-            table(name, measure, peers, "KiB/connection" if name == "idle" else "k events/s")
+            table(name, peers)
 
 
 if __name__ == "__main__":

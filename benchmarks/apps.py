@@ -1,32 +1,52 @@
-"""Two streams as users of each peer would write them: ``/gen``, flat out, and ``/idle``, one event and silence."""
+"""Three streams as users of each peer would write them, and what publishes to the third.
+
+``/gen`` is flat out, ``/idle`` one event and silence. ``/news`` is what ``/publish`` gives to all its subscribers: of
+most peers from an `asyncio.Queue` for each of them, as long as it takes.
+"""
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
+from urllib.parse import parse_qsl
 
 
 def raw() -> Any:
+    return Raw()
+
+
+START = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+
+
+class Raw:
     """No library at all, and no more than an endless stream needs: its source, one send an event, and a watch.
 
-    ``/gen`` gives the loop a turn after each send, without which nobody else would have one.
+    ``/gen`` gives the loop a turn after each send, without which nobody else would have one. ``/news`` is encoded once
+    for all.
     """
-    start = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
 
-    async def watch(receive: Any, task: Any) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        task.cancel()
+    def __init__(self) -> None:
+        self.news = Topic()
 
-    async def app(scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             while (message := await receive())["type"] != "lifespan.shutdown":
                 await send({"type": message["type"] + ".complete"})
             await send({"type": "lifespan.shutdown.complete"})
             return
-        await send(start)
-        watcher = asyncio.create_task(watch(receive, asyncio.current_task()))
+        if scope["path"] == "/publish":
+            start_publishing(dict(parse_qsl(scope["query_string"].decode())), self.publish)
+            await send(START)
+            await send({"type": "http.response.body"})
+            return
+        queue = self.news.join() if scope["path"] == "/news" else None
+        await send(START)
+        watcher = asyncio.create_task(self.watch(receive, asyncio.current_task()))
         number = 0
         try:
+            while queue is not None:
+                body = await queue.get()
+                await send({"type": "http.response.body", "body": body, "more_body": True})
             if scope["path"] == "/idle":
                 async for event in idle():
                     body = f"data: {event['data']}\n\n".encode()
@@ -38,8 +58,15 @@ def raw() -> Any:
                 await asyncio.sleep(0)
         finally:
             watcher.cancel()
+            self.news.queues.discard(queue)
 
-    return app
+    async def watch(self, receive: Any, task: Any) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        task.cancel()
+
+    def publish(self, number: int, data: str) -> None:
+        self.news.publish(f"id: {number}\ndata: {data}\n\n".encode())
 
 
 async def gen() -> AsyncIterator[dict[str, Any]]:
@@ -56,10 +83,68 @@ async def idle() -> AsyncIterator[dict[str, Any]]:
     await asyncio.sleep(86_400)
 
 
-def asgi_sse() -> Any:
-    from asgi_sse import create_app  # noqa: PLC0415
+class Topic:
+    """What is written for want of a broker: a queue for each subscriber."""
 
-    return create_app({"/gen": gen, "/idle": idle})
+    def __init__(self) -> None:
+        self.queues: set[Any] = set()
+
+    def join(self) -> Any:
+        queue: Any = asyncio.Queue()
+        self.queues.add(queue)
+        return queue
+
+    def publish(self, event: Any) -> None:
+        for queue in self.queues:
+            queue.put_nowait(event)
+
+    def subscribe(self) -> AsyncIterator[Any]:
+        queue = self.join()  # at once: what is published before the first step of the generator counts
+
+        async def events() -> AsyncIterator[Any]:
+            try:
+                while True:
+                    yield await queue.get()
+            finally:
+                self.queues.discard(queue)
+
+        return events()
+
+    def publish_dict(self, number: int, data: str) -> None:
+        self.publish({"id": str(number), "data": data})
+
+
+def start_publishing(query: Mapping[str, str], publish: Callable[[int, str], object]) -> None:
+    task = asyncio.create_task(
+        publishing(publish, int(query["count"]), float(query["rate"]), "x" * int(query.get("pad", "0")))
+    )
+    publishers.add(task)
+    task.add_done_callback(publishers.discard)
+
+
+publishers: set[Any] = set()
+
+
+async def publishing(publish: Callable[[int, str], object], count: int, rate: float, pad: str) -> None:
+    """So many events, `rate` in a second, or all in one go if that is 0. What is late is published at once."""
+    began = time.monotonic()
+    for number in range(1, count + 1):
+        if rate and (early := began + number / rate - time.monotonic()) > 0:
+            await asyncio.sleep(early)
+        publish(number, f'{{"number": {number}, "sent": {time.monotonic_ns()}, "pad": "{pad}"}}')
+
+
+def asgi_sse() -> Any:
+    from asgi_sse import Broker, EventSourceResponse, Request, create_app  # noqa: PLC0415
+
+    broker = Broker()
+    news = broker.channel("news")
+
+    async def publish(request: Request) -> EventSourceResponse:
+        start_publishing(dict(request.query), lambda _, data: news.publish_nowait(data))
+        return EventSourceResponse([])
+
+    return create_app({"/gen": gen, "/idle": idle, "/news": news, "/publish": publish})
 
 
 def sse_starlette() -> Any:
@@ -77,6 +162,7 @@ def adapter() -> Any:
 
 def on_starlette(response: Any) -> Any:
     from starlette.applications import Starlette  # noqa: PLC0415
+    from starlette.responses import Response  # noqa: PLC0415
     from starlette.routing import Route  # noqa: PLC0415
 
     def endpoint(source: Any) -> Any:
@@ -85,14 +171,23 @@ def on_starlette(response: Any) -> Any:
 
         return view
 
-    return Starlette(routes=[Route("/gen", endpoint(gen)), Route("/idle", endpoint(idle))])
+    async def publish(request: Any) -> Any:
+        start_publishing(request.query_params, news.publish_dict)
+        return Response()
+
+    news = Topic()
+    sources = {"/gen": gen, "/idle": idle, "/news": news.subscribe}
+    return Starlette(
+        routes=[*(Route(path, endpoint(source)) for path, source in sources.items()), Route("/publish", publish)]
+    )
 
 
 def fastapi() -> Any:
-    from fastapi import FastAPI  # noqa: PLC0415
+    from fastapi import FastAPI, Request  # noqa: PLC0415
     from fastapi.sse import EventSourceResponse, ServerSentEvent  # noqa: PLC0415
 
     app = FastAPI()
+    news = Topic()
 
     @app.get("/gen", response_class=EventSourceResponse)
     async def gen_view() -> AsyncIterator[ServerSentEvent]:
@@ -104,12 +199,26 @@ def fastapi() -> Any:
         async for event in idle():
             yield ServerSentEvent(raw_data=event["data"])
 
+    @app.get("/news", response_class=EventSourceResponse)
+    async def news_view() -> AsyncIterator[ServerSentEvent]:
+        async for event in news.subscribe():
+            yield event
+
+    @app.get("/publish")
+    async def publish_view(request: Request) -> None:
+        start_publishing(
+            request.query_params,
+            lambda number, data: news.publish(ServerSentEvent(raw_data=data, id=str(number))),
+        )
+
     return app
 
 
 def litestar() -> Any:
-    from litestar import Litestar, get  # noqa: PLC0415
+    from litestar import Litestar, Request, get  # noqa: PLC0415
     from litestar.response import ServerSentEvent  # noqa: PLC0415
+
+    news = Topic()
 
     @get("/gen", sync_to_thread=False)
     def gen_view() -> ServerSentEvent:
@@ -119,4 +228,12 @@ def litestar() -> Any:
     def idle_view() -> ServerSentEvent:
         return ServerSentEvent(idle())
 
-    return Litestar([gen_view, idle_view])
+    @get("/news", sync_to_thread=False)
+    def news_view() -> ServerSentEvent:
+        return ServerSentEvent(news.subscribe())
+
+    @get("/publish")
+    async def publish_view(request: Request[Any, Any, Any]) -> None:
+        start_publishing(request.query_params, news.publish_dict)
+
+    return Litestar([gen_view, idle_view, news_view, publish_view])
