@@ -185,17 +185,22 @@ class Ring:
         """Whether there is anything behind a number."""
         return len(self) > 0 and self._numbers[-1] > number
 
-    def read(self, number: int, limit: int) -> tuple[bytes, int]:
-        """What is behind `number`, joined: at most `limit` bytes or one larger event; and the last number of it.
+    def read(self, number: int, limit: int) -> tuple[bytes, int, bool]:
+        """What is behind `number`, joined: at most `limit` bytes or one larger event.
 
         Readers at the same place share one result, until something is appended.
+
+        Returns:
+            The bytes, the number of the last event of them, and whether there are more.
         """
+        if not self.has(number):
+            return b"", number, False
         newest, memo = self._numbers[-1], self._memo
         if memo is not None and memo[0] == number and memo[1] == limit and memo[2] == newest:
-            return memo[3], newest
+            return memo[3], newest, False
         first = bisect_right(self._numbers, number, self._start)
         if first == len(self._numbers) - 1:
-            return self._entries[first].chunk, newest
+            return self._entries[first].chunk, newest, False
         size, last = 0, first
         chunks: list[bytes] = []
         for entry in islice(self._entries, first, None):
@@ -207,7 +212,7 @@ class Ring:
         joined = b"".join(chunks)
         if last == newest:
             self._memo = (number, limit, newest, joined)
-        return joined, last
+        return joined, last, last < newest
 
 
 _NOTHING: Final = Entry(0, "", ServerSentEvent(""), b"", 0.0)  # in the place of what was dropped

@@ -29,6 +29,13 @@ TURN_SOURCES: Final = 4
 """How many waiting sources go on in one loop turn. uvloop accepts one connection a turn: without a
 limit, 200 flat-out sources kept a newcomer waiting for over 10 s; with 4, for 0.06 s."""
 
+_LONG_ROUND: Final = 0.002
+"""Seconds of one round of flushing, from which on the loop rests behind it, for as long as it took."""
+
+_REST: Final = 0.02
+"""The longest rest, in seconds. What is ready by its end leaves in one message: without, 200 events/s to 1,000 clients
+took all of a core, at 5.0 us a delivery; with it 60 % at 3.0 us."""
+
 _ITEM_BYTES: Final = 16
 """What an item counts beside its bytes, so that a source of empty items has to wait too."""
 
@@ -85,13 +92,21 @@ class Flusher:
             self._loop.call_soon(self._run)
 
     def _run(self) -> None:
-        self._scheduled = False
         dirty, self._dirty = self._dirty, []
+        began = self._loop.time()
         for outbox in dirty:
             outbox.flush()
-        for _ in range(min(TURN_SOURCES, len(self._waiting))):
-            self._waiting.popleft().set()
-        if self._waiting:
+        took = self._loop.time() - began
+        if took >= _LONG_ROUND and not self._waiting:
+            self._loop.call_at(began + took + min(took, _REST), self._go_on)
+        else:
+            for _ in range(min(TURN_SOURCES, len(self._waiting))):
+                self._waiting.popleft().set()
+            self._go_on()
+
+    def _go_on(self) -> None:
+        self._scheduled = False
+        if self._dirty or self._waiting:
             self._schedule()
 
 

@@ -89,7 +89,8 @@ class AgainstAModel(RuleBasedStateMachine):
         expected = b"".join(entry.chunk for entry in ring.after(position))
         body = b""
         while ring.has(position):
-            chunk, position = ring.read(position, limit)
+            chunk, position, more = ring.read(position, limit)
+            assert more == ring.has(position)
             assert len(chunk) <= limit or chunk.count(b"\n\n") == 1
             body += chunk
         assert body == expected

@@ -12,7 +12,7 @@ from ..log import is_pattern
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..log import Entry, ResetReason, Ring
+    from ..log import Entry, ResetReason
     from .hub import Hub
     from .run import Run
     from .snapshot import Snapshot
@@ -75,13 +75,15 @@ class Cursor(Changing):
 
     # The hub's side
 
-    def published(self, channel: str, before: int) -> None:
+    def published(self, channel: str, before: int) -> bool:
         """See `hub.Reader`."""
-        if not self._behind:  # all before it is read, so that nothing of it can be missing
-            self._behind = True
-            self._position = before
         if self._dirty is not None:
             self._dirty.add(channel)
+        if self._behind:
+            return False
+        self._behind = True
+        self._position = before  # all before it is read, so that nothing of it can be missing
+        return True
 
     def _join(self) -> None:
         self._behind = True  # before it is woken for the first time: what was published since it was made counts
@@ -155,9 +157,6 @@ class Cursor(Changing):
         self._given = None if self._snapshot is not None else self._position
         place = "" if self._given is None else self._hub.log.id_of(self._given)
         return ServerSentEvent({"reason": reason}, event="reset", id=place)
-
-    def _ends_within(self, ring: Ring) -> bool:
-        return self._run is not None and self._run.final is not None and self._run.final < ring.newest
 
     def _at_end(self) -> bool:
         """Whether it reads a run, and has come to its end."""

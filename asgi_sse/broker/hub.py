@@ -35,8 +35,12 @@ class Reader(Protocol):
 
     names: tuple[str, ...]
 
-    def published(self, channel: str, before: int) -> None:
-        """`channel` has an event behind a number. Called with the lock held, from any thread."""
+    def published(self, channel: str, before: int) -> bool:
+        """`channel` has an event behind a number. Called with the lock held, from any thread.
+
+        Returns:
+            Whether to wake it: it had read all there was, and would not look again by itself.
+        """
         ...
 
     def wake(self) -> None:
@@ -157,7 +161,8 @@ class Hub:
             before = entry.number - 1
             exact = self._exact.get(channel, ())
             for reader in (*exact, *(r for r in self._by_pattern(channel) if r not in exact)):
-                reader.published(channel, before)
+                if not reader.published(channel, before):
+                    continue
                 group = self._groups[reader]
                 if group.loop.closed:
                     continue  # and its readers with it

@@ -41,8 +41,8 @@ class Subscription(Cursor):
     """
 
     __slots__ = (
-        "__weakref__", "_batch", "_begun_with", "_checkpoint", "_greets", "_loop", "_presence", "_stopped", "_stream",
-        "_taken", "_wake", "info",
+        "__weakref__", "_batch", "_begun_with", "_checkpoint", "_greets", "_loop", "_plain", "_presence", "_stopped",
+        "_stream", "_taken", "_wake", "info",
     )  # fmt: skip
 
     def __init__(
@@ -73,6 +73,8 @@ class Subscription(Cursor):
         self._stream: Stream | None = None
         self._wake: Callable[[], object] = self._notify
         self._taken = 0
+        plain = filter is None and run is None
+        self._plain = self._single if plain else None  # the channel, if all its events are wanted as they are
         self._batch: list[Entry] = []  # read and not given yet, the next one last
 
     @property
@@ -251,6 +253,10 @@ class Subscription(Cursor):
         if snapshot is not None and snapshot.events and self._lost is None:
             return self._take_of(snapshot, limit)
         with self._hub.lock:
+            if self._plain is not None and not greets and self._lost is None:
+                ring = self._hub.log.ring(self._plain)
+                if ring is not None and self._position >= ring.trimmed:
+                    return self._take_of_ring(ring, limit)
             self._check()
             if self._lost is not None:
                 event = self._reset_event()
@@ -261,9 +267,6 @@ class Subscription(Cursor):
                 return ServerSentEvent(id=self._hub.log.id_of(self._position)).encode()
             if self._closed:
                 return b""
-            ring = None if self._single is None or self._filter is not None else self._hub.log.ring(self._single)
-            if ring is not None and not self._ends_within(ring):
-                return self._take_of_one(ring, limit)
             batch = self._read(limit=limit)
             self._given = self._position
             self._see_end()
@@ -271,14 +274,11 @@ class Subscription(Cursor):
         self._taken += len(chunks)
         return b"".join(chunks)
 
-    def _take_of_one(self, ring: Ring, limit: int) -> bytes:
-        chunk = b""
-        if ring.has(self._position):
-            chunk, self._position = ring.read(self._position, limit)
-            self._taken += 1
+    def _take_of_ring(self, ring: Ring, limit: int) -> bytes:
+        """The way of nearly every event: of one channel, as it is, joined once for all who are at the same place."""
+        chunk, self._position, self._behind = ring.read(self._position, limit)
         self._given = self._position
-        self._behind = ring.has(self._position)
-        self._see_end()
+        self._taken += 1
         return chunk
 
     def _take_of(self, snapshot: Snapshot, limit: int) -> bytes:
