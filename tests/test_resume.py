@@ -1,0 +1,323 @@
+"""Channels on real servers: clients that drop and resume miss nothing and see nothing twice, who does not read holds up
+nobody, and what synchronous views publish arrives.
+
+A sample of it unless ``ASGI_SSE_STRESS`` is ``full``.
+"""
+
+import asyncio
+import json
+import os
+import random
+import resource
+import socket
+import struct
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, suppress
+from itertools import pairwise
+from typing import Any, Self
+
+import httptools
+import psutil
+import pytest
+from channel_app import EACH, PUBLISHERS
+from serving import process, running
+
+from asgi_sse import EventDecoder, ServerSentEvent
+
+FULL = os.environ.get("ASGI_SSE_STRESS") == "full"
+CLIENTS = 1_000 if FULL else 100
+SECONDS = 30 if FULL else 3
+SERVERS = ["uvicorn-httptools-uvloop", "uvicorn-h11-asyncio", "hypercorn-asyncio"]
+MIXES = [("a",), ("b.x",), ("a", "b.y"), ("b.*",), ("a", "b.*")]
+CHANNELS = {"a": {"a"}, "b.x": {"b.x"}, "b.y": {"b.y"}, "b.*": {"b.x", "b.y"}}
+PATIENCE = 60  # seconds after which what is waited for will not come any more
+
+Row = tuple[int, str, int]  # the number in an event's id, who published it, its number among those
+
+
+@pytest.fixture(scope="module", autouse=True)
+def many_files() -> Iterator[None]:
+    """Each client has one, here and in the server; many systems allow 1,024 to those who do not ask for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 8_192)), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+class Connection:
+    """One connection, and how far its event stream has come."""
+
+    def __init__(self, *, slow: bool = False) -> None:
+        self.sock = socket.socket()
+        self.sock.setblocking(False)
+        if slow:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+            # As over Ethernet: with segments as large as loopback's, the server's kernel takes megabytes for it.
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1_460)
+        self.decoder = EventDecoder()
+        self.first_id = ""  # where the stream begins
+        self.complete = False
+        self._parser = httptools.HttpResponseParser(self)
+        self._body = b""
+        self._tail = b""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
+    async def request(self, port: int, path: str, last_event_id: str = "") -> None:
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(self.sock, ("127.0.0.1", port))
+        header = f"Last-Event-ID: {last_event_id}\r\n" if last_event_id else ""
+        head = f"GET {path} HTTP/1.1\r\nHost: x\r\n{header}Connection: close\r\n\r\n"
+        await loop.sock_sendall(self.sock, head.encode())
+
+    async def receive(self, size: int = 65_536) -> bytes:
+        """What the next bytes are of the body."""
+        chunk = await asyncio.get_running_loop().sock_recv(self.sock, size)
+        if not chunk:
+            raise ConnectionResetError("the server has cut the body")
+        self._parser.feed_data(chunk)
+        body, self._body = self._body, b""
+        return body
+
+    def on_body(self, body: bytes) -> None:
+        self._body += body
+
+    def on_message_complete(self) -> None:
+        self.complete = True
+
+    async def read(self, size: int = 65_536) -> list[ServerSentEvent]:
+        """The events that the next bytes complete."""
+        body = await self.receive(size)
+        self._tail = (self._tail + body)[-2:]
+        if self.first_id:
+            return self.decoder.feed(body)
+        events = []
+        for line in body.splitlines(keepends=True):
+            events += self.decoder.feed(line)
+            self.first_id = self.first_id or self.decoder.last_event_id
+        return events
+
+    @property
+    def inside(self) -> bool:
+        """Whether a part of an event has come."""
+        return self._tail not in {b"", b"\n\n"}
+
+    def reset(self) -> None:
+        """Close as a client that is killed."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+
+
+async def get(port: int, path: str) -> bytes:
+    body = b""
+    with Connection() as connection:
+        await connection.request(port, path)
+        while not connection.complete:
+            body += await connection.receive()
+    return body
+
+
+async def figures(port: int) -> Any:
+    (event,) = EventDecoder().feed(await get(port, "/figures"))
+    return json.loads(str(event.data))
+
+
+async def until(port: int, condition: Callable[[Any], bool]) -> Any:
+    """The figures, as soon as they are so."""
+    while not condition(found := await figures(port)):
+        await asyncio.sleep(0.05)
+    return found
+
+
+def rows(figures: Any) -> list[Row]:
+    """What was published."""
+    return [(number, who, count) for number, who, count in figures["published"]]
+
+
+def number_of(event_id: str | None) -> int:
+    return int(str(event_id).partition("-")[2])
+
+
+def row_of(event: ServerSentEvent) -> Row:
+    data = json.loads(str(event.data))
+    return number_of(event.id), data["who"], data["count"]
+
+
+async def together(steps: list[Awaitable[Any]]) -> list[Any]:
+    """The first one that fails ends all."""
+    async with asyncio.timeout(SECONDS + PATIENCE), asyncio.TaskGroup() as group:
+
+        async def step(awaitable: Awaitable[Any]) -> Any:
+            return await awaitable
+
+        tasks = [group.create_task(step(awaitable)) for awaitable in steps]
+    return [task.result() for task in tasks]
+
+
+# Clients that drop and resume
+
+
+class Client:
+    """Connects again and again, each time with the last id that it has."""
+
+    def __init__(self, port: int, number: int, counts: Counter[str]) -> None:
+        self.mix = MIXES[number % len(MIXES)]
+        self.channels = set[str]().union(*(CHANNELS[name] for name in self.mix))
+        self.first_id = ""
+        self.last_id = ""
+        self.seen: list[Row] = []
+        self._ended: set[str] = set()  # channels
+        self._port = port
+        self._path = "/events?" + "&".join(f"channel={name}" for name in self.mix)
+        self._chance = random.Random(number)
+        self._counts = counts
+
+    async def come_and_go(self, seconds: float) -> None:
+        ends = time.monotonic() + seconds
+        while (left := ends - time.monotonic()) > 0 or not self.last_id:
+            await asyncio.sleep(self._chance.uniform(0, 0.6))
+            with Connection() as connection:
+                await self._connect(connection)
+                seen = len(self.seen)
+                await self._read_a_bit(connection, min(self._chance.expovariate(1.5), max(left, 0.1)))
+                self._counts["before the first event"] += len(self.seen) == seen
+                self._counts["inside of an event"] += connection.inside
+                if self._chance.random() < 0.5:
+                    connection.reset()
+
+    async def _read_a_bit(self, connection: Connection, seconds: float) -> None:
+        leaves = self._chance.choice(["at once", "unread", "opened", "anywhere", "anywhere", "inside", "inside"])
+        if leaves == "unread":
+            await asyncio.sleep(self._chance.uniform(0, 0.1))
+        if leaves == "opened":
+            while not connection.first_id:
+                await self._read(connection, 16)
+        if leaves in {"anywhere", "inside"}:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    while True:
+                        await self._read(connection)
+        if leaves == "inside":
+            while not connection.inside:
+                await self._read(connection, self._chance.randint(1, 40))
+
+    async def read_to_the_end(self) -> None:
+        with Connection() as connection:
+            await self._connect(connection)
+            while self._ended != self.channels:
+                await self._read(connection)
+
+    async def _connect(self, connection: Connection) -> None:
+        self._counts["connections"] += 1
+        await connection.request(self._port, self._path, self.last_id)
+
+    async def _read(self, connection: Connection, size: int = 65_536) -> None:
+        for event in await connection.read(size):
+            if event.event == "reset":
+                self._counts["resets"] += 1
+                continue
+            self.seen.append(row_of(event))
+            if "the last one" in str(event.data):
+                self._ended.add(self.seen[-1][1])
+        self.first_id = self.first_id or connection.first_id
+        self.last_id = connection.decoder.last_event_id or self.last_id
+
+
+@pytest.mark.parametrize("server", SERVERS if FULL else SERVERS[:1])
+def test_clients_that_drop_and_resume(server: str) -> None:
+    with running(server, "channel_app:resuming") as port:
+        asyncio.run(drop_and_resume(server, port))
+
+
+async def drop_and_resume(server: str, port: int) -> None:
+    counts = Counter[str]()
+    clients = [Client(port, number, counts) for number in range(CLIENTS)]
+    await get(port, "/begin")
+    await together([client.come_and_go(SECONDS) for client in clients])
+    await get(port, "/finish")
+    began = time.monotonic()
+    await together([client.read_to_the_end() for client in clients])
+    seconds = time.monotonic() - began
+    async with asyncio.timeout(PATIENCE):
+        published = rows(await until(port, lambda now: now["streams"] == 1 and now["subscribers"] == 0))
+    for client in clients:
+        since = number_of(client.first_id)
+        wanted = [row for row in published if row[0] > since and row[1] in client.channels]
+        counts["delivered"] += len(client.seen)
+        counts["lost"] += len(set(wanted) - set(client.seen))
+        counts["doubled"] += len(client.seen) - len(set(client.seen))
+        counts["not as published"] += client.seen != wanted
+    print(
+        f"{server}: {len(published)} events, {CLIENTS} clients: {dict(counts)}; all of them at the end in {seconds:.1f} s"
+    )
+    assert counts["lost"] == counts["doubled"] == counts["not as published"] == counts["resets"] == 0
+    assert len({client.last_id.partition("-")[0] for client in clients}) == 1
+    assert counts["before the first event"] > CLIENTS
+    assert counts["inside of an event"] > CLIENTS
+
+
+# Clients among which some do not read
+
+EVENTS = 1_000
+BATCH = 20  # events that are published before all have them: no more than the history, or who reads could lose some
+
+
+class Reader:
+    """Reads all that it gets, in one connection."""
+
+    def __init__(self, stack: ExitStack, *, slow: bool = False) -> None:
+        self.connection = stack.enter_context(Connection(slow=slow))
+        self.seen: list[Row] = []
+        self.lost_by = ""  # the data of a reset
+        self.goes_on_at = 0
+
+    async def begin(self, port: int, path: str) -> None:
+        await self.connection.request(port, path)
+        while not self.connection.first_id:
+            await self._read()
+
+    async def read_until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            await self._read()
+
+    async def _read(self) -> None:
+        for event in await self.connection.read():
+            if event.event == "reset":
+                assert not self.lost_by
+                self.lost_by, self.goes_on_at = str(event.data), number_of(event.id)
+            else:
+                self.seen.append(row_of(event))
+
+
+@pytest.mark.parametrize("server", SERVERS[:2] if FULL else SERVERS[:1])
+def test_clients_that_do_not_read_hold_up_nobody(server: str) -> None:
+    with process(server, "channel_app:crowded") as (port, running_process), ExitStack() as stack:
+        asyncio.run(read_beside_some_who_do_not(server, port, psutil.Process(running_process.pid), stack))
+
+
+async def read_beside_some_who_do_not(server: str, port: int, about: psutil.Process, stack: ExitStack) -> None:
+    readers = [Reader(stack) for _ in range(CLIENTS - 3)]
+    patient, strict, impatient = stuck = [Reader(stack, slow=True) for _ in range(3)]
+    await together([reader.begin(port, "/patient?channel=a") for reader in readers])
+    await patient.begin(port, "/patient?channel=a&channel=big")
+    await strict.begin(port, "/strict")
+    await impatient.begin(port, "/impatient?channel=big")
+
+    before = peak = about.memory_info().rss
+    began = time.monotonic()
+    for count in range(BATCH, EVENTS + 1, BATCH):
+        await get(port, f"/publish?count={BATCH}")
+        await together([reader.read_until(lambda r=reader: len(r.seen) >= count) for reader in readers])
+        peak = max(peak, about.memory_info().rss)
+    seconds = time.monotonic() - began
+    async with asyncio.timeout(PATIENCE):
+        now = await until(port, lambda now: now["closed"].get("timed_out"))
+    growth = (max(peak, about.memory_info().rss) - before) / 2**20
+    of_a = [row for row in rows(now) if row[1] == "a"]
+    assert all(reader.seen == of_a for reader in readers)
