@@ -12,7 +12,18 @@ from collections.abc import AsyncIterator, Callable
 from functools import cache
 from typing import Any
 
-from asgi_sse import Broker, EventSourceResponse, Request, ServerSentEvent, SSEMiddleware, Subscription, create_app
+from asgi_sse import (
+    Broker,
+    EventSourceResponse,
+    Request,
+    ServerSentEvent,
+    SSEMiddleware,
+    StreamRegistry,
+    Subscription,
+    create_app,
+)
+
+registry = StreamRegistry()  # a process runs one of the apps
 
 
 class Noted(Broker):
@@ -39,9 +50,9 @@ class Noted(Broker):
         return {"subscribers": sum(map(self.subscribers, names)), "published": sorted(self.published)}
 
 
-def figures(broker: Noted, app: Callable[[], SSEMiddleware], **others: Noted) -> Callable[[], AsyncIterator[Any]]:
+def figures(registry: StreamRegistry, broker: Noted, **others: Noted) -> Callable[[], AsyncIterator[ServerSentEvent]]:
     async def endpoint() -> AsyncIterator[ServerSentEvent]:
-        streams = {"streams": len(app().registry), "closed": dict(app().registry.statistics().closed)}
+        streams = {"streams": len(registry), "closed": dict(registry.statistics().closed)}
         more = {name: other.figures() for name, other in others.items()}
         yield ServerSentEvent({**streams, **broker.figures(), **more})
 
@@ -88,7 +99,7 @@ async def finish() -> AsyncIterator[str]:
 
 
 resuming = create_app(
-    {"/events": events, "/begin": begin, "/finish": finish, "/figures": figures(steady, lambda: resuming)}
+    {"/events": events, "/begin": begin, "/finish": finish, "/figures": figures(registry, steady)}, registry=registry
 )
 
 
@@ -125,8 +136,9 @@ crowded = create_app(
         "/impatient": impatient,
         "/strict": strict,
         "/publish": publish,
-        "/figures": figures(short, lambda: crowded, closing=closing),
+        "/figures": figures(registry, short, closing=closing),
     },
+    registry=registry,
     send_timeout=1,
 )
 
@@ -173,8 +185,8 @@ def django_app() -> SSEMiddleware:
     urls = type("urls", (), {"urlpatterns": [path(f"{name}/<who>", view) for name, view in views.items()]})
     settings.configure(ROOT_URLCONF=urls, ALLOWED_HOSTS=["*"], SECRET_KEY="x")
     sys.setswitchinterval(1e-5)  # or one of them would be done before the next one has its turn
-    routes = {"/events": broker.channel("a"), "/figures": figures(broker, django_app)}
-    return SSEMiddleware(get_asgi_application(), routes)
+    routes = {"/events": broker.channel("a"), "/figures": figures(registry, broker)}
+    return SSEMiddleware(get_asgi_application(), routes, registry=registry)
 
 
 def __getattr__(name: str) -> Any:

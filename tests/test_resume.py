@@ -13,10 +13,11 @@ import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from itertools import pairwise
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
 import httptools
 import psutil
@@ -32,8 +33,9 @@ SECONDS = 30 if FULL else 3
 SERVERS = ["uvicorn-httptools-uvloop", "uvicorn-h11-asyncio", "hypercorn-asyncio"]
 MIXES = [("a",), ("b.x",), ("a", "b.y"), ("b.*",), ("a", "b.*")]
 CHANNELS = {"a": {"a"}, "b.x": {"b.x"}, "b.y": {"b.y"}, "b.*": {"b.x", "b.y"}}
-PATIENCE = 60  # seconds after which what is waited for will not come any more
+PATIENCE = SECONDS + (120 if FULL else 30)  # seconds after which what is waited for will not come any more
 
+T = TypeVar("T")
 Row = tuple[int, str, int]  # the number in an event's id, who published it, its number among those
 
 
@@ -44,6 +46,11 @@ def many_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 8_192)), hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "server.log"
 
 
 class Connection:
@@ -59,6 +66,7 @@ class Connection:
         self.decoder = EventDecoder()
         self.first_id = ""  # where the stream begins
         self.complete = False
+        self.ending = b""  # of all that came
         self._parser = httptools.HttpResponseParser(self)
         self._body = b""
         self._tail = b""
@@ -81,6 +89,7 @@ class Connection:
         chunk = await asyncio.get_running_loop().sock_recv(self.sock, size)
         if not chunk:
             raise ConnectionResetError("the server has cut the body")
+        self.ending = (self.ending + chunk)[-5:]
         self._parser.feed_data(chunk)
         body, self._body = self._body, b""
         return body
@@ -149,15 +158,17 @@ def row_of(event: ServerSentEvent) -> Row:
     return number_of(event.id), data["who"], data["count"]
 
 
-async def together(steps: list[Awaitable[Any]]) -> list[Any]:
-    """The first one that fails ends all."""
-    async with asyncio.timeout(SECONDS + PATIENCE), asyncio.TaskGroup() as group:
-
-        async def step(awaitable: Awaitable[Any]) -> Any:
-            return await awaitable
-
-        tasks = [group.create_task(step(awaitable)) for awaitable in steps]
+async def together(steps: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Do all of them at once; the first one that fails ends the others."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(step) for step in steps]
     return [task.result() for task in tasks]
+
+
+def run(test: Coroutine[Any, Any, None], log: Path) -> None:
+    """Run a test, and see that its server had nothing to complain of."""
+    asyncio.run(asyncio.wait_for(test, PATIENCE))
+    assert b"Traceback" not in log.read_bytes(), log.read_text()
 
 
 # Clients that drop and resume
@@ -230,9 +241,9 @@ class Client:
 
 
 @pytest.mark.parametrize("server", SERVERS if FULL else SERVERS[:1])
-def test_clients_that_drop_and_resume(server: str) -> None:
-    with running(server, "channel_app:resuming") as port:
-        asyncio.run(drop_and_resume(server, port))
+def test_clients_that_drop_and_resume(server: str, log: Path) -> None:
+    with running(server, "channel_app:resuming", log) as port:
+        run(drop_and_resume(server, port), log)
 
 
 async def drop_and_resume(server: str, port: int) -> None:
@@ -244,8 +255,7 @@ async def drop_and_resume(server: str, port: int) -> None:
     began = time.monotonic()
     await together([client.read_to_the_end() for client in clients])
     seconds = time.monotonic() - began
-    async with asyncio.timeout(PATIENCE):
-        published = rows(await until(port, lambda now: now["streams"] == 1 and now["subscribers"] == 0))
+    published = rows(await until(port, lambda now: now["streams"] == 1 and now["subscribers"] == 0))
     for client in clients:
         since = number_of(client.first_id)
         wanted = [row for row in published if row[0] > since and row[1] in client.channels]
@@ -254,7 +264,8 @@ async def drop_and_resume(server: str, port: int) -> None:
         counts["doubled"] += len(client.seen) - len(set(client.seen))
         counts["not as published"] += client.seen != wanted
     print(
-        f"{server}: {len(published)} events, {CLIENTS} clients: {dict(counts)}; all of them at the end in {seconds:.1f} s"
+        f"{server}: {len(published)} events, {CLIENTS} clients: {dict(counts)}; the last time, all had all of it "
+        f"within {seconds:.1f} s"
     )
     assert counts["lost"] == counts["doubled"] == counts["not as published"] == counts["resets"] == 0
     assert len({client.last_id.partition("-")[0] for client in clients}) == 1
@@ -262,62 +273,118 @@ async def drop_and_resume(server: str, port: int) -> None:
     assert counts["inside of an event"] > CLIENTS
 
 
-# Clients among which some do not read
+# Clients among whom some do not read
 
+HISTORY = 100  # as of the app
 EVENTS = 1_000
-BATCH = 20  # events that are published before all have them: no more than the history, or who reads could lose some
+BATCH = 20  # events that are published before all have read them: with more than the history, a reader could lose some
 
 
 class Reader:
-    """Reads all that it gets, in one connection."""
+    """Reads all that comes, in one connection."""
 
     def __init__(self, stack: ExitStack, *, slow: bool = False) -> None:
         self.connection = stack.enter_context(Connection(slow=slow))
         self.seen: list[Row] = []
-        self.lost_by = ""  # the data of a reset
-        self.goes_on_at = 0
+        self.resets: list[tuple[int, int, str]] = []  # after how many events, where it goes on, its data
 
     async def begin(self, port: int, path: str) -> None:
         await self.connection.request(port, path)
-        while not self.connection.first_id:
-            await self._read()
+        await self.read_until(lambda: bool(self.connection.first_id))
 
     async def read_until(self, condition: Callable[[], bool]) -> None:
         while not condition():
-            await self._read()
+            for event in await self.connection.read():
+                if event.event == "reset":
+                    self.resets.append((len(self.seen), number_of(event.id), str(event.data)))
+                else:
+                    self.seen.append(row_of(event))
 
-    async def _read(self) -> None:
-        for event in await self.connection.read():
-            if event.event == "reset":
-                assert not self.lost_by
-                self.lost_by, self.goes_on_at = str(event.data), number_of(event.id)
-            else:
-                self.seen.append(row_of(event))
+    async def read_to(self, last: Row) -> None:
+        await self.read_until(lambda: self.seen[-1:] == [last])
 
 
 @pytest.mark.parametrize("server", SERVERS[:2] if FULL else SERVERS[:1])
-def test_clients_that_do_not_read_hold_up_nobody(server: str) -> None:
-    with process(server, "channel_app:crowded") as (port, running_process), ExitStack() as stack:
-        asyncio.run(read_beside_some_who_do_not(server, port, psutil.Process(running_process.pid), stack))
+def test_clients_that_do_not_read_hold_up_nobody(server: str, log: Path) -> None:
+    with process(server, "channel_app:crowded", log) as (port, running_process), ExitStack() as stack:
+        run(read_beside_some_who_do_not(server, port, psutil.Process(running_process.pid), stack), log)
 
 
 async def read_beside_some_who_do_not(server: str, port: int, about: psutil.Process, stack: ExitStack) -> None:
     readers = [Reader(stack) for _ in range(CLIENTS - 3)]
     patient, strict, impatient = stuck = [Reader(stack, slow=True) for _ in range(3)]
     await together([reader.begin(port, "/patient?channel=a") for reader in readers])
-    await patient.begin(port, "/patient?channel=a&channel=big")
-    await strict.begin(port, "/strict")
-    await impatient.begin(port, "/impatient?channel=big")
+    paths = ["/patient?channel=a&channel=big", "/strict", "/impatient?channel=big"]
+    await together([reader.begin(port, path) for reader, path in zip(stuck, paths, strict=True)])
 
-    before = peak = about.memory_info().rss
-    began = time.monotonic()
-    for count in range(BATCH, EVENTS + 1, BATCH):
+    before = peak = 0
+    longest, began = 0.0, time.monotonic()
+    for number in range(BATCH, EVENTS + 1, BATCH):
+        published_at = time.monotonic()
         await get(port, f"/publish?count={BATCH}")
-        await together([reader.read_until(lambda r=reader: len(r.seen) >= count) for reader in readers])
+        await together([reader.read_to((2 * number - 1, "a", number)) for reader in readers])
+        longest = max(longest, time.monotonic() - published_at)
         peak = max(peak, about.memory_info().rss)
+        if number == HISTORY:  # the log is full: from now on nothing is kept that does not go elsewhere
+            before = peak
     seconds = time.monotonic() - began
-    async with asyncio.timeout(PATIENCE):
-        now = await until(port, lambda now: now["closed"].get("timed_out"))
+    now = await until(port, lambda now: now["closed"].get("timed_out"))
     growth = (max(peak, about.memory_info().rss) - before) / 2**20
-    of_a = [row for row in rows(now) if row[1] == "a"]
-    assert all(reader.seen == of_a for reader in readers)
+    published = rows(now)
+    of_a = [row for row in published if row[1] == "a"]
+    for reader in readers:
+        assert (reader.seen, reader.resets) == (of_a, [])
+
+    # At last they read.
+    with pytest.raises(ConnectionResetError):
+        await impatient.read_until(lambda: False)
+    await together(
+        [patient.read_until(lambda: bool(patient.resets)), strict.read_until(lambda: strict.connection.complete)]
+    )
+    await get(port, "/publish?count=5")
+    now = await until(port, lambda now: now["closed"].get("overflowed"))
+    await patient.read_to(rows(now)[-1])
+
+    print(
+        f"{server}: {CLIENTS} clients; {EVENTS} events in {seconds:.1f} s, {BATCH} of them had by all within "
+        f"{longest:.2f} s; {growth:.1f} MB more; who did not read got {len(strict.seen)} events (close), "
+        f"{patient.resets} (reset); {now['closed']}"
+    )
+    assert growth < 20  # of 45 MB that one buffer would hold
+    ((count, goes_on_at, data),) = patient.resets
+    assert (data, goes_on_at) == ('{"reason":"overflow"}', published[-1][0])
+    assert 0 < count < len(published) - HISTORY
+    assert patient.seen[:count] == published[:count]
+    assert patient.seen[count:] == [row for row in rows(now) if row[0] > goes_on_at]
+    assert len(patient.seen) == count + 10
+    assert strict.connection.ending == b"0\r\n\r\n"
+    assert 0 < len(strict.seen) < EVENTS - HISTORY
+    assert strict.seen == rows(now["closing"])[: len(strict.seen)]
+    assert strict.resets == []
+    assert (now["closed"]["overflowed"], now["closed"]["timed_out"]) == (1, 1)
+
+
+# Django
+
+
+def test_synchronous_views_publish(log: Path) -> None:
+    with running(SERVERS[0], "channel_app:django", log) as port, ExitStack() as stack:
+        run(read_what_views_publish(port, [Reader(stack) for _ in range(5)]), log)
+
+
+async def read_what_views_publish(port: int, readers: list[Reader]) -> None:
+    await together([reader.begin(port, "/events") for reader in readers])
+    threads = await together([get(port, f"/{view}/{who}") for who, view in PUBLISHERS.items()])
+    assert len(set(threads)) == len(PUBLISHERS)
+    assert b"MainThread" not in threads
+    total = len(PUBLISHERS) * EACH
+    published = rows(await until(port, lambda now: len(now["published"]) == total))
+    await together([reader.read_to(published[-1]) for reader in readers])
+    turns = sum(one[1] != other[1] for one, other in pairwise(published))
+    print(f"{len(published)} events of {len(threads)} threads, who took {turns} turns")
+    assert turns > len(PUBLISHERS)  # they did publish at the same time
+    assert [number for number, _, _ in published] == list(range(1, total + 1))
+    for who in PUBLISHERS:
+        assert [count for _, name, count in published if name == who] == list(range(1, EACH + 1))
+    for reader in readers:
+        assert (reader.seen, reader.resets) == (published, [])
