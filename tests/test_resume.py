@@ -85,14 +85,26 @@ class Connection:
         await loop.sock_sendall(self.sock, head.encode())
 
     async def receive(self, size: int = 65_536) -> bytes:
-        """What the next bytes are of the body."""
-        chunk = await asyncio.get_running_loop().sock_recv(self.sock, size)
+        """What the next bytes are of the body. Who is cancelled has read nothing, and may go on."""
+        while True:
+            with suppress(BlockingIOError):
+                chunk = self.sock.recv(size)
+                break
+            await self._readable()
         if not chunk:
             raise ConnectionResetError("the server has cut the body")
         self.ending = (self.ending + chunk)[-5:]
         self._parser.feed_data(chunk)
         body, self._body = self._body, b""
         return body
+
+    async def _readable(self) -> None:
+        event, loop = asyncio.Event(), asyncio.get_running_loop()
+        loop.add_reader(self.sock, event.set)
+        try:
+            await event.wait()
+        finally:
+            loop.remove_reader(self.sock)
 
     def on_body(self, body: bytes) -> None:
         self._body += body
