@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import ExitStack, suppress
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -33,6 +34,7 @@ SECONDS = 30 if FULL else 3
 SERVERS = ["uvicorn-httptools-uvloop", "uvicorn-h11-asyncio", "hypercorn-asyncio"]
 MIXES = [("a",), ("b.x",), ("a", "b.y"), ("b.*",), ("a", "b.*")]
 CHANNELS = {"a": {"a"}, "b.x": {"b.x"}, "b.y": {"b.y"}, "b.*": {"b.x", "b.y"}}
+PAUSE = 1.5 if FULL else 0.6  # the most that a client is away: so many connections a second as a server can take
 PATIENCE = SECONDS + (120 if FULL else 30)  # seconds after which what is waited for will not come any more
 
 T = TypeVar("T")
@@ -116,13 +118,12 @@ class Connection:
         """The events that the next bytes complete."""
         body = await self.receive(size)
         self._tail = (self._tail + body)[-2:]
-        if self.first_id:
-            return self.decoder.feed(body)
         events = []
-        for line in body.splitlines(keepends=True):
-            events += self.decoder.feed(line)
-            self.first_id = self.first_id or self.decoder.last_event_id
-        return events
+        while body and not self.first_id:  # line by line, not to take the id of an event for the one before it
+            line, end, body = body.partition(b"\n")
+            events += self.decoder.feed(line + end)
+            self.first_id = self.decoder.last_event_id
+        return events + self.decoder.feed(body)
 
     @property
     def inside(self) -> bool:
@@ -161,13 +162,14 @@ def rows(figures: Any) -> list[Row]:
     return [(number, who, count) for number, who, count in figures["published"]]
 
 
-def number_of(event_id: str | None) -> int:
-    return int(str(event_id).partition("-")[2])
+def number_of(event_id: str) -> int:
+    return int(event_id.partition("-")[2])
 
 
-def row_of(event: ServerSentEvent) -> Row:
-    data = json.loads(str(event.data))
-    return number_of(event.id), data["who"], data["count"]
+@cache  # all clients see the same events
+def row_of(event_id: str, data: str) -> Row:
+    said = json.loads(data)
+    return number_of(event_id), said["who"], said["count"]
 
 
 async def together(steps: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -204,11 +206,11 @@ class Client:
     async def come_and_go(self, seconds: float) -> None:
         ends = time.monotonic() + seconds
         while (left := ends - time.monotonic()) > 0 or not self.last_id:
-            await asyncio.sleep(self._chance.uniform(0, 0.6))
+            await asyncio.sleep(self._chance.uniform(0, PAUSE))
             with Connection() as connection:
                 await self._connect(connection)
                 seen = len(self.seen)
-                await self._read_a_bit(connection, min(self._chance.expovariate(1.5), max(left, 0.1)))
+                await self._read_a_bit(connection, min(self._chance.expovariate(1.2), max(left, 0.1)))
                 self._counts["before the first event"] += len(self.seen) == seen
                 self._counts["inside of an event"] += connection.inside
                 if self._chance.random() < 0.5:
@@ -245,7 +247,7 @@ class Client:
             if event.event == "reset":
                 self._counts["resets"] += 1
                 continue
-            self.seen.append(row_of(event))
+            self.seen.append(row_of(str(event.id), str(event.data)))
             if "the last one" in str(event.data):
                 self._ended.add(self.seen[-1][1])
         self.first_id = self.first_id or connection.first_id
@@ -281,8 +283,8 @@ async def drop_and_resume(server: str, port: int) -> None:
     )
     assert counts["lost"] == counts["doubled"] == counts["not as published"] == counts["resets"] == 0
     assert len({client.last_id.partition("-")[0] for client in clients}) == 1
-    assert counts["before the first event"] > CLIENTS
-    assert counts["inside of an event"] > CLIENTS
+    assert counts["before the first event"] > CLIENTS / 4
+    assert counts["inside of an event"] > CLIENTS / 4
 
 
 # Clients among whom some do not read
@@ -308,9 +310,9 @@ class Reader:
         while not condition():
             for event in await self.connection.read():
                 if event.event == "reset":
-                    self.resets.append((len(self.seen), number_of(event.id), str(event.data)))
+                    self.resets.append((len(self.seen), number_of(str(event.id)), str(event.data)))
                 else:
-                    self.seen.append(row_of(event))
+                    self.seen.append(row_of(str(event.id), str(event.data)))
 
     async def read_to(self, last: Row) -> None:
         await self.read_until(lambda: self.seen[-1:] == [last])
