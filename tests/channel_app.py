@@ -24,6 +24,7 @@ from asgi_sse import (
 )
 
 registry = StreamRegistry()  # a process runs one of the apps
+NO_PING = None  # it would wake a reader that was forgotten
 
 
 class Noted(Broker):
@@ -99,7 +100,9 @@ async def finish() -> AsyncIterator[str]:
 
 
 resuming = create_app(
-    {"/events": events, "/begin": begin, "/finish": finish, "/figures": figures(registry, steady)}, registry=registry
+    {"/events": events, "/begin": begin, "/finish": finish, "/figures": figures(registry, steady)},
+    registry=registry,
+    ping=NO_PING,
 )
 
 
@@ -140,6 +143,7 @@ crowded = create_app(
     },
     registry=registry,
     send_timeout=1,
+    ping=NO_PING,
 )
 
 
@@ -161,7 +165,8 @@ def django_app() -> SSEMiddleware:
     together = threading.Barrier(len(PUBLISHERS))  # they begin when all of them are there
 
     def publish_nowait(who: str) -> None:
-        together.wait(10)
+        if who in PUBLISHERS:
+            together.wait(10)
         for _ in range(EACH):
             broker.note(broker.publish_nowait("a", broker.next_event(who)), who)
 
@@ -176,7 +181,7 @@ def django_app() -> SSEMiddleware:
         return HttpResponse(threading.current_thread().name)
 
     def thread(request: Any, who: str) -> Any:
-        """One that the app has started, and that has no event loop near it."""
+        """One that the app has started, with no event loop near it."""
         publisher = threading.Thread(target=publish_nowait, args=(who,))
         publisher.start()
         return HttpResponse(publisher.name)
@@ -186,7 +191,7 @@ def django_app() -> SSEMiddleware:
     settings.configure(ROOT_URLCONF=urls, ALLOWED_HOSTS=["*"], SECRET_KEY="x")
     sys.setswitchinterval(1e-5)  # or one of them would be done before the next one has its turn
     routes = {"/events": broker.channel("a"), "/figures": figures(registry, broker)}
-    return SSEMiddleware(get_asgi_application(), routes, registry=registry)
+    return SSEMiddleware(get_asgi_application(), routes, registry=registry, ping=NO_PING)
 
 
 def __getattr__(name: str) -> Any:

@@ -381,7 +381,8 @@ async def read_beside_some_who_do_not(server: str, port: int, about: psutil.Proc
 # Django
 
 
-def test_synchronous_views_publish(log: Path) -> None:
+def test_synchronous_views_publish(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONASYNCIODEBUG", "1")  # the loop raises where another thread calls what is not for it
     with running(SERVERS[0], "channel_app:django", log) as port, ExitStack() as stack:
         run(read_what_views_publish(port, [Reader(stack) for _ in range(5)]), log)
 
@@ -392,13 +393,17 @@ async def read_what_views_publish(port: int, readers: list[Reader]) -> None:
     assert len(set(threads)) == len(PUBLISHERS)
     assert b"MainThread" not in threads
     total = len(PUBLISHERS) * EACH
-    published = rows(await until(port, lambda now: len(now["published"]) == total))
-    await together([reader.read_to(published[-1]) for reader in readers])
-    turns = sum(one[1] != other[1] for one, other in pairwise(published))
-    print(f"{len(published)} events of {len(threads)} threads, who took {turns} turns")
+    at_once = rows(await until(port, lambda now: len(now["published"]) == total))
+    turns = sum(one[1] != other[1] for one, other in pairwise(at_once))
+    print(f"{total} events of {len(threads)} threads, who took {turns} turns")
     assert turns > len(PUBLISHERS)  # they did publish at the same time
-    assert [number for number, _, _ in published] == list(range(1, total + 1))
-    for who in PUBLISHERS:
+    await together([reader.read_to(at_once[-1]) for reader in readers])
+
+    await get(port, "/thread/alone")  # nobody else wakes the readers now
+    await together([reader.read_to((total + EACH, "alone", EACH)) for reader in readers])
+    published = rows(await figures(port))
+    assert [number for number, _, _ in published] == list(range(1, total + EACH + 1))
+    for who in [*PUBLISHERS, "alone"]:
         assert [count for _, name, count in published if name == who] == list(range(1, EACH + 1))
     for reader in readers:
         assert (reader.seen, reader.resets) == (published, [])
