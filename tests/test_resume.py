@@ -261,7 +261,7 @@ def test_clients_that_drop_and_resume(server: str, log: Path) -> None:
 
 
 async def drop_and_resume(server: str, port: int) -> None:
-    counts = Counter[str]()
+    counts = Counter({"resets": 0})
     clients = [Client(port, number, counts) for number in range(CLIENTS)]
     await get(port, "/begin")
     await together([client.come_and_go(SECONDS) for client in clients])
