@@ -98,7 +98,8 @@ def stress(session: nox.Session) -> None:
     """The tests of streams under stress, at their full size; the tests run a sample of each."""
     session.install("-e", ".[test]")
     session.run("python", "-m", "pytest", "-rP", "tests/test_hostile.py", "-k", "test_hostile_source")
-    session.run("python", "-m", "pytest", "-rP", "tests/test_stress.py", env={"ASGI_SSE_STRESS": "full"})
+    for name in ("stress", "resume"):
+        session.run("python", "-m", "pytest", "-rP", f"tests/test_{name}.py", env={"ASGI_SSE_STRESS": "full"})
 
 
 @nox.session

@@ -1,0 +1,409 @@
+"""Channels on real servers: clients that drop and resume miss nothing and see nothing twice, who does not read holds up
+nobody, and what synchronous views publish arrives.
+
+A sample of it unless ``ASGI_SSE_STRESS`` is ``full``.
+"""
+
+import asyncio
+import json
+import os
+import random
+import resource
+import socket
+import struct
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import ExitStack, suppress
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import httptools
+import psutil
+import pytest
+from channel_app import EACH, PUBLISHERS
+from serving import process, running
+
+from asgi_sse import EventDecoder, ServerSentEvent
+
+FULL = os.environ.get("ASGI_SSE_STRESS") == "full"
+CLIENTS = 1_000 if FULL else 100
+SECONDS = 30 if FULL else 3
+SERVERS = ["uvicorn-httptools-uvloop", "uvicorn-h11-asyncio", "hypercorn-asyncio"]
+MIXES = [("a",), ("b.x",), ("a", "b.y"), ("b.*",), ("a", "b.*")]
+CHANNELS = {"a": {"a"}, "b.x": {"b.x"}, "b.y": {"b.y"}, "b.*": {"b.x", "b.y"}}
+PAUSE = 1.5 if FULL else 0.6  # the most that a client is away: so many connections a second as a server can take
+PATIENCE = SECONDS + (120 if FULL else 30)  # seconds after which what is waited for will not come any more
+
+T = TypeVar("T")
+Row = tuple[int, str, int]  # the number in an event's id, who published it, its number among those
+
+
+@pytest.fixture(scope="module", autouse=True)
+def many_files() -> Iterator[None]:
+    """Each client has one, here and in the server; many systems allow 1,024 to those who do not ask for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 8_192)), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "server.log"
+
+
+class Connection:
+    """One connection, and how far its event stream has come."""
+
+    def __init__(self, *, slow: bool = False) -> None:
+        self.sock = socket.socket()
+        self.sock.setblocking(False)
+        if slow:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+            # As over Ethernet: with segments as large as loopback's, the server's kernel takes megabytes for it.
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1_460)
+        self.decoder = EventDecoder()
+        self.first_id = ""  # where the stream begins
+        self.complete = False
+        self.ending = b""  # of all that came
+        self._parser = httptools.HttpResponseParser(self)
+        self._body = b""
+        self._tail = b""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
+    async def request(self, port: int, path: str, last_event_id: str = "") -> None:
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(self.sock, ("127.0.0.1", port))
+        header = f"Last-Event-ID: {last_event_id}\r\n" if last_event_id else ""
+        head = f"GET {path} HTTP/1.1\r\nHost: x\r\n{header}Connection: close\r\n\r\n"
+        await loop.sock_sendall(self.sock, head.encode())
+
+    async def receive(self, size: int = 65_536) -> bytes:
+        """What the next bytes are of the body. Who is cancelled has read nothing, and may go on."""
+        while True:
+            with suppress(BlockingIOError):
+                chunk = self.sock.recv(size)
+                break
+            await self._readable()
+        if not chunk:
+            raise ConnectionResetError("the server has cut the body")
+        self.ending = (self.ending + chunk)[-5:]
+        self._parser.feed_data(chunk)
+        body, self._body = self._body, b""
+        return body
+
+    async def _readable(self) -> None:
+        event, loop = asyncio.Event(), asyncio.get_running_loop()
+        loop.add_reader(self.sock, event.set)
+        try:
+            await event.wait()
+        finally:
+            loop.remove_reader(self.sock)
+
+    def on_body(self, body: bytes) -> None:
+        self._body += body
+
+    def on_message_complete(self) -> None:
+        self.complete = True
+
+    async def read(self, size: int = 65_536) -> list[ServerSentEvent]:
+        """The events that the next bytes complete."""
+        body = await self.receive(size)
+        self._tail = (self._tail + body)[-2:]
+        events = []
+        while body and not self.first_id:  # line by line, not to take the id of an event for the one before it
+            line, end, body = body.partition(b"\n")
+            events += self.decoder.feed(line + end)
+            self.first_id = self.decoder.last_event_id
+        return events + self.decoder.feed(body)
+
+    @property
+    def inside(self) -> bool:
+        """Whether a part of an event has come."""
+        return self._tail not in {b"", b"\n\n"}
+
+    def reset(self) -> None:
+        """Close as a client that is killed."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+
+
+async def get(port: int, path: str) -> bytes:
+    body = b""
+    with Connection() as connection:
+        await connection.request(port, path)
+        while not connection.complete:
+            body += await connection.receive()
+    return body
+
+
+async def figures(port: int) -> Any:
+    (event,) = EventDecoder().feed(await get(port, "/figures"))
+    return json.loads(str(event.data))
+
+
+async def until(port: int, condition: Callable[[Any], bool]) -> Any:
+    """The figures, as soon as they are so."""
+    while not condition(found := await figures(port)):
+        await asyncio.sleep(0.05)
+    return found
+
+
+def rows(figures: Any) -> list[Row]:
+    """What was published."""
+    return [(number, who, count) for number, who, count in figures["published"]]
+
+
+def number_of(event_id: str) -> int:
+    return int(event_id.partition("-")[2])
+
+
+@cache  # all clients see the same events
+def row_of(event_id: str, data: str) -> Row:
+    said = json.loads(data)
+    return number_of(event_id), said["who"], said["count"]
+
+
+async def together(steps: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Do all of them at once; the first one that fails ends the others."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(step) for step in steps]
+    return [task.result() for task in tasks]
+
+
+def run(test: Coroutine[Any, Any, None], log: Path) -> None:
+    """Run a test, and see that its server had nothing to complain of."""
+    asyncio.run(asyncio.wait_for(test, PATIENCE))
+    assert b"Traceback" not in log.read_bytes(), log.read_text()
+
+
+# Clients that drop and resume
+
+
+class Client:
+    """Connects again and again, each time with the last id that it has."""
+
+    def __init__(self, port: int, number: int, counts: Counter[str]) -> None:
+        self.mix = MIXES[number % len(MIXES)]
+        self.channels = set[str]().union(*(CHANNELS[name] for name in self.mix))
+        self.first_id = ""
+        self.last_id = ""
+        self.seen: list[Row] = []
+        self._ended: set[str] = set()  # channels
+        self._port = port
+        self._path = "/events?" + "&".join(f"channel={name}" for name in self.mix)
+        self._chance = random.Random(number)
+        self._counts = counts
+
+    async def come_and_go(self, seconds: float) -> None:
+        ends = time.monotonic() + seconds
+        while (left := ends - time.monotonic()) > 0 or not self.last_id:
+            await asyncio.sleep(self._chance.uniform(0, PAUSE))
+            with Connection() as connection:
+                await self._connect(connection)
+                seen = len(self.seen)
+                await self._read_a_bit(connection, min(self._chance.expovariate(1.2), max(left, 0.1)))
+                self._counts["before the first event"] += len(self.seen) == seen
+                self._counts["inside of an event"] += connection.inside
+                if self._chance.random() < 0.5:
+                    connection.reset()
+
+    async def _read_a_bit(self, connection: Connection, seconds: float) -> None:
+        leaves = self._chance.choice(["at once", "unread", "opened", "anywhere", "anywhere", "inside", "inside"])
+        if leaves == "unread":
+            await asyncio.sleep(self._chance.uniform(0, 0.1))
+        if leaves == "opened":
+            while not connection.first_id:
+                await self._read(connection, 16)
+        if leaves in {"anywhere", "inside"}:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    while True:
+                        await self._read(connection)
+        if leaves == "inside":
+            while not connection.inside:
+                await self._read(connection, self._chance.randint(1, 40))
+
+    async def read_to_the_end(self) -> None:
+        with Connection() as connection:
+            await self._connect(connection)
+            while self._ended != self.channels:
+                await self._read(connection)
+
+    async def _connect(self, connection: Connection) -> None:
+        self._counts["connections"] += 1
+        await connection.request(self._port, self._path, self.last_id)
+
+    async def _read(self, connection: Connection, size: int = 65_536) -> None:
+        for event in await connection.read(size):
+            if event.event == "reset":
+                self._counts["resets"] += 1
+                continue
+            self.seen.append(row_of(str(event.id), str(event.data)))
+            if "the last one" in str(event.data):
+                self._ended.add(self.seen[-1][1])
+        self.first_id = self.first_id or connection.first_id
+        self.last_id = connection.decoder.last_event_id or self.last_id
+
+
+@pytest.mark.parametrize("server", SERVERS if FULL else SERVERS[:1])
+def test_clients_that_drop_and_resume(server: str, log: Path) -> None:
+    with running(server, "channel_app:resuming", log) as port:
+        run(drop_and_resume(server, port), log)
+
+
+async def drop_and_resume(server: str, port: int) -> None:
+    counts = Counter({"resets": 0})
+    clients = [Client(port, number, counts) for number in range(CLIENTS)]
+    await get(port, "/begin")
+    await together([client.come_and_go(SECONDS) for client in clients])
+    await get(port, "/finish")
+    began = time.monotonic()
+    await together([client.read_to_the_end() for client in clients])
+    seconds = time.monotonic() - began
+    published = rows(await until(port, lambda now: now["streams"] == 1 and now["subscribers"] == 0))
+    for client in clients:
+        since = number_of(client.first_id)
+        wanted = [row for row in published if row[0] > since and row[1] in client.channels]
+        counts["delivered"] += len(client.seen)
+        counts["lost"] += len(set(wanted) - set(client.seen))
+        counts["doubled"] += len(client.seen) - len(set(client.seen))
+        counts["not as published"] += client.seen != wanted
+    print(
+        f"{server}: {len(published)} events, {CLIENTS} clients: {dict(counts)}; the last time, all had all of it "
+        f"within {seconds:.1f} s"
+    )
+    assert counts["lost"] == counts["doubled"] == counts["not as published"] == counts["resets"] == 0
+    assert len({client.last_id.partition("-")[0] for client in clients}) == 1
+    assert counts["before the first event"] > CLIENTS / 4
+    assert counts["inside of an event"] > CLIENTS / 4
+
+
+# Clients among whom some do not read
+
+HISTORY = 100  # as of the app
+EVENTS = 1_000
+BATCH = 20  # events that are published before all have read them: with more than the history, a reader could lose some
+
+
+class Reader:
+    """Reads all that comes, in one connection."""
+
+    def __init__(self, stack: ExitStack, *, slow: bool = False) -> None:
+        self.connection = stack.enter_context(Connection(slow=slow))
+        self.seen: list[Row] = []
+        self.resets: list[tuple[int, int, str]] = []  # after how many events, where it goes on, its data
+
+    async def begin(self, port: int, path: str) -> None:
+        await self.connection.request(port, path)
+        await self.read_until(lambda: bool(self.connection.first_id))
+
+    async def read_until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            for event in await self.connection.read():
+                if event.event == "reset":
+                    self.resets.append((len(self.seen), number_of(str(event.id)), str(event.data)))
+                else:
+                    self.seen.append(row_of(str(event.id), str(event.data)))
+
+    async def read_to(self, last: Row) -> None:
+        await self.read_until(lambda: self.seen[-1:] == [last])
+
+
+@pytest.mark.parametrize("server", SERVERS[:2] if FULL else SERVERS[:1])
+def test_clients_that_do_not_read_hold_up_nobody(server: str, log: Path) -> None:
+    with process(server, "channel_app:crowded", log) as (port, running_process), ExitStack() as stack:
+        run(read_beside_some_who_do_not(server, port, psutil.Process(running_process.pid), stack), log)
+
+
+async def read_beside_some_who_do_not(server: str, port: int, about: psutil.Process, stack: ExitStack) -> None:
+    readers = [Reader(stack) for _ in range(CLIENTS - 3)]
+    patient, strict, impatient = stuck = [Reader(stack, slow=True) for _ in range(3)]
+    await together([reader.begin(port, "/patient?channel=a") for reader in readers])
+    paths = ["/patient?channel=a&channel=big", "/strict", "/impatient?channel=big"]
+    await together([reader.begin(port, path) for reader, path in zip(stuck, paths, strict=True)])
+
+    before = peak = 0
+    longest, began = 0.0, time.monotonic()
+    for number in range(BATCH, EVENTS + 1, BATCH):
+        published_at = time.monotonic()
+        await get(port, f"/publish?count={BATCH}")
+        await together([reader.read_to((2 * number - 1, "a", number)) for reader in readers])
+        longest = max(longest, time.monotonic() - published_at)
+        peak = max(peak, about.memory_info().rss)
+        if number == HISTORY:  # the log is full: from now on nothing is kept that does not go elsewhere
+            before = peak
+    seconds = time.monotonic() - began
+    now = await until(port, lambda now: now["closed"].get("timed_out"))
+    growth = (max(peak, about.memory_info().rss) - before) / 2**20
+    published = rows(now)
+    of_a = [row for row in published if row[1] == "a"]
+    for reader in readers:
+        assert (reader.seen, reader.resets) == (of_a, [])
+
+    # At last they read.
+    with pytest.raises(ConnectionResetError):
+        await impatient.read_until(lambda: False)
+    await together(
+        [patient.read_until(lambda: bool(patient.resets)), strict.read_until(lambda: strict.connection.complete)]
+    )
+    await get(port, "/publish?count=5")
+    now = await until(port, lambda now: now["closed"].get("overflowed"))
+    await patient.read_to(rows(now)[-1])
+
+    print(
+        f"{server}: {CLIENTS} clients; {EVENTS} events in {seconds:.1f} s, {BATCH} of them had by all within "
+        f"{longest:.2f} s; {growth:.1f} MB more; who did not read got {len(strict.seen)} events (close), "
+        f"{patient.resets} (reset); {now['closed']}"
+    )
+    assert growth < 20  # of 45 MB that one buffer would hold
+    ((count, goes_on_at, data),) = patient.resets
+    assert (data, goes_on_at) == ('{"reason":"overflow"}', published[-1][0])
+    assert 0 < count < len(published) - HISTORY
+    assert patient.seen[:count] == published[:count]
+    assert patient.seen[count:] == [row for row in rows(now) if row[0] > goes_on_at]
+    assert len(patient.seen) == count + 10
+    assert strict.connection.ending == b"0\r\n\r\n"
+    assert 0 < len(strict.seen) < EVENTS - HISTORY
+    assert strict.seen == rows(now["closing"])[: len(strict.seen)]
+    assert strict.resets == []
+    assert (now["closed"]["overflowed"], now["closed"]["timed_out"]) == (1, 1)
+
+
+# Django
+
+
+def test_synchronous_views_publish(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONASYNCIODEBUG", "1")  # the loop raises where another thread calls what is not for it
+    with running(SERVERS[0], "channel_app:django", log) as port, ExitStack() as stack:
+        run(read_what_views_publish(port, [Reader(stack) for _ in range(5)]), log)
+
+
+async def read_what_views_publish(port: int, readers: list[Reader]) -> None:
+    await together([reader.begin(port, "/events") for reader in readers])
+    threads = await together([get(port, f"/{view}/{who}") for who, view in PUBLISHERS.items()])
+    assert len(set(threads)) == len(PUBLISHERS)
+    assert b"MainThread" not in threads
+    total = len(PUBLISHERS) * EACH
+    at_once = rows(await until(port, lambda now: len(now["published"]) == total))
+    turns = sum(one[1] != other[1] for one, other in pairwise(at_once))
+    print(f"{total} events of {len(threads)} threads, who took {turns} turns")
+    assert turns > len(PUBLISHERS)  # they did publish at the same time
+    await together([reader.read_to(at_once[-1]) for reader in readers])
+
+    await get(port, "/thread/alone")  # nobody else wakes the readers now
+    await together([reader.read_to((total + EACH, "alone", EACH)) for reader in readers])
+    published = rows(await figures(port))
+    assert [number for number, _, _ in published] == list(range(1, total + EACH + 1))
+    for who in [*PUBLISHERS, "alone"]:
+        assert [count for _, name, count in published if name == who] == list(range(1, EACH + 1))
+    for reader in readers:
+        assert (reader.seen, reader.resets) == (published, [])
