@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from heapq import merge
-from itertools import islice
+from itertools import chain, islice
 from operator import attrgetter
 from typing import Final, Literal, TypeAlias
 
@@ -25,6 +25,9 @@ ResetReason: TypeAlias = Literal[
     "epoch",  # the id is of an earlier log: the broker was restarted
     "overflow",  # the reader was slower than the log forgets
 ]
+
+_SORTED: Final = 1000
+"""Entries up to which to sort all of several channels is faster than to merge as many as are wanted."""
 
 MAX_NAME: Final = 200
 """Characters of a channel's name; it becomes a key of Redis and a subject of NATS."""
@@ -161,6 +164,17 @@ class Ring:
         while len(self) > self.history or (self.size > self.max_bytes and len(self) > 1):
             self._drop()
 
+    def fill(self, entries: "Iterable[Entry]", trimmed: int) -> None:
+        """Put back what was dropped, up to `trimmed`: `entries`, oldest first; those that are there already are not."""
+        older = [entry for entry in entries if entry.number <= self.trimmed]
+        self._numbers[: self._start] = [entry.number for entry in older]
+        self._entries[: self._start] = older
+        self._start = 0
+        self._memo = None
+        self.size += sum(len(entry.chunk) for entry in older)
+        self.trimmed = min(trimmed, self.trimmed)
+        self._trim()
+
     def expire(self, now: float) -> None:
         """Drop what is too old."""
         since = now - self.max_age
@@ -180,6 +194,10 @@ class Ring:
     def after(self, number: int) -> "islice[Entry]":
         """The entries behind a number."""
         return islice(self._entries, bisect_right(self._numbers, number, self._start), None)
+
+    def count(self, number: int) -> int:
+        """How many entries there are behind a number."""
+        return len(self._numbers) - bisect_right(self._numbers, number, self._start)
 
     def has(self, number: int) -> bool:
         """Whether there is anything behind a number."""
@@ -223,7 +241,8 @@ class EventLog:
 
     Args:
         history: Events that each channel keeps.
-        max_bytes: Bytes of events that each channel keeps; the newest one is kept whatever its size.
+        max_bytes: Bytes of encoded events that each channel keeps, which take about twice as much memory; the newest one
+            is kept whatever its size.
         max_age: Seconds for which events are kept; ``None``: until there are too many.
         max_channels: Channels that are kept. Beyond, the one that was published to least recently goes.
         epoch: Tells this log from others; up to 32 of 0-9 a-z. Default: at random.
@@ -280,25 +299,54 @@ class EventLog:
         """The id of an event, or of a position."""
         return f"{self.epoch}-{number}"
 
-    def append(self, channel: str, event: ServerSentEvent, now: float, *, sep: str = "\n") -> Entry:
+    def entry(self, number: int, channel: str, event: ServerSentEvent, now: float) -> Entry:
+        """An event, which has no id of its own, as one of this log."""
+        event = numbered_event(event, self.id_of(number))
+        return Entry(number, channel, event, event.encode(), now)
+
+    def append(self, channel: str, event: ServerSentEvent, now: float, *, number: int | None = None) -> Entry:
         """Add an event, which has no id of its own.
 
         Args:
             channel: A valid name.
             event: The event.
             now: The time, for `max_age`.
-            sep: The line end.
+            number: Its number, greater than any before. Default: the next one.
         """
-        number = self.tail + 1
-        event = numbered_event(event, self.id_of(number))
-        entry = Entry(number, channel, event, event.encode(sep), now)
-        self.tail = number
+        entry = self.entry(self.tail + 1 if number is None else number, channel, event, now)
+        self.tail = entry.number
         self._ring_of(channel).append(entry)
         if channel in self._order:
             self._order.move_to_end(channel)
-        while len(self._order) > self._max_channels:
-            self._forget(next(iter(self._order)))
+        self._forget_some()
         return entry
+
+    def restart(self, epoch: str, tail: int, known: Iterable[tuple[str, int]], floor: int) -> None:
+        """Forget all, and go on as a part of another log, of which there is nothing yet.
+
+        Args:
+            epoch: Its epoch.
+            tail: The number of its last event.
+            known: Its channels, each with the number of its last event, least recently published to first.
+            floor: The last number of the channels that it has forgotten.
+        """
+        self.epoch = epoch
+        self.tail = tail
+        self._rings.clear()
+        self._order.clear()
+        self._forgotten = OrderedDict(known)
+        self._floor = floor
+
+    def fill(self, channel: str, entries: Iterable[Entry], trimmed: int) -> None:
+        """Put back what is not here of a channel.
+
+        Args:
+            channel: Its name.
+            entries: What it has, oldest first.
+            trimmed: The number since which there is nothing before them.
+        """
+        self._ring_of(channel).fill(entries, trimmed)
+        self._forget_some()
 
     def keep(self, channel: str, max_bytes: int) -> None:
         """All events of `channel` from now on, whatever their number and age, up to so many bytes; until `release`."""
@@ -327,6 +375,10 @@ class EventLog:
             self._rings[channel] = ring
             self._order[channel] = None
         return ring
+
+    def _forget_some(self) -> None:
+        while len(self._order) > self._max_channels:
+            self._forget(next(iter(self._order)))
 
     def _forget(self, channel: str) -> None:
         self._order.pop(channel, None)
@@ -369,4 +421,6 @@ class EventLog:
         rings = [ring for ring in map(self._rings.get, channels) if ring is not None and ring.has(after)]
         if len(rings) == 1:
             return rings[0].after(after)
+        if sum(ring.count(after) for ring in rings) <= _SORTED:
+            return sorted(chain.from_iterable(ring.after(after) for ring in rings), key=attrgetter("number"))
         return merge(*(ring.after(after) for ring in rings), key=attrgetter("number"))
