@@ -241,8 +241,8 @@ class EventLog:
 
     Args:
         history: Events that each channel keeps.
-        max_bytes: Bytes of encoded events that each channel keeps, which take about twice as much memory; the newest one
-            is kept whatever its size.
+        max_bytes: Bytes of encoded events that each channel keeps, which take about twice as much memory; the newest
+            one is kept whatever its size.
         max_age: Seconds for which events are kept; ``None``: until there are too many.
         max_channels: Channels that are kept. Beyond, the one that was published to least recently goes.
         epoch: Tells this log from others; up to 32 of 0-9 a-z. Default: at random.

@@ -44,14 +44,14 @@ class Broker:
     Args:
         url: ``memory://``: in this process.
         history: Events that each channel keeps.
-        max_bytes: Bytes of encoded events that each channel keeps, which take about twice as much memory; the newest one
-            is kept whatever its size.
+        max_bytes: Bytes of encoded events that each channel keeps, which take about twice as much memory; the newest
+            one is kept whatever its size.
         max_age: Seconds after which nobody gets them any more; ``None``: until there are too many.
         max_channels: Channels that are kept. Beyond, the one that was published to least recently is forgotten.
         max_subscribers: Subscribers that a channel may have; ``None``: any number.
-        overflow: What becomes of a subscriber that is so slow that events it has not read were dropped: ``reset``
-            tells it so, by an event of that type, and goes on with what is new; ``close`` ends its stream
-            when it takes again what was sent before.
+        overflow: What becomes of a subscriber that is so slow that events it has not read were dropped, once it takes
+            more: ``reset`` tells it so, by an event of that type, and goes on with what is new; ``close`` ends its
+            stream.
         on_join: Called with each `Subscription` that begins to be read, in its event loop. Sync or async; what it
             raises is logged.
         on_leave: Called with each that is not read any more, after what `on_join` did for it.
