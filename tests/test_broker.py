@@ -96,9 +96,14 @@ class Client:
                     self.got(event)
                 self.last_id = self.decoder.last_event_id or self.last_id
         else:
-            with anyio.move_on_after(0):
-                self.got(await self.subscription.__anext__())
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self.read_one, self.subscription)
+                await anyio.wait_all_tasks_blocked()
+                tasks.cancel_scope.cancel()
             self.last_id = self.subscription.last_event_id
+
+    async def read_one(self, subscription: Subscription) -> None:
+        self.got(await subscription.__anext__())
 
     def got(self, event: ServerSentEvent) -> None:
         if event.event == "reset":
@@ -121,7 +126,7 @@ async def any_interleaving(chance: random.Random) -> None:  # noqa: PLR0912
     def start() -> Broker:
         return Broker(
             history=chance.choice([2, 5, 100]),
-            max_bytes=chance.choice([100, 10**6]),
+            max_bytes=chance.choice([1000, 10**6]),
             max_channels=chance.choice([1, 2, 100]),
         )
 

@@ -273,7 +273,7 @@ async def test_a_run_that_is_too_long() -> None:
 
 async def test_a_run_is_bounded_in_bytes_and_a_late_client_is_told() -> None:
     broker = Broker(history=2)  # which is not for runs
-    run = await broker.run("chat", words(100, 0), max_bytes=1000)
+    run = await broker.run("chat", words(100, 0), max_bytes=10_000)
     await run.wait()
     events = [event async for event in run.subscribe()]
     assert (events[0].event, events[0].data) == ("reset", '{"reason":"expired"}')

@@ -12,7 +12,7 @@ from anyio.lowlevel import RunVar
 
 from .base import Child, EventLoop, Sender, Wait
 
-__all__ = ["Child", "EventLoop", "Sender", "Wait", "current_loop"]
+__all__ = ["Child", "EventLoop", "Sender", "Wait", "current_loop", "running_loop"]
 
 # Every request asks, so a look into a dictionary where that is enough: anyio's RunVar takes five times as long.
 _on_asyncio: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, EventLoop]" = weakref.WeakKeyDictionary()
@@ -35,6 +35,14 @@ def current_loop() -> EventLoop:
 
         loop = _on_asyncio[running] = AsyncioLoop()
     return loop
+
+
+def running_loop() -> EventLoop | None:
+    """As `current_loop`; ``None`` where there is none."""
+    try:
+        return current_loop()
+    except RuntimeError:
+        return None
 
 
 def _trio_loop() -> EventLoop:

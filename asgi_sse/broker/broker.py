@@ -44,8 +44,7 @@ class Broker:
     Args:
         url: ``memory://``: in this process.
         history: Events that each channel keeps.
-        max_bytes: Bytes of encoded events that each channel keeps, which take about twice as much memory; the newest
-            one is kept whatever its size.
+        max_bytes: Memory that the events of each channel may take, about; the newest one is kept whatever its size.
         max_age: Seconds after which nobody gets them any more; ``None``: until there are too many.
         max_channels: Channels that are kept. Beyond, the one that was published to least recently is forgotten.
         max_subscribers: Subscribers that a channel may have; ``None``: any number.
@@ -281,8 +280,8 @@ class Broker:
                 items are as of `publish`.
             ttl: Seconds for which clients can get it after its end.
             max_lifetime: Seconds after which it is ended; ``None``: never.
-            max_bytes: Of its events that are kept: those beyond, the first ones, are lost to clients that come late,
-                who are told by a ``reset``. Default: as of any channel.
+            max_bytes: Memory that its events may take, about. Its first events beyond are lost to clients that come
+                late, who are told by a ``reset``. Default: as of any channel.
             on_end: Makes the final event, of how it ended and what the source raised.
 
         Raises:

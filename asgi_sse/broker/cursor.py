@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 from ..event import ServerSentEvent
 from ..inbox import Changing
 from ..log import is_pattern
+from .hub import clock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,6 +76,16 @@ class Cursor(Changing):
 
     # The hub's side
 
+    def begun(self, channels: list[str]) -> None:
+        """See `hub.Reader`."""
+        self._behind = True  # before it is woken for the first time: what was published since it was made counts
+        if self._single is None:
+            self._dirty = set(channels)
+        # A channel that a pattern matches may have been forgotten: then nobody knows what it had.
+        patterns = any(map(is_pattern, self.names))
+        if not self._hub.log.is_complete(channels, clock(), patterns=patterns, after=self._position):
+            self._reset("expired")
+
     def published(self, channel: str, before: int) -> bool:
         """See `hub.Reader`."""
         if self._dirty is not None:
@@ -84,17 +95,6 @@ class Cursor(Changing):
         self._behind = True
         self._position = before  # all before it is read, so that nothing of it can be missing
         return True
-
-    def _join(self) -> None:
-        self._behind = True  # before it is woken for the first time: what was published since it was made counts
-        channels = self._hub.join(self)
-        if self._single is None:
-            self._dirty = set(channels)
-        with self._hub.lock:
-            # A channel that a pattern matches may have been forgotten: then nobody knows what it had.
-            patterns = any(map(is_pattern, self.names))
-            if not self._hub.log.is_complete(channels, patterns=patterns, after=self._position):
-                self._reset("expired")
 
     def wake(self) -> None:
         """See `hub.Reader`."""
@@ -129,8 +129,11 @@ class Cursor(Changing):
 
     def _check(self) -> None:
         """See whether what is behind it is complete."""
-        if self._behind and not self._hub.log.is_complete(self._channels(), patterns=False, after=self._position):
-            if self._overflow == "close":
+        if not self._behind:
+            return
+        if not self._hub.log.is_complete(self._channels(), clock(), patterns=False, after=self._position):
+            # A snapshot that takes longer than the log keeps what comes meanwhile would be made for ever.
+            if self._overflow == "close" or (self._snapshot is not None and self._snapshot.is_too_slow):
                 self._overflowed()
             else:
                 self._reset("overflow")

@@ -7,13 +7,13 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from .._eventloop import EventLoop, current_loop
+from .._eventloop import EventLoop, current_loop, running_loop
 from ..errors import BrokerError, InvalidEventError, shown
 from ..event import ServerSentEvent, as_event
 from ..log import Entry, EventLog, is_pattern, pattern_test
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 clock: Final = time.monotonic
 
@@ -34,6 +34,10 @@ class Reader(Protocol):
     """What the hub needs of a subscription."""
 
     names: tuple[str, ...]
+
+    def begun(self, channels: list[str]) -> None:
+        """It is in, and reads `channels`: its names, and all known ones that its patterns match. With the lock held."""
+        ...
 
     def published(self, channel: str, before: int) -> bool:
         """`channel` has an event behind a number. Called with the lock held, from any thread.
@@ -57,13 +61,23 @@ class Ending(Protocol):
 class _Group:
     """The readers of one event loop."""
 
-    __slots__ = ("loop", "pending", "readers", "thread")
+    __slots__ = ("loop", "pending", "readers")
 
     def __init__(self, loop: EventLoop) -> None:
         self.loop = loop
-        self.thread = threading.get_ident()
         self.readers: set[Reader] = set()
         self.pending: set[Reader] = set()  # to be woken by a call that is under way to another thread
+
+
+class _Pattern:
+    """Who reads by one pattern, and what it matches of what is known."""
+
+    __slots__ = ("channels", "readers", "test")
+
+    def __init__(self, test: Callable[[str], bool], channels: Iterable[str]) -> None:
+        self.test = test
+        self.channels = {channel for channel in channels if test(channel)}
+        self.readers: set[Reader] = set()
 
 
 class Hub:
@@ -71,7 +85,8 @@ class Hub:
 
     Attributes:
         log: The log. Read and written with `lock` held.
-        lock: Held for microseconds, and never across anything that waits.
+        lock: Never held across anything that waits, nor while another one's code runs.
+        max_subscribers: How many may read a channel by its name.
     """
 
     def __init__(self, log: EventLog, *, max_subscribers: int | None = None) -> None:
@@ -81,8 +96,8 @@ class Hub:
         self._groups: dict[Reader, _Group] = {}
         self._loops: dict[EventLoop, _Group] = {}
         self._exact: dict[str, set[Reader]] = {}
-        self._patterns: dict[Reader, list[Callable[[str], bool]]] = {}
-        self._matching: dict[str, list[Reader]] = {}  # by patterns
+        self._patterns: dict[str, _Pattern] = {}
+        self._matching: dict[str, list[_Pattern]] = {}  # by channel; cleared when a pattern comes or goes
 
     def full(self, names: tuple[str, ...]) -> str | None:
         """The first of `names` that has as many subscribers as it may."""
@@ -92,66 +107,48 @@ class Hub:
                     return name
         return None
 
-    def join(self, reader: Reader) -> list[str]:
+    def join(self, reader: Reader) -> None:
         """`reader` is to be woken from now on, in the event loop of the caller.
-
-        Returns:
-            The channels that it reads: its names, and all that is known of what its patterns match.
 
         Raises:
             BrokerError: One of its channels has as many subscribers as it may.
         """
         loop = current_loop()
         with self.lock:
-            self.log.expire(clock())  # a channel that nobody publishes to has nobody else who looks at its age
-            name = self.full(reader.names)
-            if name is not None:
-                raise BrokerError(f"{name} has {self.max_subscribers} subscribers already, the most there may be")
-            group = self._loops.get(loop)
-            if group is None:
-                group = self._loops[loop] = _Group(loop)
+            self._bury()
+            self.log.expire(clock())  # channels that nobody publishes to have nobody else who looks at their age
+            full = self.full(reader.names)
+            if full is not None:
+                raise BrokerError(f"{full} has {self.max_subscribers} subscribers already, the most there may be")
+            group = self._loops.setdefault(loop, _Group(loop))
             group.readers.add(reader)
             self._groups[reader] = group
-            channels = [name for name in reader.names if not is_pattern(name)]
-            for name in channels:
-                self._exact.setdefault(name, set()).add(reader)
-            tests = [pattern_test(name) for name in reader.names if is_pattern(name)]
-            if tests:
-                self._patterns[reader] = tests
-                self._matching.clear()
-                channels += [
-                    name for name in self.log.channels if name not in channels and any(test(name) for test in tests)
-                ]
-            return channels
+            channels: dict[str, None] = {}
+            for name in reader.names:
+                if is_pattern(name):
+                    pattern = self._pattern(name)
+                    pattern.readers.add(reader)
+                    channels.update(dict.fromkeys(pattern.channels))
+                else:
+                    self._exact.setdefault(name, set()).add(reader)
+                    channels[name] = None
+            reader.begun(list(channels))
 
     def leave(self, reader: Reader) -> bool:
         """`reader` is not to be woken any more. False: it had not joined."""
         with self.lock:
-            group = self._groups.pop(reader, None)
-            if group is None:
-                return False
-            group.readers.discard(reader)
-            group.pending.discard(reader)
-            if not group.readers:
-                self._loops.pop(group.loop, None)
-            for name in reader.names:
-                readers = self._exact.get(name)
-                if readers is not None:
-                    readers.discard(reader)
-                    if not readers:
-                        del self._exact[name]
-            if self._patterns.pop(reader, None) is not None:
-                self._matching.clear()
-            return True
+            return self._leave(reader)
 
     def subscribers(self, channel: str) -> int:
         """How many read `channel` now, by its name or by a pattern."""
         with self.lock:
-            return len({*self._exact.get(channel, ()), *self._by_pattern(channel)})
+            self._bury()
+            readers = set(self._exact.get(channel, ()))
+            return len(readers.union(*(pattern.readers for pattern in self._by_pattern(channel))))
 
     def publish(self, channel: str, event: ServerSentEvent, *, ends: Ending | None = None) -> Entry:
         """Append an event, the last one of `ends`, and wake those who read its channel."""
-        thread = threading.get_ident()
+        running = running_loop()
         here: list[Reader] = []
         there: list[_Group] = []
         with self.lock:
@@ -160,34 +157,72 @@ class Hub:
                 ends.final = entry.number
             before = entry.number - 1
             exact = self._exact.get(channel, ())
-            for reader in (*exact, *(r for r in self._by_pattern(channel) if r not in exact)):
-                if not reader.published(channel, before):
-                    continue
-                group = self._groups[reader]
-                if group.loop.closed:
-                    continue  # and its readers with it
-                if group.thread == thread:
-                    here.append(reader)
-                else:
-                    if not group.pending:
-                        there.append(group)
-                    group.pending.add(reader)
+            for readers in (exact, *(pattern.readers for pattern in self._by_pattern(channel))):
+                for reader in readers:
+                    if not reader.published(channel, before):
+                        continue
+                    group = self._groups[reader]
+                    if group.loop is running:
+                        here.append(reader)
+                    else:
+                        if not group.pending:
+                            there.append(group)
+                        group.pending.add(reader)
         for reader in here:
             reader.wake()
         for group in there:
             group.loop.call_threadsafe(partial(self._wake, group))
         return entry
 
-    def _by_pattern(self, channel: str) -> list[Reader]:
+    def _pattern(self, name: str) -> _Pattern:
+        pattern = self._patterns.get(name)
+        if pattern is None:
+            pattern = self._patterns[name] = _Pattern(pattern_test(name), self.log.channels)
+            self._matching.clear()
+        else:
+            pattern.channels = {channel for channel in pattern.channels if channel in self.log}
+        return pattern
+
+    def _by_pattern(self, channel: str) -> list[_Pattern]:
         if not self._patterns:
             return []
-        readers = self._matching.get(channel)
-        if readers is None:
-            readers = [reader for reader, tests in self._patterns.items() if any(test(channel) for test in tests)]
+        patterns = self._matching.get(channel)
+        if patterns is None:
+            patterns = [pattern for pattern in self._patterns.values() if pattern.test(channel)]
+            for pattern in patterns:
+                pattern.channels.add(channel)
             if len(self._matching) > 10_000:  # as many channels as a log keeps by default
                 self._matching.clear()
-            self._matching[channel] = readers
-        return readers
+            self._matching[channel] = patterns
+        return patterns
+
+    def _leave(self, reader: Reader) -> bool:
+        group = self._groups.pop(reader, None)
+        if group is None:
+            return False
+        group.readers.discard(reader)
+        group.pending.discard(reader)
+        if not group.readers:
+            self._loops.pop(group.loop, None)
+        for name in reader.names:
+            if is_pattern(name):
+                pattern = self._patterns[name]
+                pattern.readers.discard(reader)
+                if not pattern.readers:
+                    del self._patterns[name]
+                    self._matching.clear()
+            else:
+                self._exact[name].discard(reader)
+                if not self._exact[name]:
+                    del self._exact[name]
+        return True
+
+    def _bury(self) -> None:
+        """Let go of the readers of event loops that were closed under them."""
+        for group in list(self._loops.values()):
+            if group.loop.closed:
+                for reader in list(group.readers):
+                    self._leave(reader)
 
     def _wake(self, group: _Group) -> None:
         with self.lock:

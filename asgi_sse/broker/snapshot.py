@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import AsyncIterable, Iterable, Mapping
 from inspect import isawaitable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import InvalidEventError, shown
 from ..event import ServerSentEvent, as_event, numbered_event
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+_PATIENCE: Final = 5
+"""Snapshots in a row behind which the log has forgotten what follows, before their reader is given up."""
 
 
 class Snapshot:
@@ -28,36 +32,59 @@ class Snapshot:
             client that is cut in between gets all of it again.
     """
 
-    __slots__ = ("_make", "events", "position", "wanted")
+    __slots__ = ("_asked", "_in_vain", "_make", "_making", "events", "position", "wanted")
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self._make = make
+        self._making = False
+        self._asked = 0  # times
+        self._in_vain = 0  # times in a row
         self.wanted = False
         self.position = 0
         self.events: deque[ServerSentEvent] = deque()
+
+    @property
+    def is_too_slow(self) -> bool:
+        """Whether the log has forgotten what came behind it each of the last times."""
+        return self._in_vain >= _PATIENCE
 
     def want(self, position: int) -> None:
         """It is to be made anew."""
         self.wanted = True
         self.position = position
+        self._asked += 1
+        self._in_vain += 1
         self.events.clear()
 
+    def was_followed(self) -> None:
+        """An event behind it was read."""
+        self._in_vain = 0
+
     async def make(self, id_of: Callable[[int], str]) -> None:
-        """Make it.
+        """Make it, unless that is under way.
 
         Raises:
             InvalidEventError: An event of it cannot be sent, or has an id of its own.
             TypeError: What was made is no event and has none.
             Exception: What making it raised.
         """
-        events = await _collect(self._make())
-        place = id_of(self.position)
-        if events:
-            events[-1] = numbered_event(events[-1], place)
-        else:
-            events = [ServerSentEvent(id=place)]
-        self.events.extend(events)
-        self.wanted = False
+        if self._making:
+            return
+        self._making = True
+        try:
+            while self.wanted:
+                place, asked = id_of(self.position), self._asked  # as of now: what is read comes after
+                events = await _collect(self._make())
+                if asked != self._asked:
+                    continue  # it was reset meanwhile
+                if events:
+                    events[-1] = numbered_event(events[-1], place)
+                else:
+                    events = [ServerSentEvent(id=place)]
+                self.events.extend(events)
+                self.wanted = False
+        finally:
+            self._making = False
 
 
 async def _collect(made: Any) -> list[ServerSentEvent]:

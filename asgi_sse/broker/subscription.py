@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from typing import TYPE_CHECKING, Any, Final
 
-from .._eventloop import current_loop
+import anyio.lowlevel
+
+from .._eventloop import current_loop, running_loop
 from ..errors import StreamClosedError
 from ..event import ServerSentEvent
 from .cursor import Cursor, Overflow
@@ -29,8 +33,9 @@ class Subscription(Cursor):
     """What channels have behind a place, and all that follows: replay and live are one read.
 
     An async iterable of `ServerSentEvent`, each with its id; and, given to `EventSourceResponse`, a stream that has
-    no task and no buffer of its own. To be read once, by one of the two. It begins when it is read first, and ends
-    with the loop or response that reads it, or by `aclose`.
+    no task and no buffer of its own (its events are encoded with LF, whatever the response's ``sep``). To be read
+    once, by one of the two. It begins when it is read first, and ends with the loop or response that reads it, or by
+    `aclose`.
 
     Where the log has dropped events that were not read, there is one event of the type ``reset`` instead, whose data
     says why (``{"reason": "expired"}``, ``unknown``, ``epoch`` or ``overflow``), and whose id is where it goes on.
@@ -73,7 +78,7 @@ class Subscription(Cursor):
         self._stream: Stream | None = None
         self._wake: Callable[[], object] = self._notify
         self._taken = 0
-        plain = filter is None and run is None
+        plain = filter is None and run is None and snapshot is None
         self._plain = self._single if plain else None  # the channel, if all its events are wanted as they are
         self._batch: list[Entry] = []  # read and not given yet, the next one last
 
@@ -107,8 +112,9 @@ class Subscription(Cursor):
         self._close()
 
     async def aclose(self) -> None:
-        """Read no more."""
-        self._close()
+        """Read no more; a response that reads it ends. From any event loop."""
+        if self._loop is None or self._loop is running_loop() or not self._loop.call_threadsafe(self._close):
+            self._close()
 
     def leave_soon(self) -> None:
         """Nobody reads it any more. May be called anywhere, with the hub's lock held too."""
@@ -118,13 +124,17 @@ class Subscription(Cursor):
     def _begin(self) -> None:
         if self._loop is not None:
             raise StreamClosedError("this subscription was read before; subscribe once for each reader")
+        if self._closed:
+            raise StreamClosedError("this subscription was closed before it was read")
         self._loop = current_loop()
-        self._join()
+        self._hub.join(self)
         if self._presence is not None:
             self._presence.joined(self)
 
     def _close(self) -> None:
-        self._closed = True
+        self._closed = self._stopped = True
+        if self._stream is not None:
+            self._stream.loop.call_soon(self._stream.live_ended)
         if self._hub.leave(self) and self._presence is not None:
             self._presence.left(self)
         self._notify()
@@ -151,11 +161,13 @@ class Subscription(Cursor):
         """
         if self._stream is not None:
             raise StreamClosedError("this subscription is read by a response; subscribe once for each reader")
-        if self._loop is None:
+        if self._loop is None and not self._closed:
             self._begin()
         while not self._closed:
             if self._lost is None:
                 await self.prepare()
+            if not self._batch:
+                await anyio.lowlevel.checkpoint()  # once a batch, or who publishes as fast would starve all others
             event = self._next()
             if event is not None:
                 return event
@@ -168,9 +180,10 @@ class Subscription(Cursor):
             return self._next_of(self._snapshot)
         while True:
             while self._batch:
+                wanted = self._wanted(self._batch[-1])
                 entry = self._batch.pop()
                 self._given = entry.number
-                if self._wanted(entry):
+                if wanted:
                     self._taken += 1
                     return entry.event
             with self._hub.lock:
@@ -179,14 +192,21 @@ class Subscription(Cursor):
                     return self._reset_event()
                 self._closed = self._closed or self._at_end()
                 if not self._closed:
-                    self._batch = self._read(_BATCH)[::-1]
+                    self._batch = self._read_on(_BATCH)[::-1]
             if self._closed:
                 self._close()
             if not self._batch:
                 return None
 
+    def _read_on(self, count: int = sys.maxsize, limit: int = sys.maxsize) -> list[Entry]:
+        batch = self._read(count, limit)
+        if batch and self._snapshot is not None:
+            self._snapshot.was_followed()
+        return batch
+
     def _next_of(self, snapshot: Snapshot) -> ServerSentEvent:
         event = snapshot.events.popleft()
+        self._taken += 1
         if not snapshot.events:
             self._given = snapshot.position
         return event
@@ -255,31 +275,46 @@ class Subscription(Cursor):
         with self._hub.lock:
             if self._plain is not None and not greets and self._lost is None:
                 ring = self._hub.log.ring(self._plain)
-                if ring is not None and self._position >= ring.trimmed:
+                if ring is not None and self._position >= ring.trimmed and ring.max_age == math.inf:
                     return self._take_of_ring(ring, limit)
             self._check()
             if self._lost is not None:
                 event = self._reset_event()
                 self._make_snapshot()
+                self._see_end()
                 return event.encode()
             if greets:
                 self._given = self._position
                 return ServerSentEvent(id=self._hub.log.id_of(self._position)).encode()
             if self._closed:
                 return b""
-            batch = self._read(limit=limit)
+            batch = self._read_on(limit=limit)
             self._given = self._position
             self._see_end()
-        chunks = [entry.chunk for entry in batch if self._wanted(entry)]
-        self._taken += len(chunks)
-        return b"".join(chunks)
+        return b"".join(self._chunks_of(batch))
 
     def _take_of_ring(self, ring: Ring, limit: int) -> bytes:
         """The way of nearly every event: of one channel, as it is, joined once for all who are at the same place."""
-        chunk, self._position, self._behind = ring.read(self._position, limit)
+        chunk, count, self._position = ring.read(self._position, limit)
         self._given = self._position
-        self._taken += 1
+        self._taken += count
+        self._behind = ring.has(self._position)
         return chunk
+
+    def _chunks_of(self, batch: list[Entry]) -> list[bytes]:
+        chunks: list[bytes] = []
+        try:
+            for entry in batch:
+                if self._wanted(entry):
+                    chunks.append(entry.chunk)  # noqa: PERF401 (what was wanted before it raised is sent)
+        except Exception as exc:  # told as the filter's: an OSError would be taken for the client's leaving
+            self._stopped = True
+            stream, error = self._stream, exc
+            if stream is None:
+                raise
+            stream.loop.call_soon(lambda: stream.fail(error))
+        self._taken += len(chunks)
+        return chunks
 
     def _take_of(self, snapshot: Snapshot, limit: int) -> bytes:
         chunks: list[bytes] = []
@@ -301,7 +336,7 @@ class Subscription(Cursor):
         if not self._checkpoint or self._given is None:
             return b""
         with self._hub.lock:
-            if self.ready:
+            if self.ready or self._behind or self._stopped:
                 return b""
             self._given = self._position = self._hub.log.tail
         return ServerSentEvent(id=self._hub.log.id_of(self._position)).encode()
