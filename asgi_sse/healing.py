@@ -272,6 +272,11 @@ class Adopted(Changing, Child):
     def spare(self) -> None:
         """See `Child`. The app cleans up as it likes."""
 
+    @property
+    def cancelled(self) -> bool:
+        """See `Child`."""
+        return False
+
     def cancel_again(self) -> None:
         """See `Child`."""
         if not self._app_done:

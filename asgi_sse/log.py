@@ -331,7 +331,7 @@ class EventLog:
     ) -> None:
         for name, value in (("history", history), ("max_bytes", max_bytes), ("max_channels", max_channels)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r} is no limit; give a whole number of at least 1")
+                raise ValueError(f"{name}={value!r} is out of range; give a whole number of at least 1")
         if max_age is not None and not max_age > 0:
             raise ValueError(f"max_age={max_age!r} is no age; give seconds, or None for any")
         if epoch is not None and not _EPOCH.fullmatch(epoch):

@@ -16,7 +16,7 @@ from .passage import Passage, Terms
 from .registry import StreamRegistry
 from .response import SCOPE_KEY, Defaults
 from .routing import METHODS, Endpoint, RouteTable, route_path
-from .server import server_of
+from .server import Server, server_of
 
 _OWN: Final = ("routes", "broker", "registry", "compression", "adopt", "cors", "signals", "strict_lifespan")
 _OPTIONS: Final = tuple(field.name for field in fields(StreamOptions))
@@ -98,7 +98,8 @@ class SSEMiddleware:
         self._strict_lifespan = strict_lifespan
         self._broker = broker
         if broker is not None:
-            self.registry.when_draining(broker.begin_close)
+            self.registry.when_draining(self._draining)
+        self._servers: set[Server] = set()  # through which the broker was opened
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one connection, or the lifespan."""
@@ -130,22 +131,35 @@ class SSEMiddleware:
             self._guard.look()
         return Passage(scope, receive, send, self._terms).run(app)
 
+    def _draining(self, server: Server | None, within: float) -> None:
+        if self._broker is None:
+            return
+        if not self._servers:  # without a lifespan, nobody has opened it
+            self._broker.begin_close(within, self)
+        for own in list(self._servers):
+            if server is None or server.covers(own) or own.covers(server):
+                self._broker.begin_close(within, own)
+
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         server = server_of(send)
+
+        broker = self._broker
 
         async def startup() -> None:
             self.registry.start(server)
             if self._guard is not None:
                 self._guard.look()
-            if self._broker is not None:
-                await self._broker.__aenter__()
+            if broker is not None:
+                await broker.__aenter__()
+                self._servers.add(server)
 
         async def shutdown() -> None:
             try:
                 await self.registry.stop(server)
             finally:
-                if self._broker is not None:
-                    await self._broker.__aexit__(None, None, None)
+                if broker is not None:
+                    self._servers.discard(server)
+                    await broker.__aexit__(None, None, None)
 
         await lifespan.chain(
             self.app, scope, receive, send, startup=startup, shutdown=shutdown, strict=self._strict_lifespan

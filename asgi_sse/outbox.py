@@ -86,6 +86,12 @@ class Flusher:
         self._waiting.append(source)
         self._schedule()
 
+    async def turn(self) -> None:
+        """Wait until all that is dirty was flushed."""
+        turn = anyio.Event()
+        self.resume(turn)
+        await turn.wait()
+
     def _schedule(self) -> None:
         if not self._scheduled:
             self._scheduled = True

@@ -197,7 +197,7 @@ class StreamRegistry:
         self._watches: dict[Server, ShutdownWatch] = {}
         self._lock = threading.Lock()  # for who replaces them
         self._drains: list[_Drain] = []
-        self._told: list[Callable[[float], object]] = []
+        self._told: list[Callable[[Server | None, float], object]] = []
         self._opened = 0
         self._closed: dict[CloseReason, int] = {}
         self._events = 0
@@ -242,7 +242,7 @@ class StreamRegistry:
         this registry.
         """
         self._draining = True
-        self._tell(self._drain_timeout)
+        self._tell(None, self._drain_timeout)
         self._begin(list(self._streams), self._drain_timeout)
 
     def end(self, streams: Iterable[Stream]) -> None:
@@ -263,7 +263,7 @@ class StreamRegistry:
         """
         within = self._drain_timeout if timeout is None else _seconds("timeout", timeout)
         self._draining = True
-        self._tell(within)
+        self._tell(None, within)
         return await self._drain(list(self._streams), within, "by call")
 
     def _begin(self, streams: list[Stream], within: float) -> None:
@@ -318,13 +318,16 @@ class StreamRegistry:
 
     # What a server's requests and lifespan need (response, middleware)
 
-    def when_draining(self, told: Callable[[float], object]) -> None:
-        """Call `told` with the seconds that streams have, whenever they are to end; more than once, and anywhere."""
+    def when_draining(self, told: Callable[[Server | None, float], object]) -> None:
+        """Whenever streams are to end, call `told` with their server (``None``: all) and the seconds that they have.
+
+        More than once for one server, and from any thread.
+        """
         self._told.append(told)
 
-    def _tell(self, within: float) -> None:
+    def _tell(self, server: Server | None, within: float) -> None:
         for told in self._told:
-            told(within)
+            told(server, within)
 
     def watch(self, server: Server) -> None:
         """Learn from `server` itself that it stops, before its lifespan tells. Called in its event loop."""
@@ -351,7 +354,7 @@ class StreamRegistry:
     async def stop(self, server: Server) -> None:
         """`server` says that it stops: end its streams, wait for it, and forget it."""
         self._mark(server, math.inf)
-        self._tell(self._drain_timeout)
+        self._tell(server, self._drain_timeout)
         streams = self._streams_of(server)
         self._drain_streams(streams, self._drain_timeout)
         try:
@@ -381,7 +384,7 @@ class StreamRegistry:
     def _server_stops(self, server: Server, cause: str, certain: bool) -> None:  # noqa: FBT001
         known = self.is_draining(server)
         self._mark(server, math.inf if certain else server.loop.time() + self._drain_timeout + _DOUBT)
-        self._tell(self._drain_timeout)
+        self._tell(server, self._drain_timeout)
         streams = self._streams_of(server)
         self._drain_streams(streams, self._drain_timeout)  # in this turn: daphne cancels what is left in the next one
         if not known:

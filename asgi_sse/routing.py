@@ -323,6 +323,8 @@ def make_endpoint(pattern: str, target: Any) -> ASGIApp:
         raise TypeError(
             f"route {pattern!r}: {target!r} is a class; give a function, or an instance that is an ASGI app"
         )
+    if isinstance(target, Answering):
+        return Endpoint(pattern, target.answer, takes_request=True)
     if isinstance(target, EventSourceResponse):
         raise TypeError(f"route {pattern!r}: an EventSourceResponse serves one request; give a function that makes it")
     required = _arity(target)
@@ -374,6 +376,8 @@ class Endpoint:
             result = self._function(request) if self._takes_request else self._function()
             if inspect.isawaitable(result):
                 result = await result
+            if isinstance(result, Answering):
+                result = await result.answer(request)
             if isinstance(result, EventSourceResponse) or not callable(result):
                 response = result if isinstance(result, EventSourceResponse) else self._respond(result)
                 draining = request._draining  # noqa: SLF001 (looking would ask for grace)
@@ -395,6 +399,20 @@ class Endpoint:
             return EventSourceResponse(result)
         except TypeError as exc:
             raise TypeError(f"the endpoint of {self._pattern!r} returned no events: {exc}") from exc
+
+
+class Answering:
+    """What answers requests by a method: an endpoint, an ASGI app, and what an endpoint may return."""
+
+    __slots__ = ()
+
+    async def answer(self, request: Request) -> Any:
+        """What an endpoint would return."""
+        raise NotImplementedError
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        await Endpoint(repr(self), self.answer, takes_request=True)(scope, receive, send)
 
 
 async def send_text(scope: Scope, send: Send, error: HTTPError) -> None:

@@ -43,9 +43,12 @@ def check_content(content: Any) -> None:
             f"content={shown(content)} is a single {type(content).__name__}, not a series of events; put it in a list"
         )
     if not isinstance(content, AsyncIterable | Iterable):
-        raise TypeError(
-            f"content={shown(content)} is not iterable; give an async generator, any async iterable, or an iterable"
-        )
+        hint = "give an async generator, any async iterable, or an iterable"
+        if hasattr(content, "subscribe"):
+            hint = "give its subscribe(last_event_id=...), or return it from an endpoint as it is"
+        if content is None:
+            hint = "raise HTTPError(204) if there is nothing to say"
+        raise TypeError(f"content={shown(content)} is not iterable; {hint}")
 
 
 def iterate(content: AsyncIterable[Any] | Iterable[Any]) -> AsyncIterator[Any]:

@@ -107,6 +107,11 @@ class Live(Feed, Protocol):
         ...
 
     @property
+    def pending(self) -> bool:
+        """Whether its first event is being made, and may fail: the head waits for it, as for that of any source."""
+        ...
+
+    @property
     def patient(self) -> bool:
         """Whether it ends by itself, and has the time of a drain for it."""
         ...
@@ -298,13 +303,14 @@ class Stream:
         self._keeper.add(self)
         if self._source is None:
             self._pumping = True  # another app's task is the source, and has sent its head; or a feed that has no task
-            self._open()
+            if self._live is None or not self._live.pending:
+                self._open()
         else:
             self._child = self._loop.spawn(self._pump, "asgi_sse source")
         if self._options.open_timeout == 0:
             # The source's first step comes before the second turn, so that an error in it still has its own status.
             # Before the first one on asyncio; trio takes the tasks and callbacks of one turn in any order.
-            self._loop.call_soon(lambda: self._loop.call_soon(self._open_soon))
+            self._loop.call_soon(lambda: self._loop.call_soon(self.open))
         self._keeper.arm(self, self._next_check())
         try:
             with self._wait:
@@ -533,7 +539,8 @@ class Stream:
 
     # Transitions
 
-    def _open_soon(self) -> None:
+    def open(self) -> None:
+        """Send the head, unless it is too late for it."""
         if self.reason is None:
             self._open()
 

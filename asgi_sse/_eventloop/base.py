@@ -21,6 +21,11 @@ class Child(ABC):
     def spare(self) -> None:
         """The task cleans up from now on: a cancellation that has not reached it yet shall not, nor one to come."""
 
+    @property
+    @abstractmethod
+    def cancelled(self) -> bool:
+        """Whether anybody has cancelled it: else a cancellation that comes out of it is one that it has met."""
+
     @abstractmethod
     def cancel_again(self) -> None:
         """Interrupt it a last time, its clean-up included."""

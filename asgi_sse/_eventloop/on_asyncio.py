@@ -78,6 +78,10 @@ class AsyncioChild(Child):
     def spare(self) -> None:
         self._spared = True
 
+    @property
+    def cancelled(self) -> bool:
+        return self._task.cancelling() > 0
+
     def cancel_again(self) -> None:
         self._task.cancel()
 

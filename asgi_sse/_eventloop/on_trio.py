@@ -86,6 +86,10 @@ class TrioChild(Child):
     def spare(self) -> None:
         self._inner.shield = True
 
+    @property
+    def cancelled(self) -> bool:
+        return True  # a Cancelled is raised for nobody else
+
     def cancel_again(self) -> None:
         self._outer.cancel()
         self._inner.shield = False

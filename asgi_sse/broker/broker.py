@@ -8,13 +8,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import BrokerError
-from ..log import EventLog, check_name, check_pattern
+from ..log import EventLog, check_name
+from ..outbox import current_flusher
 from ..source import check_content
 from .channel import Channel
+from .checks import check_number, name_of
 from .endpoint import Authorize, BrokerEndpoint
 from .hub import Hub, clock, unnumbered
 from .presence import Presence
-from .run import Outcome, Run, Runs
+from .runs import Runs
 from .subscription import Subscription
 
 if TYPE_CHECKING:
@@ -25,11 +27,15 @@ if TYPE_CHECKING:
     from ..event import ServerSentEvent
     from ..routing import Request
     from .cursor import Overflow
+    from .run import Outcome, Run
 
 _IDEMPOTENCY_WINDOW: Final = 120.0
 """Seconds for which a key is known: as long as NATS JetStream does by default."""
 
-_IDEMPOTENCY_KEYS: Final = 100_000
+_IDEMPOTENCY_KEYS: Final = 1_000_000
+
+_BURST: Final = 64
+"""Events after which a publisher waits for its turn."""
 
 _FAREWELL: Final = 1.0
 """Seconds before the end of their streams at which runs are ended, so that the final event still gets there."""
@@ -47,7 +53,8 @@ class Broker:
         max_bytes: Memory that the events of each channel may take, about; the newest one is kept whatever its size.
         max_age: Seconds after which nobody gets them any more; ``None``: until there are too many.
         max_channels: Channels that are kept. Beyond, the one that was published to least recently is forgotten.
-        max_subscribers: Subscribers that a channel may have; ``None``: any number.
+        max_subscribers: Subscribers that a channel may have by its name, the next one is answered 503; ``None``: any
+            number.
         overflow: What becomes of a subscriber that is so slow that events it has not read were dropped, once it takes
             more: ``reset`` tells it so, by an event of that type, and goes on with what is new; ``close`` ends its
             stream.
@@ -80,12 +87,10 @@ class Broker:
             raise ValueError(f"url={url!r}: there is 'memory://'")
         if overflow not in {"reset", "close"}:
             raise ValueError(f"overflow={overflow!r}; give 'reset' or 'close'")
-        if max_subscribers is not None and max_subscribers < 1:
-            raise ValueError(f"max_subscribers={max_subscribers!r}; give a number of at least 1, or None for any")
-        if max_runs < 1:
-            raise ValueError(f"max_runs={max_runs!r}; give a number of at least 1")
-        if not run_grace >= 0:
-            raise ValueError(f"run_grace={run_grace!r} is no length of time; give seconds of at least 0")
+        check_number("max_subscribers", max_subscribers, optional=True, positive=True)
+        check_number("max_age", max_age, optional=True, positive=True)
+        check_number("max_runs", max_runs, positive=True)
+        check_number("run_grace", run_grace)
         for name, hook in (("on_join", on_join), ("on_leave", on_leave)):
             if hook is not None and not callable(hook):
                 raise TypeError(f"{name}={hook!r} is not callable; give a function, or None")
@@ -96,9 +101,13 @@ class Broker:
         self._open = partial(Subscription, self._hub, overflow=overflow, presence=self._presence)
         self._runs = Runs(self._hub, max_runs)
         self._run_grace = run_grace
-        self._opened = 0
+        self._opened = 0  # times
+        self._closing: set[object] = set()  # who of those that have it open has said that it stops
+        # Who publishes without pause lets others go on before they have missed anything.
+        self._burst = max(1, min(_BURST, history // 4))
+        self._published = 0
         self._keys_lock = threading.Lock()
-        self._keys: OrderedDict[str, tuple[float, str]] = OrderedDict()
+        self._keys: OrderedDict[tuple[str, str], tuple[float, str]] = OrderedDict()
 
     async def __aenter__(self) -> Self:
         self._opened += 1
@@ -110,19 +119,28 @@ class Broker:
     ) -> None:
         """Give runs their grace and end them, and wait for the hooks; unless it was opened more than once."""
         self._opened -= 1
-        if self._opened:
+        if self._opened > 0:
             return
+        self._closing.clear()
+        self._hub.close()
         await self._runs.close(self._run_grace)
         if self._presence is not None:
             await self._presence.wait()
 
-    def begin_close(self, within: float) -> None:
-        """The streams end in so many seconds: end runs early enough for their clients to see it. From any thread.
+    def begin_close(self, within: float, by: object) -> None:
+        """A server stops, and its streams end in so many seconds. From any thread, and as often as may be.
 
-        Another server of this process may still have it open: then nothing is done.
+        When all that have the broker open have said so, its runs end early enough for their clients to see it, and so
+        do the loops that read it without a response.
+
+        Args:
+            within: Seconds.
+            by: Who says so.
         """
-        if self._opened <= 1:
+        self._closing.add(by)
+        if len(self._closing) >= self._opened:
             self._runs.begin_close(min(self._run_grace, max(within - _FAREWELL, within / 2)))
+            self._hub.close()
 
     @property
     def runs(self) -> Mapping[str, Run]:
@@ -140,20 +158,34 @@ class Broker:
     async def publish(self, channel: str, event: Any, *, idempotency_key: str | None = None) -> str:
         """Publish an event, and give its id.
 
+        Now and then it waits until the streams of this event loop have taken what they can.
+
         Args:
             channel: The channel's name.
             event: A `ServerSentEvent` without an id, a ``dict`` of its arguments, or ``str``, ``int``, ``float``.
-            idempotency_key: Publishing the same key again, within two minutes, gives the first one's id and does
-                nothing.
+            idempotency_key: Publishing the same key to that channel again, within two minutes, gives the first one's
+                id and does nothing.
 
         Raises:
+            BrokerError: There were more than a million keys within two minutes.
             InvalidEventError: The event cannot be sent as meant, or has an id of its own.
             ValueError: The channel's name is none.
         """
-        return self.publish_nowait(channel, event, idempotency_key=idempotency_key)
+        event_id = self.publish_nowait(channel, event, idempotency_key=idempotency_key)
+        await self._pace()
+        return event_id
+
+    async def _pace(self) -> None:
+        self._published += 1
+        if self._published >= self._burst:
+            self._published = 0
+            await current_flusher().turn()
 
     def publish_nowait(self, channel: str, event: Any, *, idempotency_key: str | None = None) -> str:
-        """As `publish`, from any thread and from any event loop, without waiting. In memory only."""
+        """As `publish`, from any thread and from any event loop, without waiting. In memory only.
+
+        Who publishes many at once without a pause has more of them dropped than `history` before anybody could read.
+        """
         check_name(channel)
         made = unnumbered(event)
         if idempotency_key is None:
@@ -162,7 +194,7 @@ class Broker:
             now = clock()
             while self._keys and next(iter(self._keys.values()))[0] <= now - _IDEMPOTENCY_WINDOW:
                 self._keys.popitem(last=False)
-            known = self._keys.get(idempotency_key)
+            known = self._keys.get((channel, idempotency_key))
             if known is not None:
                 return known[1]
             if len(self._keys) >= _IDEMPOTENCY_KEYS:
@@ -170,7 +202,7 @@ class Broker:
                     f"more than {_IDEMPOTENCY_KEYS} idempotency keys within {_IDEMPOTENCY_WINDOW:g} s: publish without"
                 )
             event_id = self._append(channel, made)
-            self._keys[idempotency_key] = now, event_id
+            self._keys[channel, idempotency_key] = now, event_id
             return event_id
 
     def _append(self, channel: str, event: ServerSentEvent) -> str:
@@ -178,7 +210,7 @@ class Broker:
 
     def subscribe(
         self,
-        *channels: str,
+        *channels: str | Channel,
         last_event_id: str | None = None,
         filter: Callable[[ServerSentEvent], bool] | None = None,  # noqa: A002 (as the built-in function)
         checkpoint: bool = False,
@@ -188,7 +220,8 @@ class Broker:
         """A place in the log, from which to read.
 
         Args:
-            *channels: Names; or patterns, where ``*`` stands for one segment and ``**`` at the end for the rest.
+            *channels: Names; or patterns, where ``*`` stands for one segment and ``**`` at the end for one or more; or
+                `Channel` objects, which are never patterns: for names of which a part comes from somebody else.
             last_event_id: The id of the last event that was read. ``None`` or ``""``: what is published from now on.
             filter: Which events to read.
             checkpoint: Whether a keep-alive of its stream, in place of a comment, tells the client the id up to which
@@ -204,10 +237,13 @@ class Broker:
         """
         if not channels:
             raise TypeError("subscribe() needs the name of a channel")
-        if snapshot is not None and not callable(snapshot):
-            raise TypeError(f"snapshot={snapshot!r} is not callable; give a function that makes it")
+        for what, function in (("snapshot", snapshot), ("filter", filter)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{what}={function!r} is not callable; give a function, or None")
+        if last_event_id is not None and not isinstance(last_event_id, str):
+            raise TypeError(f"last_event_id={last_event_id!r} is {type(last_event_id).__name__}; give a str, or None")
         return self._open(
-            tuple(dict.fromkeys(check_pattern(name) for name in channels)),
+            tuple(dict.fromkeys(map(name_of, channels))),
             last_event_id=last_event_id,
             filter=filter,
             checkpoint=checkpoint,
@@ -217,7 +253,7 @@ class Broker:
 
     def endpoint(
         self,
-        *channels: str,
+        *channels: str | Channel,
         authorize: Authorize | None = None,
         recheck: float | None = None,
         snapshot: Callable[[Request], Any] | None = None,
@@ -225,23 +261,25 @@ class Broker:
         checkpoint: bool = False,
         runs: bool = False,
     ) -> BrokerEndpoint:
-        """An endpoint of `create_app` or `SSEMiddleware`, which streams channels to those who may read them.
+        """Streams channels to those who may read them: an endpoint, and an ASGI app, as for a ``Route`` of Starlette.
 
         Which ones: `channels`; else what the route has in the place of ``{channel}``, as in ``"/events/{channel}"``;
         else each ``channel`` of the query; else all that `authorize` grants. One that is a run is answered as such.
 
         Args:
-            *channels: Names or patterns.
+            *channels: Names, patterns or `Channel` objects.
             authorize: Asked with each `Request` before the response begins. Gives the channels that may be read, or
-                patterns of them, or an `Access`, which says until when as well; ``True``: whatever is asked for;
-                ``None``: nothing, which is answered with 403, as is what is asked for beyond. It may be async, and
-                raise an `HTTPError` of its own, such as a 401. Without: anybody may read any channel by its name, but
-                none by a pattern.
-            recheck: Seconds after which to ask it again, and again; a stream that it does not grant any more is ended.
+                patterns of them, or an `Access`, which says until when as well; ``True``: any channel that is asked for
+                by its name; ``None``: nothing, which is answered with 403, as is what is asked for beyond. It may be
+                async, and raise an `HTTPError` of its own, such as a 401. Without: any channel by its name.
+            recheck: Seconds after which to ask it again, and again; a stream that it does not grant any more, or not
+                in that time (or 10 s), is ended. What else it raises then cuts the stream. A new `Access` puts its end
+                off.
             snapshot: As of `subscribe`, but called with the `Request`.
             filter: As of `subscribe`, but called with the `Request` and the event.
             checkpoint: As of `subscribe`.
-            runs: Whether there are runs alone: where there is none of a name, the answer is 404.
+            runs: Whether there are runs alone, of which a stream carries one: where there is none of that name, the
+                answer is 404. Without, several channels are read as such, the runs among them.
 
         Raises:
             TypeError: An argument is of a wrong kind.
@@ -249,7 +287,6 @@ class Broker:
         """
         return BrokerEndpoint(
             self,
-            self._hub,
             channels,
             authorize=authorize,
             recheck=recheck,
@@ -282,21 +319,30 @@ class Broker:
             max_lifetime: Seconds after which it is ended; ``None``: never.
             max_bytes: Memory that its events may take, about. Its first events beyond are lost to clients that come
                 late, who are told by a ``reset``. Default: as of any channel.
-            on_end: Makes the final event, of how it ended and what the source raised.
+            on_end: Makes the final event, of how it ended and what the source raised. Sync or async.
 
         Raises:
-            BrokerError: A run of that name goes on, or there are as many as there may be.
-            TypeError: `source` is none.
+            BrokerError: A run of that name goes on, there are as many as there may be, or the broker was closed.
+            TypeError: `source` is none, or an argument is of a wrong kind.
             ValueError: The name is none, or an argument is out of range.
         """
         check_name(name)
         check_content(source)
-        for what, value in (("ttl", ttl), ("max_lifetime", max_lifetime), ("max_bytes", max_bytes)):
-            if value is not None and not value >= 0:
-                raise ValueError(f"{what}={value!r} is out of range; give a number of at least 0")
-        kept = self._max_bytes if max_bytes is None else max_bytes
+        check_number("ttl", ttl)
+        check_number("max_lifetime", max_lifetime, optional=True, positive=True)
+        check_number("max_bytes", max_bytes, optional=True, positive=True)
+        if on_end is not None and not callable(on_end):
+            raise TypeError(f"on_end={on_end!r} is not callable; give a function, or None")
         return self._runs.begin(
-            self, name, source, self._open, ttl=ttl, max_lifetime=max_lifetime, max_bytes=kept, on_end=on_end
+            self,
+            name,
+            source,
+            subscription=self._open,
+            pace=self._pace,
+            ttl=ttl,
+            max_lifetime=max_lifetime,
+            max_bytes=self._max_bytes if max_bytes is None else max_bytes,
+            on_end=on_end,
         )
 
     def subscribers(self, channel: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .endpoint import check_room
+from ..routing import Answering
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from .subscription import Subscription
 
 
-class Channel:
-    """One channel of a broker. As an endpoint of `create_app` or `SSEMiddleware` it streams its events.
+class Channel(Answering):
+    """One channel of a broker; and an ASGI app that streams it: a route of `create_app`, `SSEMiddleware` or Starlette.
 
     Attributes:
         name: Its name.
@@ -65,16 +65,13 @@ class Channel:
         """How many read it now."""
         return self._broker.subscribers(self.name)
 
-    async def __call__(self, request: Request) -> Subscription:
-        """Answer a request with its events, behind its ``Last-Event-ID``; without, with what is published from now on.
-
-        While it is that of a `Run`, with the run.
+    async def answer(self, request: Request) -> Subscription:
+        """What to answer a request with: its events behind the ``Last-Event-ID``; while it is that of a run, the run.
 
         Raises:
-            HTTPError: 503, it has as many subscribers as it may; 204, see `Run`.
+            HTTPError: 204, see `Run`.
         """
         run = self._broker.runs.get(self.name)
         if run is not None:
-            return await run(request)
-        check_room(self._hub, (self.name,))
+            return await run.answer(request)
         return self.subscribe(last_event_id=request.last_event_id, info=request)

@@ -8,14 +8,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from inspect import isawaitable
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import anyio
 
 from ..errors import shown
 from ..log import check_name, check_pattern, is_pattern, pattern_test
 from ..response import EventSourceResponse
-from ..routing import HTTPError
+from ..routing import Answering, HTTPError
+from .channel import Channel
+from .checks import check_number, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -27,13 +29,13 @@ if TYPE_CHECKING:
     from ..server import Server
     from ..stream import DrainingEvent
     from .broker import Broker
-    from .hub import Hub
     from .subscription import Subscription
 
 MAX_CHANNELS: Final = 100
 """Channels that one request may name: each costs a look at every read."""
 
-_RETRY_AFTER: Final = 5
+_PATIENCE: Final = 10.0
+"""Seconds that an authorizer has at least, when it is asked again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +43,32 @@ class Access:
     """What a client may read, and until when.
 
     Attributes:
-        channels: Names, or patterns of names.
+        channels: Names, patterns of names, or `Channel` objects. Of a name that has parts from somebody else, give
+            ``broker.channel(f"user.{name}")``: that takes no pattern.
         expires_at: The Unix time at which the stream ends, as a token's ``exp``; ``None``: never.
     """
 
-    channels: Iterable[str]
+    channels: Iterable[str | Channel] | str | Channel
     expires_at: float | None = None
 
     def __post_init__(self) -> None:
         """Take a copy of the channels: they are looked at more than once."""
-        names = (self.channels,) if isinstance(self.channels, str) else tuple(self.channels)
-        object.__setattr__(self, "channels", tuple(check_pattern(name) for name in names))
-        if self.expires_at is not None and (
-            isinstance(self.expires_at, bool) or not isinstance(self.expires_at, int | float)
-        ):
+        given = self.channels
+        names = (given,) if isinstance(given, str | Channel) else tuple(given)
+        object.__setattr__(self, "channels", tuple(name_of(name) for name in names if name != ""))
+        if self.expires_at is not None and not isinstance(self.expires_at, int | float):
             raise TypeError(f"expires_at={shown(self.expires_at)}; give a Unix time in seconds, or None")
+        if self.expires_at is not None and math.isnan(self.expires_at):
+            raise ValueError("expires_at=nan is no time; give a Unix time in seconds, or None")
 
     def covers(self, name: str) -> bool:
         """Whether all that `name`, which may be a pattern, stands for is among its channels."""
-        return any(name == own or _covers(own, name) for own in self.channels)
+        return any(name == own or _covers(own, name) for own in self.names)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The channels, as they were found valid."""
+        return cast("tuple[str, ...]", self.channels)
 
 
 def _covers(own: str, name: str) -> bool:
@@ -68,18 +77,17 @@ def _covers(own: str, name: str) -> bool:
     return pattern_test(own)(name)
 
 
-Granted: TypeAlias = "Access | Iterable[str] | bool | None"
+Granted: TypeAlias = "Access | Iterable[str | Channel] | str | Channel | bool | None"
 Authorize: TypeAlias = "Callable[[Request], Granted | Awaitable[Granted]]"
 
 
-class BrokerEndpoint:
+class BrokerEndpoint(Answering):
     """An endpoint for a route such as ``"/events/{channel}"``. Made by `Broker.endpoint`, which says what it takes."""
 
     def __init__(
         self,
         broker: Broker,
-        hub: Hub,
-        channels: tuple[str, ...],
+        channels: tuple[str | Channel, ...],
         *,
         authorize: Authorize | None,
         recheck: float | None,
@@ -93,11 +101,11 @@ class BrokerEndpoint:
                 raise TypeError(f"{name}={shown(value)} is not callable; give a function, or None")
         if recheck is not None and authorize is None:
             raise ValueError("recheck= is of no use without authorize=; give both, or neither")
-        if recheck is not None and not recheck > 0:
-            raise ValueError(f"recheck={recheck!r} is no interval; give seconds, or None for never")
+        check_number("recheck", recheck, optional=True, positive=True)
+        if runs and (snapshot is not None or len(channels) > 1):
+            raise ValueError("runs=True: a stream carries one run, from its first event on, without a snapshot")
         self._broker = broker
-        self._hub = hub
-        self._channels = tuple(check_pattern(name) for name in channels)
+        self._channels = tuple(map(name_of, channels))
         self._authorize = authorize
         self._recheck = recheck
         self._snapshot = snapshot
@@ -105,24 +113,25 @@ class BrokerEndpoint:
         self._checkpoint = checkpoint
         self._runs = runs
 
-    async def __call__(self, request: Request) -> EventSourceResponse:
-        """Answer a request.
+    async def answer(self, request: Request) -> EventSourceResponse:
+        """What to answer a request with.
 
         Raises:
             HTTPError: 400, it names no channel, or one that cannot be; 403, it may not read them; 404, there is no such
-                run; 204, it has all of that run; 503, a channel has as many subscribers as it may.
+                run; 204, it has all of that run.
         """
         asked = self._asked(request)
         access = await self._access_of(request)
         names = self._allowed(asked, access)
         if not names:
-            raise HTTPError(400, "name the channels to read, as in ?channel=NAME")
+            raise HTTPError(400, "name the channels: as {channel} in the route, or as ?channel=NAME")
+        if self._runs and len(names) > 1:
+            raise HTTPError(400, f"{len(names)} runs; one stream carries one")
         run = self._broker.runs.get(names[0]) if len(names) == 1 else None
         if run is None and self._runs:
             raise HTTPError(404, f"no run is called {', '.join(names)}: it has not begun, or its end is long past")
         if run is not None and run.was_seen_by(request.last_event_id):
             raise HTTPError(204)
-        check_room(self._hub, names)
         arguments: dict[str, Any] = {
             "last_event_id": request.last_event_id,
             "filter": None if self._filter is None else partial(self._filter, request),
@@ -131,12 +140,10 @@ class BrokerEndpoint:
             "info": request,
         }
         subscription = self._broker.subscribe(*names, **arguments) if run is None else run.subscribe(**arguments)
-        await subscription.prepare()
-        check_room(self._hub, names)  # others may have come meanwhile
         response = _LimitedResponse(subscription)
         response.limit(access)
         if self._recheck is not None:
-            response.feeder = partial(self._keep_checking, response, request, asked, names)
+            response.feeder = partial(self._keep_checking, response, request, names)
         return response
 
     def _asked(self, request: Request) -> tuple[str, ...]:
@@ -164,55 +171,47 @@ class BrokerEndpoint:
         if granted is None or granted is False:
             raise HTTPError(403)
         if not isinstance(granted, Access):
-            if not isinstance(granted, Iterable):
+            if not isinstance(granted, Iterable | Channel):
                 raise TypeError(
                     f"authorize gave {shown(granted)}; give channels, an Access, True for all that is asked for, or "
                     "None for none"
                 )
             granted = Access(granted)
         access: Access = granted
-        if not access.channels or (access.expires_at is not None and access.expires_at <= time.time()):
+        if not access.names or (access.expires_at is not None and access.expires_at <= time.time()):
             raise HTTPError(403)
         return access
 
     def _allowed(self, asked: tuple[str, ...], access: Access | None) -> tuple[str, ...]:
         if access is None:
+            for name in asked:
+                # Whoever asks for no more than a name has not thought of patterns, of which one is all there is.
+                if self._authorize is not None and not self._channels and is_pattern(name):
+                    raise HTTPError(403, f"no access to {name}: a pattern must be granted")
             return asked
         if not asked:
-            return tuple(dict.fromkeys(access.channels))
+            return tuple(dict.fromkeys(access.names))
         for name in asked:
             if not access.covers(name):
                 raise HTTPError(403, f"no access to {name}")
         return asked
 
-    async def _keep_checking(
-        self, response: _LimitedResponse, request: Request, asked: tuple[str, ...], names: tuple[str, ...]
-    ) -> None:
+    async def _keep_checking(self, response: _LimitedResponse, request: Request, names: tuple[str, ...]) -> None:
         """End the stream when its client may not read its channels any more."""
         recheck = self._recheck or 0
-        while True:
+        allowed = True
+        while allowed:
             await anyio.sleep(recheck)
-            try:
-                access = await self._access_of(request)
-                allowed = self._allowed(asked, access)
-            except HTTPError:
-                break
-            if not set(names) <= set(allowed):
-                break
-            response.limit(access)
+            allowed = False
+            with anyio.move_on_after(max(recheck, _PATIENCE)):  # who does not answer does not grant
+                try:
+                    access = await self._access_of(request)
+                except HTTPError:
+                    break
+                allowed = access is None or all(map(access.covers, names))
+                response.limit(access)
         if response.stream is not None:
             response.stream.close("expired")  # its client comes back, and is told
-
-
-def check_room(hub: Hub, names: tuple[str, ...]) -> None:
-    """Refuse one more subscriber where there are as many as there may be.
-
-    Raises:
-        HTTPError: 503.
-    """
-    full = hub.full(names)
-    if full is not None:
-        raise HTTPError(503, f"{full} has as many subscribers as it may", {"retry-after": str(_RETRY_AFTER)})
 
 
 class _LimitedResponse(EventSourceResponse):

@@ -11,11 +11,15 @@ from .._eventloop import EventLoop, current_loop, running_loop
 from ..errors import BrokerError, InvalidEventError, shown
 from ..event import ServerSentEvent, as_event
 from ..log import Entry, EventLog, is_pattern, pattern_test
+from ..routing import HTTPError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 clock: Final = time.monotonic
+
+_RETRY_AFTER: Final = 5
+"""Seconds after which a client may try again that has found a channel full."""
 
 
 def unnumbered(item: Any) -> ServerSentEvent:
@@ -50,6 +54,18 @@ class Reader(Protocol):
     def wake(self) -> None:
         """There is something to read. Called in its event loop."""
         ...
+
+    def broker_closes(self) -> None:
+        """The server stops. From any thread."""
+        ...
+
+
+class FullError(BrokerError, HTTPError):
+    """A channel has as many subscribers as it may. As the answer to a request: 503."""
+
+    def __init__(self, channel: str, number: int) -> None:
+        detail = f"{channel} has {number} subscribers already, the most there may be"
+        super().__init__(503, detail, {"retry-after": str(_RETRY_AFTER)})
 
 
 class Ending(Protocol):
@@ -99,27 +115,20 @@ class Hub:
         self._patterns: dict[str, _Pattern] = {}
         self._matching: dict[str, list[_Pattern]] = {}  # by channel; cleared when a pattern comes or goes
 
-    def full(self, names: tuple[str, ...]) -> str | None:
-        """The first of `names` that has as many subscribers as it may."""
-        if self.max_subscribers is not None:
-            for name in names:
-                if len(self._exact.get(name, ())) >= self.max_subscribers:
-                    return name
-        return None
-
     def join(self, reader: Reader) -> None:
         """`reader` is to be woken from now on, in the event loop of the caller.
 
         Raises:
-            BrokerError: One of its channels has as many subscribers as it may.
+            FullError: One of its channels has as many subscribers as it may.
         """
         loop = current_loop()
         with self.lock:
             self._bury()
             self.log.expire(clock())  # channels that nobody publishes to have nobody else who looks at their age
-            full = self.full(reader.names)
-            if full is not None:
-                raise BrokerError(f"{full} has {self.max_subscribers} subscribers already, the most there may be")
+            if self.max_subscribers is not None:
+                for name in reader.names:
+                    if len(self._exact.get(name, ())) >= self.max_subscribers:
+                        raise FullError(name, self.max_subscribers)
             group = self._loops.setdefault(loop, _Group(loop))
             group.readers.add(reader)
             self._groups[reader] = group
@@ -133,6 +142,13 @@ class Hub:
                     self._exact.setdefault(name, set()).add(reader)
                     channels[name] = None
             reader.begun(list(channels))
+
+    def close(self) -> None:
+        """Tell all readers that the server stops."""
+        with self.lock:
+            readers = list(self._groups)
+        for reader in readers:
+            reader.broker_closes()
 
     def leave(self, reader: Reader) -> bool:
         """`reader` is not to be woken any more. False: it had not joined."""
@@ -156,8 +172,10 @@ class Hub:
             if ends is not None:
                 ends.final = entry.number
             before = entry.number - 1
-            exact = self._exact.get(channel, ())
-            for readers in (exact, *(pattern.readers for pattern in self._by_pattern(channel))):
+            matching = self._by_pattern(channel)
+            for pattern in matching:
+                pattern.channels.add(channel)  # again, where it had been forgotten
+            for readers in (self._exact.get(channel, ()), *(pattern.readers for pattern in matching)):
                 for reader in readers:
                     if not reader.published(channel, before):
                         continue
@@ -189,8 +207,6 @@ class Hub:
         patterns = self._matching.get(channel)
         if patterns is None:
             patterns = [pattern for pattern in self._patterns.values() if pattern.test(channel)]
-            for pattern in patterns:
-                pattern.channels.add(channel)
             if len(self._matching) > 10_000:  # as many channels as a log keeps by default
                 self._matching.clear()
             self._matching[channel] = patterns

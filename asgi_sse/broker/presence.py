@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from inspect import isawaitable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
-from .._eventloop import Child, current_loop
+from .._eventloop import Child, EventLoop, current_loop
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
     from .subscription import Subscription
 
 logger = logging.getLogger(__name__)
+
+
+_PATIENCE: Final = 10.0
+"""Seconds that hooks have when their broker is closed."""
 
 
 class Presence:
@@ -31,8 +36,8 @@ class Presence:
     ) -> None:
         self._on_join = on_join
         self._on_leave = on_leave
-        self._latest: dict[Subscription, anyio.Event] = {}  # hooks under way, each set when it has returned
-        self._children: dict[anyio.Event, Child] = {}  # or asyncio could collect a task that still runs
+        # The latest hook under way for each: its loop, what is set when it has returned, its task (asyncio keeps none).
+        self._latest: dict[Subscription, tuple[EventLoop, anyio.Event, Child]] = {}
 
     def joined(self, subscription: Subscription) -> None:
         """`subscription` is read from now on."""
@@ -43,12 +48,22 @@ class Presence:
         self._call("on_leave", self._on_leave, subscription)
 
     async def wait(self) -> None:
-        """Wait until all hooks that are under way in this event loop have returned."""
-        while self._latest:
-            await next(iter(self._latest.values())).wait()
+        """Wait until all hooks that are under way in this event loop have returned, but not for long."""
+        loop = current_loop()
+        with anyio.move_on_after(_PATIENCE):
+            for own, done, _ in list(self._latest.values()):
+                if own is loop:
+                    await done.wait()
+        for subscription, (own, _, child) in list(self._latest.items()):
+            if own is loop:
+                logger.warning("a hook for %r did not return within %g s, and was cancelled", subscription, _PATIENCE)
+                child.cancel()
 
     def _call(self, name: str, hook: Callable[[Subscription], Any] | None, subscription: Subscription) -> None:
         if hook is None:
+            return
+        if subscription in self._latest:  # what is done when one leaves may undo what was done when that one came
+            self._spawn(name, partial(hook, subscription), subscription)
             return
         try:
             result = hook(subscription)
@@ -56,23 +71,24 @@ class Presence:
             logger.exception("%s(%r) raised", name, subscription)
             return
         if isawaitable(result):
-            self._spawn(name, result, subscription)
+            self._spawn(name, lambda: result, subscription)
 
-    def _spawn(self, name: str, result: Awaitable[Any], subscription: Subscription) -> None:
-        before, done = self._latest.get(subscription), anyio.Event()
+    def _spawn(self, name: str, call: Callable[[], Any], subscription: Subscription) -> None:
+        loop, done = current_loop(), anyio.Event()
+        before = self._latest.get(subscription)
 
         async def run() -> None:
             try:
-                if before is not None:  # what is done when one leaves may undo what was done when that one came
-                    await before.wait()
-                await result
+                if before is not None and before[0] is loop:
+                    await before[1].wait()
+                result = call()
+                if isawaitable(result):
+                    await result
             except Exception:
                 logger.exception("%s(%r) raised", name, subscription)
             finally:
-                if self._latest.get(subscription) is done:
+                if self._latest[subscription][1] is done:
                     del self._latest[subscription]
-                del self._children[done]
                 done.set()
 
-        self._latest[subscription] = done
-        self._children[done] = current_loop().spawn(run, f"asgi_sse {name}")
+        self._latest[subscription] = loop, done, loop.spawn(run, f"asgi_sse {name}")

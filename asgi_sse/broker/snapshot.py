@@ -92,7 +92,7 @@ async def _collect(made: Any) -> list[ServerSentEvent]:
         made = await made
     if made is None:
         return []
-    if isinstance(made, ServerSentEvent | Mapping | str | int | float):
+    if isinstance(made, ServerSentEvent | Mapping | str | int | float | bytes | bytearray | memoryview):
         items = [made]
     elif isinstance(made, AsyncIterable):
         iterator: Any = made.__aiter__()

@@ -121,6 +121,11 @@ class Subscription(Cursor):
         if self._loop is not None and not self._closed:
             self._loop.call_threadsafe(self._close)
 
+    def broker_closes(self) -> None:
+        """See `hub.Reader`: a response is ended by its registry."""
+        if self._stream is None:
+            self.leave_soon()
+
     def _begin(self) -> None:
         if self._loop is not None:
             raise StreamClosedError("this subscription was read before; subscribe once for each reader")
@@ -241,6 +246,11 @@ class Subscription(Cursor):
         self._stopped = True
 
     @property
+    def pending(self) -> bool:
+        """See `stream.Live`: a snapshot that fails may have a status of its own."""
+        return self._snapshot is not None and self._snapshot.wanted and self._lost is None
+
+    @property
     def patient(self) -> bool:
         """See `stream.Live`: what reads a run has the time of a drain to see its end."""
         return self._run is not None
@@ -359,6 +369,8 @@ class Subscription(Cursor):
 
     async def _prepare_and_wake(self) -> None:
         await self.prepare()
+        if self._stream is not None:
+            self._stream.open()
         self._wake()
 
 
