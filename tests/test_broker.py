@@ -4,6 +4,7 @@ import gc
 import json
 import random
 import re
+import sys
 import threading
 import weakref
 from itertools import count
@@ -236,12 +237,26 @@ async def test_what_is_lost_twice_before_it_is_told_is_told_once_and_not_resumed
 async def test_what_is_too_old_is_given_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("asgi_sse.broker.hub.clock", lambda: now)
+    monkeypatch.setattr("asgi_sse.broker.cursor.clock", lambda: now)
     broker = Broker(max_age=60)
     first = await broker.publish("a", "old")
     await broker.publish("a", "old too")
     now = 61.0
     subscription = broker.subscribe("a", last_event_id=first)
     assert (await subscription.__anext__()).data == '{"reason":"expired"}'
+    for stream in (False, True):  # nor to who reads slowly
+        slow = broker.subscribe("a")
+        if stream:
+            slow.as_live()
+            slow.take(100)
+        await broker.publish("a", "unread")
+        if not stream:
+            with anyio.move_on_after(0):
+                await slow.__anext__()
+        now += 61
+        event = EventDecoder().feed(slow.take(100))[0] if stream else await slow.__anext__()
+        assert event.event == "reset"
+        await slow.aclose()
     await subscription.aclose()
 
 
@@ -398,6 +413,104 @@ async def test_a_subscription_has_one_reader() -> None:
                 pass
 
 
+@pytest.mark.parametrize("begun", [True, False])
+async def test_closing_a_subscription_ends_its_stream(begun: bool) -> None:
+    broker = Broker()
+    subscription = broker.subscribe("a")
+    if begun:
+        async with open_stream(EventSourceResponse(subscription)) as stream:
+            await stream.read()
+            await broker.publish("a", "unread")
+            await subscription.aclose()
+            assert [event async for event in stream] == []
+            assert stream.complete
+    else:
+        await subscription.aclose()
+        with pytest.raises(StreamClosedError, match="closed before it was read"):
+            async with open_stream(EventSourceResponse(subscription)):
+                pass
+        assert [event async for event in subscription] == []
+    assert broker.subscribers("a") == 0
+
+
+async def test_a_burst_of_publishing_does_not_overrun_who_reads() -> None:
+    broker = Broker(history=20)
+    async with open_stream(EventSourceResponse(broker.subscribe("a")), capacity=1000) as stream:
+        await stream.read()
+        for number in range(500):
+            await broker.publish("a", number)
+        assert [(await stream.receive()).data for _ in range(500)] == [str(number) for number in range(500)]
+
+
+async def test_who_reads_what_it_publishes_lets_others_go_on() -> None:
+    broker = Broker()
+    async with broker.subscribe("a") as subscription:
+        with anyio.move_on_after(1):
+            await broker.publish("a", 0)
+            async for _ in subscription:
+                broker.publish_nowait("a", 0)
+                if subscription.pushed > 100_000:
+                    pytest.fail("nobody else had a turn")
+                if subscription.pushed % 1000 == 0:
+                    await anyio.sleep(0.2)
+
+
+async def test_a_filter_that_raises_is_told_as_what_it_is() -> None:
+    broker, registry = Broker(), StreamRegistry()
+
+    def broken(event: ServerSentEvent) -> bool:
+        if event.data == "1":
+            raise ConnectionError("the cache is down")
+        return True
+
+    response = EventSourceResponse(broker.subscribe("a", filter=broken), registry=registry)
+    with pytest.raises(ConnectionError, match="the cache is down"):
+        async with open_stream(response) as stream:
+            for number in range(3):
+                broker.publish_nowait("a", number)
+            assert (await stream.receive()).data == "0"
+            await stream.receive()
+    assert not stream.complete
+    assert registry.statistics().closed == {"failed": 1}
+    async with broker.subscribe("a", filter=broken) as subscription:
+        for number in range(2):
+            broker.publish_nowait("a", number)
+        await subscription.__anext__()
+        before = subscription.last_event_id
+        with pytest.raises(ConnectionError):
+            await subscription.__anext__()
+        assert subscription.last_event_id == before  # who resumes gets it
+
+
+@pytest.mark.parametrize("channels", [["a"], ["a", "b"]])
+async def test_statistics_count_events(channels: list[str]) -> None:
+    broker, registry = Broker(), StreamRegistry()
+    async with open_stream(EventSourceResponse(broker.subscribe(*channels), registry=registry)) as stream:
+        await stream.read()
+        for number in range(100):
+            broker.publish_nowait("a", number)
+        await stream.read()
+        assert registry.statistics().events == 100
+
+
+async def test_wide_patterns_read_the_sequence_of_all() -> None:
+    broker = Broker()
+    first = await broker.publish("a.0", "x")
+    for number in range(300):
+        broker.publish_nowait(f"{'ab'[number % 2]}.{number}", "x" * 1000)
+    async with open_stream(EventSourceResponse(broker.subscribe("a.*", last_event_id=first))) as stream:
+        events = [await stream.receive() for _ in range(150)]
+    assert [number_of(event) for event in events] == list(range(2, 302, 2))
+
+
+async def test_a_channel_object_is_never_a_pattern() -> None:
+    broker = Broker()
+    async with broker.subscribe(broker.channel("a"), "b.*") as subscription:
+        assert subscription.names == ("a", "b.*")
+    with pytest.raises(ValueError, match=r"channel 'user\.\*'"):
+        broker.channel(f"user.{'*'}")
+
+
 # From other threads
 
 
@@ -436,8 +549,44 @@ async def test_publishing_from_another_event_loop() -> None:
         assert (await stream.receive()).data == "from elsewhere"
 
 
+@pytest.mark.real_time
+async def test_joining_misses_nothing_of_channels_that_begin_meanwhile() -> None:
+    """Of a pattern, while other threads publish to new channels."""
+    broker = Broker(max_channels=100_000)
+    over = threading.Event()
+
+    def publish(thread: int) -> None:
+        for number in count():
+            if over.is_set():
+                return
+            broker.publish_nowait(f"new.{thread}.{number}", "x")
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    threads = [threading.Thread(target=publish, args=(number,)) for number in range(3)]
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(50):
+            subscription, decoder = broker.subscribe("new.**"), EventDecoder()
+            start = int(subscription.last_event_id.partition("-")[2])
+            subscription.as_live()
+            numbers: list[int] = []
+            for _ in range(3):
+                await anyio.lowlevel.checkpoint()
+                if subscription.ready:
+                    numbers += [number_of(event) for event in decoder.feed(subscription.take(65_536))]
+            subscription.detach()
+            assert numbers == list(range(start + 1, start + 1 + len(numbers)))
+    finally:
+        over.set()
+        sys.setswitchinterval(interval)
+        for thread in threads:
+            thread.join()
+
+
 def test_a_loop_that_was_closed_under_its_reader_holds_up_nobody() -> None:
-    broker = Broker()
+    broker = Broker(max_subscribers=1)
     kept: list[Subscription] = []
 
     async def begin() -> None:
@@ -447,6 +596,8 @@ def test_a_loop_that_was_closed_under_its_reader_holds_up_nobody() -> None:
 
     anyio.run(begin)
     broker.publish_nowait("a", "x")
+    anyio.run(begin)  # the first one's place is free
+    assert broker.subscribers("a") == 0
 
 
 # What may be published, and where
@@ -457,6 +608,7 @@ async def test_publishing_a_key_again_does_nothing() -> None:
     first = await broker.publish("a", "x", idempotency_key="k")
     assert await broker.publish("a", "x", idempotency_key="k") == first
     assert await broker.channel("a").publish("x", idempotency_key="other") != first
+    assert await broker.publish("b", "x", idempotency_key="k") != first
 
 
 @pytest.mark.parametrize(
@@ -484,6 +636,15 @@ def test_bad_arguments() -> None:
         broker.channel("a*")
     with pytest.raises(ValueError, match="pattern"):
         broker.subscribe("a*")
+    with pytest.raises(TypeError, match="filter=3 is not callable"):
+        broker.subscribe("a", filter=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="last_event_id=5 is int"):
+        broker.subscribe("a", last_event_id=5)  # type: ignore[arg-type]
+    for name in ("max_age", "max_subscribers", "max_runs", "run_grace"):
+        with pytest.raises(TypeError, match=f"{name}='1' is str"):
+            Broker(**{name: "1"})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"Channel\('a'\) is not iterable; give its subscribe"):
+        EventSourceResponse(broker.channel("a"))  # type: ignore[arg-type]
     for arguments in ({"url": "ftp://"}, {"overflow": "drop"}, {"max_subscribers": 0}, {"history": 0}):
         with pytest.raises(ValueError, match=next(iter(arguments))):
             Broker(**arguments)

@@ -10,6 +10,8 @@ import anyio.lowlevel
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.routing import Mount, Route
 
 from asgi_sse import (
     Access,
@@ -64,6 +66,7 @@ async def test_the_channel_of_the_path_or_of_the_query() -> None:
         ("/of/**", 400, "channel '**'"),
         ("/any?" + "&".join(f"channel={number}" for number in range(101)), 400, "101 channels"),
         ("/runs?channel=a", 404, "no run is called a"),
+        ("/runs?channel=a&channel=b", 400, "2 runs; one stream carries one"),
     ],
 )
 async def test_what_names_no_channel(path: str, status: int, detail: str) -> None:
@@ -106,6 +109,7 @@ def granting(granted: Any) -> Any:
         (["a.*"], "?channel=a.**", 403),
         (["a.**"], "?channel=*.x", 403),
         ([], "?channel=a", 403),
+        ("", "?channel=a", 403),
         (None, "?channel=a", 403),
         (False, "", 403),
         (Access("a", expires_at=time.time() - 1), "?channel=a", 403),
@@ -240,6 +244,12 @@ def test_bad_arguments() -> None:
         broker.endpoint(recheck=0, authorize=lambda request: None)
     with pytest.raises(ValueError, match="channel 'a b'"):
         broker.endpoint("a b")
+    with pytest.raises(ValueError, match="runs=True: a stream carries one run"):
+        broker.endpoint(runs=True, snapshot=lambda request: None)
+    with pytest.raises(TypeError, match="recheck='5' is str"):
+        broker.endpoint(recheck="5", authorize=lambda request: None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expires_at=nan is no time"):
+        Access("a", expires_at=float("nan"))
     with pytest.raises(TypeError, match="snapshot='a' is not callable"):
         broker.subscribe("a", snapshot="a")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="expires_at='soon'"):
@@ -511,6 +521,119 @@ async def test_a_state_that_is_rebuilt_is_right_in_the_end(seed: int) -> None:
         done.set()
 
 
+@pytest.mark.parametrize("how", ["expired", "overflow"])
+async def test_one_snapshot_is_made_at_a_time_and_for_the_place_that_was_taken_before(how: str) -> None:
+    """It was lost before it is read, and in the second case again while it is made."""
+    broker = Broker(history=2)
+    state, made = 0, 0
+
+    async def change(number: int = 1) -> None:
+        nonlocal state
+        for _ in range(number):
+            state += 1
+            await broker.publish("a", {"event": "change", "data": state})
+
+    async def snapshot() -> dict[str, Any]:
+        nonlocal made
+        made += 1
+        seen = state
+        await anyio.sleep(1)
+        return {"event": "state", "data": seen}
+
+    await change(5)
+    last = broker.subscribe("a").last_event_id.replace("-5", "-1")
+    response = EventSourceResponse(
+        broker.subscribe("a", last_event_id=last if how == "expired" else None, snapshot=snapshot), send_timeout=None
+    )
+    async with open_stream(response) as stream:
+        await anyio.sleep(0.5)
+        await change(1 if how == "expired" else 5)  # which has no place in the log
+        await anyio.sleep(4)
+        await change()
+        seen = 0
+        while seen < state:
+            event = await stream.receive()
+            if event.event == "state":
+                seen = int(str(event.data))
+                assert str(event.id).endswith(f"-{seen}")
+            elif event.event == "change":
+                seen += 1
+                assert str(event.data) == str(seen)
+    assert made == (1 if how == "expired" else 2)
+
+
+async def test_a_reader_whose_snapshot_is_slower_than_the_log_forgets_is_given_up() -> None:
+    broker, registry = Broker(history=2), StreamRegistry()
+
+    async def snapshot() -> str:
+        await anyio.sleep(1)
+        return "state"
+
+    response = EventSourceResponse(broker.subscribe("a", snapshot=snapshot), registry=registry)
+    async with open_stream(response) as stream, anyio.create_task_group() as tasks:
+
+        async def publish() -> None:
+            while True:
+                await broker.publish("a", "x")
+                await anyio.sleep(0.1)
+
+        tasks.start_soon(publish)
+        events = [event.event async for event in stream]
+        tasks.cancel_scope.cancel()
+    assert events.count("reset") == 4
+    assert registry.statistics().closed == {"overflowed": 1}
+
+
+async def test_pings_leaving_and_the_end_reach_a_stream_whose_first_snapshot_is_made() -> None:
+    broker, registry = Broker(), StreamRegistry()
+    cancelled: list[bool] = []
+
+    async def snapshot(request: Request) -> None:
+        try:
+            await anyio.sleep(1000)
+        except anyio.get_cancelled_exc_class():
+            cancelled.append(True)
+            raise
+
+    app = create_app({"/a": broker.endpoint("a", snapshot=snapshot)}, registry=registry, ping=5)
+    async with open_stream(app, "/a") as stream:
+        await stream.read()
+        assert await stream.read(timeout=6) == b": ping\n\n"
+        await stream.disconnect()
+    async with open_stream(app, "/a") as stream:
+        report = await registry.drain()
+        assert [event async for event in stream] == []
+        assert stream.complete
+    assert report.closed == 1
+    assert cancelled == [True, True]
+    async with open_stream(app, "/a", method="HEAD") as stream:
+        assert await stream.read() == b""
+
+
+async def test_they_are_asgi_apps_too() -> None:
+    broker = Broker()
+    app = Starlette(
+        routes=[
+            Route("/of/{channel}", broker.endpoint()),
+            Route("/a", broker.channel("a")),
+            Mount("/mounted", broker.endpoint("a")),
+        ]
+    )
+    async with (
+        open_stream(app, "/of/a") as one,
+        open_stream(app, "/a") as other,
+        open_stream(app, "/mounted/x") as third,
+    ):
+        await broker.publish("a", "x")
+        for stream in (one, other, third):
+            assert (await stream.receive()).data == "x"
+    await (await broker.run("run", ["x"])).wait()
+    async with open_stream(app, "/of/run") as stream:
+        last = [event async for event in stream][-1].id
+    async with open_stream(app, "/of/run", headers={"Last-Event-ID": str(last)}) as stream:
+        assert stream.status == 204
+
+
 # Checkpoints
 
 
@@ -548,6 +671,39 @@ async def test_no_checkpoint_passes_what_the_client_does_not_have() -> None:
         made.set()
         assert (await stream.receive()).data == "state"
         assert (await stream.read(timeout=6)).startswith(b"id: ")
+
+
+# Access that is looked at again
+
+
+async def test_an_authorizer_that_does_not_answer_does_not_grant() -> None:
+    broker, registry, asked = Broker(), StreamRegistry(), 0
+
+    async def authorize(request: Request) -> bool:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            await anyio.sleep(10_000)
+        return True
+
+    app = create_app({"/a": broker.endpoint("a", authorize=authorize, recheck=60)}, registry=registry)
+    async with open_stream(app, "/a") as stream:
+        assert [event async for event in stream] == []
+        assert stream.complete
+        await stream.disconnect()
+    assert registry.statistics().closed == {"expired": 1}
+
+
+async def test_a_broader_grant_goes_on() -> None:
+    broker, grants = Broker(), [["user.7"], ["user.**"], ["user.*", "news"]]
+
+    def authorize(request: Request) -> list[str]:
+        return grants.pop(0) if len(grants) > 1 else grants[0]
+
+    async with open_stream(create_app({"/a": broker.endpoint(authorize=authorize, recheck=60)}), "/a") as stream:
+        await anyio.sleep(200)
+        await broker.publish("user.7", "x")
+        assert (await stream.receive()).data == "x"
 
 
 # Presence
@@ -608,7 +764,49 @@ async def test_a_hook_that_raises_is_logged(is_async: bool, caplog: pytest.LogCa
     ]
 
 
+async def test_a_hook_that_is_done_at_once_waits_for_the_one_before() -> None:
+    online: set[str] = set()
+
+    async def came(subscription: Subscription) -> None:
+        await anyio.sleep(5)
+        online.add("ann")
+
+    broker = Broker(on_join=came, on_leave=lambda subscription: online.discard("ann"))
+    async with broker, open_stream(create_app({"/a": broker.channel("a")}), "/a"):
+        pass
+    assert online == set()
+
+
+async def test_a_hook_that_hangs_does_not_hold_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    async def hangs(subscription: Subscription) -> None:
+        await anyio.sleep(10_000)
+
+    async with Broker(on_leave=hangs) as broker:
+        async with open_stream(create_app({"/a": broker.channel("a")}), "/a"):
+            pass
+        began = anyio.current_time()
+    assert anyio.current_time() - began == pytest.approx(10, abs=0.1)
+    assert "did not return within 10 s" in caplog.text
+
+
 # As an iterable
+
+
+@pytest.mark.parametrize("how", ["closed", "drained"])
+async def test_a_loop_over_a_subscription_ends_with_the_broker(how: str) -> None:
+    broker, registry = Broker(), StreamRegistry()
+    create_app({}, registry=registry, broker=broker)
+    async with anyio.create_task_group() as tasks, broker:
+
+        async def read() -> None:
+            assert [event async for event in broker.subscribe("a")] == []
+
+        tasks.start_soon(read)
+        await anyio.sleep(1)
+        if how == "drained":
+            registry.begin_drain()
+            await anyio.sleep(1)
+            assert broker.subscribers("a") == 0
 
 
 async def test_an_iterable_that_is_left_is_closed() -> None:

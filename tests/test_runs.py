@@ -6,6 +6,7 @@ import random
 import threading
 import weakref
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -192,6 +193,80 @@ async def test_its_final_event_can_be_made() -> None:
     for broken in (lambda outcome, error: 1 / 0, lambda outcome, error: {"data": 1, "id": 2}):
         run = await broker.run("chat", ["a"], on_end=broken)
         assert [event.data async for event in run.subscribe()] == ["a", '{"reason":"finished"}']
+
+
+async def test_a_source_that_catches_each_error_lets_others_go_on() -> None:
+    async def source() -> AsyncIterator[Any]:
+        while True:
+            with suppress(ValueError):
+                yield b"bytes"
+
+    broker = Broker()
+    run = await broker.run("chat", source())
+    await anyio.lowlevel.checkpoint()
+    run.cancel()
+    assert await run.wait() == "cancelled"
+
+
+async def test_a_source_that_meets_a_cancellation_has_failed() -> None:
+    async def source() -> AsyncIterator[str]:
+        yield "word 0"
+        raise anyio.get_cancelled_exc_class() if sniffed() == "asyncio" else LookupError
+
+    def sniffed() -> str:
+        return anyio.get_cancelled_exc_class().__module__.partition(".")[0]
+
+    run = await Broker().run("chat", source())
+    assert await run.wait() == "failed"
+
+
+@pytest.mark.parametrize("source", ["publishes", "raises"])
+async def test_a_source_is_begun_with_no_lock_held(source: str) -> None:
+    broker = Broker()
+
+    class Source:
+        def __aiter__(self) -> AsyncIterator[str]:
+            if source == "raises":
+                raise LookupError
+            broker.publish_nowait("other", "x")
+            return words()
+
+    if source == "raises":
+        with pytest.raises(LookupError):
+            await broker.run("chat", Source())
+        assert len(broker.runs) == 0
+    else:
+        assert await (await broker.run("chat", Source())).wait() == "finished"
+
+
+async def test_on_end_may_be_async_and_a_run_takes_no_snapshot() -> None:
+    async def on_end(outcome: str, error: BaseException | None) -> str:
+        await anyio.sleep(1)
+        return f"it has {outcome}"
+
+    run = await Broker().run("chat", ["a"], on_end=on_end)
+    assert [event.data async for event in run.subscribe()] == ["a", "it has finished"]
+    with pytest.raises(TypeError, match="leave the snapshot out"):
+        run.subscribe(snapshot=lambda: "x")
+
+
+async def test_the_stream_of_a_run_that_was_forgotten_ends() -> None:
+    broker, registry = Broker(), StreamRegistry()
+    run = await broker.run("chat", ["a"], ttl=1)
+    await run.wait()
+    await anyio.sleep(2)
+    async with open_stream(EventSourceResponse(run.subscribe(), registry=registry)) as stream:
+        assert [event.event async for event in stream] == ["reset"]
+        assert stream.complete
+
+
+async def test_a_wait_that_is_given_up_leaves_nothing_behind() -> None:
+    run = await Broker().run("chat", words())
+    for _ in range(10):
+        with anyio.move_on_after(0.01):
+            await run.wait()
+    assert run._waiters == []
+    assert await run.wait() == "finished"
 
 
 @pytest.mark.parametrize("waits", ["for long", "at a yield", "not yet"])
@@ -408,6 +483,26 @@ async def test_a_drain_ends_the_runs_of_the_broker_before_their_streams(grace: f
     assert run.outcome == "drained"
 
 
+async def test_a_drain_that_was_a_false_alarm_is_followed_by_another() -> None:
+    broker, registry = Broker(run_grace=1), StreamRegistry()
+    app = create_app({"/chat": broker.channel("chat")}, registry=registry, broker=broker)
+    for _ in range(2):
+        await broker.run("chat", words(100, 0.3))
+        async with open_stream(app, "/chat") as stream:
+            registry.begin_drain()
+            assert (await rest(stream))[-1] == '{"reason":"drained"}'
+        registry._draining = False
+
+
+async def test_no_run_begins_when_the_broker_is_closed() -> None:
+    async with Broker() as broker:
+        pass
+    with pytest.raises(BrokerError, match="the broker is closed"):
+        await broker.run("chat", words())
+    async with broker:
+        await (await broker.run("chat", words())).wait()
+
+
 async def test_a_broker_that_another_server_has_open_is_not_ended() -> None:
     broker, registry = Broker(run_grace=0), StreamRegistry()
     create_app({}, registry=registry, broker=broker)
@@ -508,6 +603,10 @@ async def test_bad_arguments() -> None:
     for name in ("ttl", "max_lifetime", "max_bytes"):
         with pytest.raises(ValueError, match=f"{name}=-1 is out of range"):
             await broker.run("chat", ["a"], **{name: -1})  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=f"{name}='1' is str"):
+            await broker.run("chat", ["a"], **{name: "1"})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="on_end=5 is not callable"):
+        await broker.run("chat", ["a"], on_end=5)  # type: ignore[arg-type]
     for name in ("max_runs", "run_grace"):
         with pytest.raises(ValueError, match=f"{name}=-1"):
             Broker(**{name: -1})  # type: ignore[arg-type]

@@ -192,6 +192,8 @@ class Run(Channel):
         try:
             if self._stopped is None:
                 await self._publish()
+        except GeneratorExit:
+            raise  # collected with its event loop
         except BaseException as exc:
             outcome = self._raised(exc)
         if self._child is not None:
