@@ -127,20 +127,14 @@ class Sequence:
         self._numbers.append(entry.number)
         self._entries.append(entry)
 
-    def insert(self, entries: list[Entry]) -> None:
-        """Add older ones."""
-        both = [entry for entry in self._entries if entry is not None] + entries
-        both.sort(key=attrgetter("number"))
-        self._entries = list(both)
-        self._numbers = [entry.number for entry in both]
-        self._holes = 0
-
     def drop(self, number: int) -> None:
         """Forget one."""
         self._entries[bisect_left(self._numbers, number)] = None
         self._holes += 1
         if self._holes > 1000 and self._holes > len(self._numbers) // 2:
-            self.insert([])
+            self._entries = [entry for entry in self._entries if entry is not None]
+            self._numbers = [entry.number for entry in self._entries if entry is not None]
+            self._holes = 0
 
     def after(self, number: int) -> Iterator[Entry]:
         """The entries behind a number."""
@@ -203,18 +197,6 @@ class Ring:
         self.size += _cost(entry)
         self._trim()
         self.expire(entry.time)
-
-    def fill(self, entries: Iterable[Entry], trimmed: int) -> None:
-        """Put back what was dropped, up to `trimmed`: `entries`, oldest first; those that are there already are not."""
-        older = [entry for entry in entries if entry.number <= self.trimmed]
-        self._numbers[: self._start] = [entry.number for entry in older]
-        self._entries[: self._start] = older
-        self._sequence.insert(older)
-        self._start = 0
-        self._memo = None
-        self.size += sum(map(_cost, older))
-        self.trimmed = min(trimmed, self.trimmed)
-        self._trim()
 
     def keep(self, max_bytes: int) -> None:
         """From now on, keep events of any number and age, but only so many bytes."""
@@ -362,55 +344,23 @@ class EventLog:
         """The id of an event, or of a position."""
         return f"{self.epoch}-{number}"
 
-    def entry(self, number: int, channel: str, event: ServerSentEvent, now: float) -> Entry:
-        """An event, which has no id of its own, as one of this log."""
-        event = numbered_event(event, self.id_of(number))
-        return Entry(number, channel, event, event.encode(), now)
-
-    def append(self, channel: str, event: ServerSentEvent, now: float, *, number: int | None = None) -> Entry:
+    def append(self, channel: str, event: ServerSentEvent, now: float) -> Entry:
         """Add an event, which has no id of its own.
 
         Args:
             channel: A valid name.
             event: The event.
             now: The time, for `max_age`.
-            number: Its number, greater than any before. Default: the next one.
         """
-        entry = self.entry(self.tail + 1 if number is None else number, channel, event, now)
-        self.tail = entry.number
+        self.tail += 1
+        event = numbered_event(event, self.id_of(self.tail))
+        entry = Entry(self.tail, channel, event, event.encode(), now)
         self._ring_of(channel).append(entry)
         if channel in self._order:
             self._order.move_to_end(channel)
-        self._forget_some()
+        while len(self._order) > self._max_channels:
+            self._forget(next(iter(self._order)))
         return entry
-
-    def restart(self, epoch: str, tail: int, known: Iterable[tuple[str, int]], floor: int) -> None:
-        """Forget all, and go on as a part of another log, of which there is nothing yet.
-
-        Args:
-            epoch: Its epoch.
-            tail: The number of its last event.
-            known: Its channels, each with the number of its last event, least recently published to first.
-            floor: The last number of the channels that it has forgotten.
-        """
-        self.epoch = epoch
-        self.tail = tail
-        self._sequence = Sequence()
-        self._rings.clear()
-        self._order.clear()
-        self._forgotten = OrderedDict(known)
-        self._floor = floor
-
-    def fill(self, channel: str, entries: Iterable[Entry], trimmed: int) -> None:
-        """Put back what is not here of a channel.
-
-        Args:
-            channel: Its name.
-            entries: What it has, oldest first.
-            trimmed: The number since which there is nothing before them.
-        """
-        self._ring_of(channel).fill(entries, trimmed)
-        self._forget_some()
 
     def keep(self, channel: str, max_bytes: int) -> None:
         """All events of `channel` from now on, whatever their number and age, up to so many bytes; until `release`."""
@@ -440,10 +390,6 @@ class EventLog:
             )
             self._order[channel] = None
         return ring
-
-    def _forget_some(self) -> None:
-        while len(self._order) > self._max_channels:
-            self._forget(next(iter(self._order)))
 
     def _forget(self, channel: str) -> None:
         self._order.pop(channel, None)

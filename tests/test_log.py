@@ -184,34 +184,6 @@ def test_a_channel_that_is_kept_outlives_the_limits_of_others() -> None:
     assert log.is_complete(["run"], 0, patterns=False, after=10)
 
 
-def test_a_part_of_another_log_is_filled_where_it_is_needed() -> None:
-    log = EventLog(history=5, epoch="mine")
-    log.append("a", event(), 0)
-    log.restart("theirs", 20, [("b", 7), ("a", 18)], 3)
-    assert (log.epoch, log.tail, log.channels) == ("theirs", 20, ["b", "a"])
-    assert log.parse("theirs-20") == 20
-    assert log.parse("theirs-21") == "unknown"
-    assert log.is_complete(["a"], 0, patterns=False, after=18)
-    assert not log.is_complete(["a"], 0, patterns=False, after=17)
-    assert log.is_complete(["never"], 0, patterns=True, after=3)
-    assert not log.is_complete(["never"], 0, patterns=True, after=2)
-    assert log.append("a", event(), 0, number=25).event.id == "theirs-25"
-    theirs = [log.entry(number, "a", event(), 0) for number in (12, 15, 18, 25, 26)]  # two of them not new here
-    log.fill("a", theirs, 9)
-    assert numbers(log.entries(["a"], 0)) == [12, 15, 18, 25]
-    assert log.is_complete(["a"], 0, patterns=False, after=9)
-    assert not log.is_complete(["a"], 0, patterns=False, after=8)
-    for number in (30, 31, 32):
-        log.append("a", event(), 0, number=number)
-    assert numbers(log.entries(["a"], 0)) == [18, 25, 30, 31, 32]
-    log.fill("a", theirs, 9)  # no more than it may keep
-    assert numbers(log.entries(["a"], 0)) == [18, 25, 30, 31, 32]
-    ring = log.ring("a")
-    assert ring is not None
-    assert ring.trimmed == 15
-    assert ring.size == sum(350 + 2 * len(entry.chunk) for entry in ring.after(0))
-
-
 def test_readers_at_one_place_share_one_result() -> None:
     log = EventLog()
     for _ in range(10):

@@ -246,6 +246,8 @@ async def test_on_end_may_be_async_and_a_run_takes_no_snapshot() -> None:
 
     run = await Broker().run("chat", ["a"], on_end=on_end)
     assert [event.data async for event in run.subscribe()] == ["a", "it has finished"]
+    run = await Broker().run("chat", ["a"], on_end=lambda outcome, error: anyio.sleep(10_000))
+    assert [event.data async for event in run.subscribe()] == ["a", '{"reason":"finished"}']
     with pytest.raises(TypeError, match="leave the snapshot out"):
         run.subscribe(snapshot=lambda: "x")
 

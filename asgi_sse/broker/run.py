@@ -248,7 +248,10 @@ class Run(Channel):
             return _final_event(outcome)
         try:
             made = self._on_end(outcome, self.error)
-            return unnumbered(await made if isawaitable(made) else made)
+            if isawaitable(made):
+                with anyio.fail_after(_CLEANUP):
+                    made = await made
+            return unnumbered(made)
         except BaseException:
             logger.exception("on_end of run %s raised", self.name)
             return _final_event(outcome)
