@@ -206,6 +206,7 @@ class Ring:
 
     def clear(self) -> None:
         """Drop everything."""
+        self._memo = None
         while len(self):
             self._drop()
 

@@ -138,7 +138,7 @@ class SSEMiddleware:
             self._broker.begin_close(within, self)
         for own in list(self._servers):
             if server is None or server.covers(own) or own.covers(server):
-                self._broker.begin_close(within, own)
+                self._broker.begin_close(within, (self, own))
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         server = server_of(send)
@@ -150,17 +150,23 @@ class SSEMiddleware:
             if self._guard is not None:
                 self._guard.look()
             if broker is not None:
-                await broker.__aenter__()
+                await broker.open((self, server))
                 self._servers.add(server)
+
+        async def close() -> None:
+            if broker is not None and server in self._servers:
+                self._servers.discard(server)
+                await broker.close((self, server))
 
         async def shutdown() -> None:
             try:
                 await self.registry.stop(server)
             finally:
-                if broker is not None:
-                    self._servers.discard(server)
-                    await broker.__aexit__(None, None, None)
+                await close()
 
-        await lifespan.chain(
-            self.app, scope, receive, send, startup=startup, shutdown=shutdown, strict=self._strict_lifespan
-        )
+        try:
+            await lifespan.chain(
+                self.app, scope, receive, send, startup=startup, shutdown=shutdown, strict=self._strict_lifespan
+            )
+        finally:
+            await close()  # where the start-up has failed

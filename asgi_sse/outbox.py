@@ -103,7 +103,7 @@ class Flusher:
         for outbox in dirty:
             outbox.flush()
         took = self._loop.time() - began
-        if took >= _LONG_ROUND and not self._waiting:
+        if took >= _LONG_ROUND and not (self._waiting or self._dirty):
             self._loop.call_at(began + took + min(took, _REST), self._go_on)
         else:
             for _ in range(min(TURN_SOURCES, len(self._waiting))):

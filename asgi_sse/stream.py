@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 _LAST_CALL: Final = 0.1
 """Seconds that a source has to obey its second cancellation, before it is left behind."""
 
+_FIRST_ITEM: Final = 1.0
+"""Seconds for which the head waits for a first item that is being made, where `open_timeout` does not say."""
+
 _ABORT_WAIT: Final = 1.0
 """Seconds that the server has to report the end of an aborted connection: it then logs no error."""
 
@@ -176,9 +179,9 @@ class Stream:
     __slots__ = (
         "__weakref__", "_began", "_child", "_connection", "_context", "_deadline", "_draining", "_encode", "_error",
         "_expires_at", "_farewell", "_grace_ends", "_head", "_helpers", "_inbox", "_keeper", "_lifetime_ends",
-        "_live", "_loop", "_open_at", "_options", "_outbox", "_pumping", "_source", "_source_done", "_state",
-        "_stopped", "_wait", "abandoned", "buffer", "check_at", "client", "ended_itself", "entry", "forced", "path",
-        "reason", "send_error", "server",
+        "_live", "_loop", "_open_at", "_options", "_outbox", "_pending", "_pumping", "_source", "_source_done",
+        "_state", "_stopped", "_wait", "abandoned", "buffer", "check_at", "client", "ended_itself", "entry", "forced",
+        "path", "reason", "send_error", "server",
     )  # fmt: skip
 
     def __init__(
@@ -230,7 +233,9 @@ class Stream:
         self._error: BaseException | None = None
         self._farewell = b""
         self._began = loop.time()
-        self._open_at = self._began + options.open_timeout if options.open_timeout else math.inf
+        self._pending = live is not None and live.pending
+        timeout = options.open_timeout or (_FIRST_ITEM if self._pending else 0)
+        self._open_at = self._began + timeout if timeout else math.inf
         lifetime = options.max_lifetime
         # Spread, so that the clients of one deploy do not all return at once.
         spread = random.uniform(0.8, 1.0)  # noqa: S311
@@ -303,11 +308,11 @@ class Stream:
         self._keeper.add(self)
         if self._source is None:
             self._pumping = True  # another app's task is the source, and has sent its head; or a feed that has no task
-            if self._live is None or not self._live.pending:
+            if not self._pending:
                 self._open()
         else:
             self._child = self._loop.spawn(self._pump, "asgi_sse source")
-        if self._options.open_timeout == 0:
+        if self._options.open_timeout == 0 and not self._pending:
             # The source's first step comes before the second turn, so that an error in it still has its own status.
             # Before the first one on asyncio; trio takes the tasks and callbacks of one turn in any order.
             self._loop.call_soon(lambda: self._loop.call_soon(self.open))

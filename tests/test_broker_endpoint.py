@@ -545,20 +545,25 @@ async def test_one_snapshot_is_made_at_a_time_and_for_the_place_that_was_taken_b
     response = EventSourceResponse(
         broker.subscribe("a", last_event_id=last if how == "expired" else None, snapshot=snapshot), send_timeout=None
     )
-    async with open_stream(response) as stream:
+
+    async def later() -> None:
         await anyio.sleep(0.5)
         await change(1 if how == "expired" else 5)  # which has no place in the log
         await anyio.sleep(4)
         await change()
-        seen = 0
-        while seen < state:
-            event = await stream.receive()
-            if event.event == "state":
-                seen = int(str(event.data))
-                assert str(event.id).endswith(f"-{seen}")
-            elif event.event == "change":
-                seen += 1
-                assert str(event.data) == str(seen)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(later)
+        async with open_stream(response) as stream:
+            seen = 0
+            while seen < (7 if how == "expired" else 11):
+                event = await stream.receive(5)
+                if event.event == "state":
+                    seen = int(str(event.data))
+                    assert str(event.id).endswith(f"-{seen}")
+                elif event.event == "change":
+                    seen += 1
+                    assert str(event.data) == str(seen)
     assert made == (1 if how == "expired" else 2)
 
 
@@ -569,16 +574,16 @@ async def test_a_reader_whose_snapshot_is_slower_than_the_log_forgets_is_given_u
         await anyio.sleep(1)
         return "state"
 
+    async def publish() -> None:
+        while True:
+            await broker.publish("a", "x")
+            await anyio.sleep(0.1)
+
     response = EventSourceResponse(broker.subscribe("a", snapshot=snapshot), registry=registry)
-    async with open_stream(response) as stream, anyio.create_task_group() as tasks:
-
-        async def publish() -> None:
-            while True:
-                await broker.publish("a", "x")
-                await anyio.sleep(0.1)
-
+    async with anyio.create_task_group() as tasks:
         tasks.start_soon(publish)
-        events = [event.event async for event in stream]
+        async with open_stream(response) as stream:
+            events = [event.event async for event in stream]
         tasks.cancel_scope.cancel()
     assert events.count("reset") == 4
     assert registry.statistics().closed == {"overflowed": 1}
@@ -789,6 +794,39 @@ async def test_a_hook_that_hangs_does_not_hold_the_end(caplog: pytest.LogCapture
     assert "did not return within 10 s" in caplog.text
 
 
+@pytest.mark.parametrize("came", [0, 5])
+async def test_who_leaves_because_the_broker_closes_is_told_of(came: float) -> None:
+    told: list[str] = []
+
+    async def on_join(subscription: Subscription) -> None:
+        await anyio.sleep(came)
+        told.append("came")
+
+    async def on_leave(subscription: Subscription) -> None:
+        await anyio.sleep(1)
+        told.append("left")
+
+    async with anyio.create_task_group() as tasks:
+        async with Broker(on_join=on_join, on_leave=on_leave) as broker:
+
+            async def read() -> None:
+                assert [event async for event in broker.subscribe("a")] == []
+
+            tasks.start_soon(read)
+            await anyio.sleep(1)
+        assert told == ["came", "left"]
+
+
+async def test_names_that_come_and_go_leave_nothing_with_who_reads_them_by_a_pattern() -> None:
+    broker = Broker(max_channels=10)
+    async with broker.subscribe("**") as subscription:
+        with anyio.move_on_after(0.1):
+            await subscription.__anext__()
+        for number in range(5000):
+            broker.publish_nowait(f"a.{number}", "x")
+        assert len(broker._hub._patterns["**"].channels) < 500
+
+
 # As an iterable
 
 
@@ -796,17 +834,20 @@ async def test_a_hook_that_hangs_does_not_hold_the_end(caplog: pytest.LogCapture
 async def test_a_loop_over_a_subscription_ends_with_the_broker(how: str) -> None:
     broker, registry = Broker(), StreamRegistry()
     create_app({}, registry=registry, broker=broker)
-    async with anyio.create_task_group() as tasks, broker:
 
-        async def read() -> None:
-            assert [event async for event in broker.subscribe("a")] == []
+    async def read() -> None:
+        assert [event async for event in broker.subscribe("a")] == []
 
+    async with anyio.create_task_group() as tasks:
         tasks.start_soon(read)
         await anyio.sleep(1)
+        assert broker.subscribers("a") == 1
         if how == "drained":
             registry.begin_drain()
-            await anyio.sleep(1)
-            assert broker.subscribers("a") == 0
+        else:
+            async with broker:
+                pass
+    assert broker.subscribers("a") == 0
 
 
 async def test_an_iterable_that_is_left_is_closed() -> None:

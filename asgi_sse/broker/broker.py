@@ -101,8 +101,9 @@ class Broker:
         self._open = partial(Subscription, self._hub, overflow=overflow, presence=self._presence)
         self._runs = Runs(self._hub, max_runs)
         self._run_grace = run_grace
-        self._opened = 0  # times
-        self._closing: set[object] = set()  # who of those that have it open has said that it stops
+        self._entered: list[object] = []
+        self._openers: set[object] = set()
+        self._closing: set[object] = set()  # which of them have said that they stop
         # Who publishes without pause lets others go on before they have missed anything.
         self._burst = max(1, min(_BURST, history // 4))
         self._published = 0
@@ -110,18 +111,28 @@ class Broker:
         self._keys: OrderedDict[tuple[str, str], tuple[float, str]] = OrderedDict()
 
     async def __aenter__(self) -> Self:
-        self._opened += 1
-        self._runs.reopen()
+        token = object()
+        self._entered.append(token)
+        await self.open(token)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Give runs their grace and end them, and wait for the hooks; unless it was opened more than once."""
-        self._opened -= 1
-        if self._opened > 0:
+        """Give runs their grace and end them, and wait for the hooks; unless others have it open as well."""
+        await self.close(self._entered.pop())
+
+    async def open(self, by: object) -> None:
+        """As ``async with``, for one of several; what it is given, `close` is to be given too."""
+        self._openers.add(by)
+        self._runs.reopen()
+
+    async def close(self, by: object) -> None:
+        """The end of what `open` has begun."""
+        self._openers.discard(by)
+        self._closing.discard(by)
+        if self._openers:
             return
-        self._closing.clear()
         self._hub.close()
         await self._runs.close(self._run_grace)
         if self._presence is not None:
@@ -131,14 +142,15 @@ class Broker:
         """A server stops, and its streams end in so many seconds. From any thread, and as often as may be.
 
         When all that have the broker open have said so, its runs end early enough for their clients to see it, and so
-        do the loops that read it without a response.
+        do the loops that read its channels without a response.
 
         Args:
             within: Seconds.
             by: Who says so.
         """
-        self._closing.add(by)
-        if len(self._closing) >= self._opened:
+        if by in self._openers:
+            self._closing.add(by)
+        if self._openers <= self._closing:
             self._runs.begin_close(min(self._run_grace, max(within - _FAREWELL, within / 2)))
             self._hub.close()
 

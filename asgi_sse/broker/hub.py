@@ -14,7 +14,7 @@ from ..log import Entry, EventLog, is_pattern, pattern_test
 from ..routing import HTTPError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
 clock: Final = time.monotonic
 
@@ -88,12 +88,26 @@ class _Group:
 class _Pattern:
     """Who reads by one pattern, and what it matches of what is known."""
 
-    __slots__ = ("channels", "readers", "test")
+    __slots__ = ("_bound", "_log", "channels", "readers", "test")
 
-    def __init__(self, test: Callable[[str], bool], channels: Iterable[str]) -> None:
+    def __init__(self, test: Callable[[str], bool], log: EventLog) -> None:
         self.test = test
-        self.channels = {channel for channel in channels if test(channel)}
+        self.channels = {channel for channel in log.channels if test(channel)}
         self.readers: set[Reader] = set()
+        self._log = log
+        self._bound = 0
+        self.prune()
+
+    def add(self, channel: str) -> None:
+        """`channel` is known, maybe again."""
+        self.channels.add(channel)
+        if len(self.channels) > self._bound:
+            self.prune()
+
+    def prune(self) -> None:
+        """Let go of the channels of which nothing is known any more."""
+        self.channels = {channel for channel in self.channels if channel in self._log}
+        self._bound = 2 * len(self.channels) + 100
 
 
 class Hub:
@@ -144,10 +158,8 @@ class Hub:
             reader.begun(list(channels))
 
     def close(self) -> None:
-        """Tell all readers that the server stops."""
-        with self.lock:
-            readers = list(self._groups)
-        for reader in readers:
+        """Tell all readers that the server stops. Without the lock: who says so may be a signal's handler."""
+        for reader in list(self._groups):
             reader.broker_closes()
 
     def leave(self, reader: Reader) -> bool:
@@ -174,7 +186,7 @@ class Hub:
             before = entry.number - 1
             matching = self._by_pattern(channel)
             for pattern in matching:
-                pattern.channels.add(channel)  # again, where it had been forgotten
+                pattern.add(channel)
             for readers in (self._exact.get(channel, ()), *(pattern.readers for pattern in matching)):
                 for reader in readers:
                     if not reader.published(channel, before):
@@ -195,10 +207,10 @@ class Hub:
     def _pattern(self, name: str) -> _Pattern:
         pattern = self._patterns.get(name)
         if pattern is None:
-            pattern = self._patterns[name] = _Pattern(pattern_test(name), self.log.channels)
+            pattern = self._patterns[name] = _Pattern(pattern_test(name), self.log)
             self._matching.clear()
         else:
-            pattern.channels = {channel for channel in pattern.channels if channel in self.log}
+            pattern.prune()
         return pattern
 
     def _by_pattern(self, channel: str) -> list[_Pattern]:

@@ -8,6 +8,7 @@ from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
+import anyio.lowlevel
 
 from .._eventloop import Child, EventLoop, current_loop
 
@@ -50,14 +51,15 @@ class Presence:
     async def wait(self) -> None:
         """Wait until all hooks that are under way in this event loop have returned, but not for long."""
         loop = current_loop()
-        with anyio.move_on_after(_PATIENCE):
-            for own, done, _ in list(self._latest.values()):
+        with anyio.move_on_after(_PATIENCE) as scope:
+            await anyio.lowlevel.checkpoint()  # who leaves only now does so in the next turn
+            while under_way := [done for own, done, _ in self._latest.values() if own is loop]:
+                await under_way[0].wait()
+        if scope.cancelled_caught:
+            for subscription, (own, _, child) in list(self._latest.items()):
                 if own is loop:
-                    await done.wait()
-        for subscription, (own, _, child) in list(self._latest.items()):
-            if own is loop:
-                logger.warning("a hook for %r did not return within %g s, and was cancelled", subscription, _PATIENCE)
-                child.cancel()
+                    logger.warning("a hook for %r did not return within %g s and is cancelled", subscription, _PATIENCE)
+                    child.cancel()
 
     def _call(self, name: str, hook: Callable[[Subscription], Any] | None, subscription: Subscription) -> None:
         if hook is None:

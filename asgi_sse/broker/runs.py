@@ -51,9 +51,11 @@ class _Alarms:
     def _ring(self, when: float) -> None:
         if when == self._next:
             self._next = math.inf
-        while self._calls and self._calls[0][0] <= max(when, self._loop.time()):
-            heapq.heappop(self._calls)[2]()
-        self._set_timer()
+        try:
+            while self._calls and self._calls[0][0] <= max(when, self._loop.time()):
+                heapq.heappop(self._calls)[2]()
+        finally:
+            self._set_timer()
 
 
 class Runs(Mapping[str, Run]):
@@ -121,15 +123,16 @@ class Runs(Mapping[str, Run]):
         self._closed = False
 
     def begin_close(self, grace: float) -> None:
-        """End those that still go on in so many seconds, but for those that were told before. From any thread."""
+        """End those that still go on in so many seconds, or as they were told before. From any thread."""
         for run in self._running():
             if run.told_at is None:
                 run.told_at = clock()
-                run.loop.call_threadsafe(partial(self._stop_in, grace, run))
+            run.loop.call_threadsafe(partial(self._stop_in, grace, run))
 
     async def close(self, grace: float) -> None:
         """Wait so many seconds for those that go on, from when they were told, then end them; no new one may begin."""
         self._closed = True
+        self._end_those_of_closed_loops()
         running = self._running()
         told = max((clock() if run.told_at is None else run.told_at for run in running), default=0.0)
         try:
@@ -178,7 +181,7 @@ class Runs(Mapping[str, Run]):
             self._hub.log.release(name)
 
     def _end_those_of_closed_loops(self) -> None:
-        for loop in {run.loop for run in self._all.values()}:
+        for loop in {run.loop for run in list(self._all.values())}:
             if loop.closed:
                 for run in list(self._all.values()):
                     if run.loop is loop:

@@ -122,8 +122,8 @@ class Subscription(Cursor):
             self._loop.call_threadsafe(self._close)
 
     def broker_closes(self) -> None:
-        """See `hub.Reader`: a response is ended by its registry."""
-        if self._stream is None:
+        """See `hub.Reader`: a response is ended by its registry, and a run ends by itself."""
+        if self._stream is None and self._run is None:
             self.leave_soon()
 
     def _begin(self) -> None:
