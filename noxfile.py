@@ -90,7 +90,9 @@ def wheel(session: nox.Session) -> None:
     shutil.copy("conftest.py", out)
     shutil.copy("pyproject.toml", out)
     session.chdir(out)
-    session.run("python", "-m", "pytest", *IN_PROCESS[:7])  # enough to see that nothing is missing
+    session.run(
+        "python", "-m", "pytest", *IN_PROCESS[:3], "tests/test_runs.py"
+    )  # enough to see that nothing is missing
 
 
 @nox.session

@@ -119,7 +119,7 @@ class Client:
         assert number_of(event) == self.wanted.pop(0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_any_interleaving(seed: int) -> None:
     anyio.run(any_interleaving, random.Random(seed))
