@@ -486,14 +486,14 @@ async def test_a_drain_ends_the_runs_of_the_broker_before_their_streams(grace: f
 
 
 async def test_a_drain_that_was_a_false_alarm_is_followed_by_another() -> None:
-    broker, registry = Broker(run_grace=1), StreamRegistry()
-    app = create_app({"/chat": broker.channel("chat")}, registry=registry, broker=broker)
+    broker = Broker(run_grace=1)
     for _ in range(2):
+        registry = StreamRegistry()
+        app = create_app({"/chat": broker.channel("chat")}, registry=registry, broker=broker)
         await broker.run("chat", words(100, 0.3))
         async with open_stream(app, "/chat") as stream:
             registry.begin_drain()
             assert (await rest(stream))[-1] == '{"reason":"drained"}'
-        registry._draining = False
 
 
 async def test_who_reads_a_run_reads_it_to_its_end_when_the_broker_is_closed() -> None:

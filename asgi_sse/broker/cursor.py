@@ -96,10 +96,6 @@ class Cursor(Changing):
         self._position = before  # all before it is read, so that nothing of it can be missing
         return True
 
-    def wake(self) -> None:
-        """See `hub.Reader`."""
-        raise NotImplementedError
-
     # The log; with the hub's lock held
 
     def _channels(self) -> set[str] | tuple[str]:

@@ -358,7 +358,8 @@ class Subscription(Cursor):
                 self._stream.loop.call_soon(self._stream.live_ended)
 
     def _overflowed(self) -> None:
-        self._closed = self._stopped = True
+        super()._overflowed()
+        self._stopped = True
         if self._stream is not None:
             stream = self._stream
             stream.loop.call_soon(lambda: stream.close("overflowed"))
