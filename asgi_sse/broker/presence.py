@@ -8,7 +8,6 @@ from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
-import anyio.lowlevel
 
 from .._eventloop import Child, EventLoop, current_loop
 
@@ -52,7 +51,9 @@ class Presence:
         """Wait until all hooks that are under way in this event loop have returned, but not for long."""
         loop = current_loop()
         with anyio.move_on_after(_PATIENCE) as scope:
-            await anyio.lowlevel.checkpoint()  # who leaves only now does so in the next turn
+            asked_before = anyio.Event()  # a loop makes its calls in order: those by which readers leave come first
+            loop.call_threadsafe(asked_before.set)
+            await asked_before.wait()
             while under_way := [done for own, done, _ in self._latest.values() if own is loop]:
                 await under_way[0].wait()
         if scope.cancelled_caught:
