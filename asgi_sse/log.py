@@ -103,6 +103,7 @@ class Entry:
         event: The event, with its id.
         chunk: The event, encoded.
         time: When it was appended, by the clock of who did.
+        end: How the run ended of which it is the last event; ``None``: it is any other.
     """
 
     number: int
@@ -110,25 +111,42 @@ class Entry:
     event: ServerSentEvent
     chunk: bytes
     time: float
+    end: str | None = None
 
 
 class Sequence:
-    """The entries of all channels in the order of their numbers, for who reads many of them."""
+    """The entries of all channels in the order of their numbers, for who reads many of them.
 
-    __slots__ = ("_entries", "_holes", "_numbers")
+    Attributes:
+        valid: Whether it has them. Without, it does nothing until it is made anew.
+    """
+
+    __slots__ = ("_entries", "_holes", "_numbers", "valid")
 
     def __init__(self) -> None:
+        self.valid = True
         self._numbers: list[int] = []
         self._entries: list[Entry | None] = []  # None: it was dropped
         self._holes = 0
 
+    def make(self, entries: Iterable[Entry]) -> None:
+        """Begin anew, with these in any order."""
+        ordered = sorted(entries, key=attrgetter("number"))
+        self._numbers = [entry.number for entry in ordered]
+        self._entries = list(ordered)
+        self._holes = 0
+        self.valid = True
+
     def append(self, entry: Entry) -> None:
         """Add the newest one."""
-        self._numbers.append(entry.number)
-        self._entries.append(entry)
+        if self.valid:
+            self._numbers.append(entry.number)
+            self._entries.append(entry)
 
     def drop(self, number: int) -> None:
         """Forget one."""
+        if not self.valid:
+            return
         self._entries[bisect_left(self._numbers, number)] = None
         self._holes += 1
         if self._holes > 1000 and self._holes > len(self._numbers) // 2:
@@ -154,6 +172,7 @@ class Ring:
 
     Attributes:
         trimmed: The number of the last event that was dropped; what was before it is not known.
+        whole: Of a log that is a part of another one: whether all is here, or was, that the other one has.
         size: The memory that it takes, about, in bytes.
         history: Events that it keeps.
         max_bytes: Bytes that it keeps.
@@ -162,10 +181,12 @@ class Ring:
 
     __slots__ = (
         "_entries", "_memo", "_numbers", "_sequence", "_start", "history", "max_age", "max_bytes", "size", "trimmed",
+        "whole",
     )  # fmt: skip
 
     def __init__(self, trimmed: int, sequence: Sequence, *, history: float, max_bytes: int, max_age: float) -> None:
         self.trimmed = trimmed
+        self.whole = False
         self.history = history
         self.max_bytes = max_bytes
         self.max_age = max_age
@@ -185,6 +206,11 @@ class Ring:
         return self._numbers[-1] if len(self) else self.trimmed
 
     @property
+    def last(self) -> Entry | None:
+        """The last event, if it is left."""
+        return self._entries[-1] if len(self) else None
+
+    @property
     def last_time(self) -> float:
         """When the last event that is left was appended; long ago, if none is."""
         return self._entries[-1].time if len(self) else -math.inf
@@ -202,7 +228,32 @@ class Ring:
         """From now on, keep events of any number and age, but only so many bytes."""
         self.history = self.max_age = math.inf
         self.max_bytes = max_bytes
+        self.whole = False
         self._trim()
+
+    def fill(self, entries: Iterable[Entry], trimmed: int) -> None:
+        """Put back what was dropped, up to `trimmed`: `entries`, oldest first; those that are there already are not."""
+        older = [entry for entry in entries if entry.number <= self.trimmed]
+        self._numbers[: self._start] = [entry.number for entry in older]
+        self._entries[: self._start] = older
+        self._start = 0
+        self._memo = None
+        self.size += sum(map(_cost, older))
+        self.trimmed = min(trimmed, self.trimmed)
+        self.whole = True
+        self._sequence.valid = False
+        self._trim()
+
+    def miss(self, number: int) -> None:
+        """Drop everything: there was more, up to a number, that is not known."""
+        self.clear()
+        self.trimmed = max(number, self.trimmed)
+        self.whole = False
+
+    def drop_oldest(self) -> None:
+        """Drop the first event that is left."""
+        self._memo = None
+        self._drop()
 
     def clear(self) -> None:
         """Drop everything."""
@@ -332,6 +383,8 @@ class EventLog:
         # not even there any more: a reader in front of it may have missed something of a channel that nobody knows.
         self._forgotten: OrderedDict[str, int] = OrderedDict()
         self._floor = 0
+        self._kept: dict[str, int] = {}  # channels, with the memory that each may take
+        self._cut = 0  # before which `cut` has looked
 
     def __contains__(self, channel: str) -> bool:
         return channel in self._rings or channel in self._forgotten
@@ -341,36 +394,121 @@ class EventLog:
         """The channels of which anything is known."""
         return [*self._rings, *self._forgotten]
 
+    @property
+    def kept_channels(self) -> int:
+        """How many channels there are of which there are events."""
+        return len(self._rings)
+
     def id_of(self, number: int) -> str:
         """The id of an event, or of a position."""
         return f"{self.epoch}-{number}"
 
-    def append(self, channel: str, event: ServerSentEvent, now: float) -> Entry:
+    def entry(self, number: int, channel: str, event: ServerSentEvent, now: float, *, end: str | None = None) -> Entry:
+        """An event, which has no id of its own, as one of this log."""
+        event = numbered_event(event, self.id_of(number))
+        return Entry(number, channel, event, event.encode(), now, end)
+
+    def append(
+        self,
+        channel: str,
+        event: ServerSentEvent,
+        now: float,
+        *,
+        number: int | None = None,
+        end: str | None = None,
+    ) -> Entry:
         """Add an event, which has no id of its own.
 
         Args:
             channel: A valid name.
             event: The event.
             now: The time, for `max_age`.
+            number: Its number, greater than any before. Default: the next one.
+            end: See `Entry`.
         """
-        self.tail += 1
-        event = numbered_event(event, self.id_of(self.tail))
-        entry = Entry(self.tail, channel, event, event.encode(), now)
+        entry = self.entry(self.tail + 1 if number is None else number, channel, event, now, end=end)
+        self.tail = entry.number
         self._ring_of(channel).append(entry)
-        if channel in self._order:
-            self._order.move_to_end(channel)
-        while len(self._order) > self._max_channels:
-            self._forget(next(iter(self._order)))
+        self._forget_least_recent(channel)
         return entry
 
     def keep(self, channel: str, max_bytes: int) -> None:
         """All events of `channel` from now on, whatever their number and age, up to so many bytes; until `release`."""
+        self._kept[channel] = max_bytes
         self._ring_of(channel).keep(max_bytes)
         self._order.pop(channel, None)
 
     def release(self, channel: str) -> None:
         """Drop what was kept of `channel`."""
-        self._forget(channel)
+        if self._kept.pop(channel, None) is not None:
+            self._forget(channel)
+
+    # What is a part of another log, on another machine
+
+    def restart(self, epoch: str, tail: int, known: Iterable[tuple[str, int]], floor: int) -> None:
+        """Forget all, and go on as a part of another log, of which nothing is here yet.
+
+        Args:
+            epoch: Its epoch.
+            tail: The number of its last event.
+            known: Its channels, each with the number of its last event, least recently published to first.
+            floor: The last number of the channels that it has forgotten.
+        """
+        self.epoch = epoch
+        self.tail = self._cut = tail
+        self._rings.clear()
+        self._order.clear()
+        self._sequence = Sequence()
+        self._forgotten = OrderedDict(known)
+        self._floor = floor
+        for channel, max_bytes in self._kept.items():
+            self.keep(channel, max_bytes)
+
+    def skip(self, number: int) -> None:
+        """A number was given to something that is no event."""
+        self.tail = number
+
+    def miss(self, channel: str, number: int) -> None:
+        """`channel` had events up to a number that are not here."""
+        ring = self._rings.get(channel)
+        if ring is not None:
+            ring.miss(number)
+        else:
+            self._remember(channel, number)
+
+    def fill(self, channel: str, entries: Iterable[Entry], trimmed: int) -> None:
+        """Put back what is not here of a channel.
+
+        Args:
+            channel: Its name.
+            entries: What it has, oldest first.
+            trimmed: The number since which there is nothing before them.
+        """
+        self._ring_of(channel).fill(entries, trimmed)
+        self._forget_least_recent(channel)
+
+    def missing(self, channels: Iterable[str], after: int) -> list[str]:
+        """Those of `channels` of which the other log may have more behind a position than is here."""
+        names = []
+        for name in channels:
+            ring = self._rings.get(name)
+            if (
+                after < self._forgotten.get(name, self._floor)
+                if ring is None
+                else after < ring.trimmed and not ring.whole
+            ):
+                names.append(name)
+        return names
+
+    def cut(self, number: int) -> None:
+        """Drop the events of all channels up to a number, but of those that are kept."""
+        for entry in self._sequence_from(self._cut):
+            if entry.number > number:
+                break
+            if entry.channel in self._order:
+                self._rings[entry.channel].drop_oldest()
+        self._cut = number
+        self._floor = max(self._floor, number)
 
     def expire(self, now: float) -> None:
         """Forget the channels in which all is older than `max_age`."""
@@ -392,11 +530,22 @@ class EventLog:
             self._order[channel] = None
         return ring
 
+    def _forget_least_recent(self, channel: str) -> None:
+        if channel in self._order:
+            self._order.move_to_end(channel)
+        while len(self._order) > self._max_channels:
+            self._forget(next(iter(self._order)))
+
     def _forget(self, channel: str) -> None:
         self._order.pop(channel, None)
         ring = self._rings.pop(channel)
-        self._forgotten[channel] = ring.newest
+        newest = ring.newest
         ring.clear()
+        self._remember(channel, newest)
+
+    def _remember(self, channel: str, number: int) -> None:
+        self._forgotten[channel] = number
+        self._forgotten.move_to_end(channel)
         if len(self._forgotten) > self._max_channels:
             self._floor = max(self._floor, self._forgotten.popitem(last=False)[1])
 
@@ -432,6 +581,11 @@ class EventLog:
                 return False
         return True
 
+    def last(self, channel: str) -> Entry | None:
+        """The last event of a channel, if it is here."""
+        ring = self._rings.get(channel)
+        return ring.last if ring is not None else None
+
     def ring(self, channel: str) -> Ring | None:
         """The ring of a channel, if it has one."""
         return self._rings.get(channel)
@@ -439,10 +593,15 @@ class EventLog:
     def entries(self, channels: Collection[str], after: int) -> Iterable[Entry]:
         """What `channels` have behind a position, in the order of the sequence."""
         if len(channels) > _FEW:
-            return (entry for entry in self._sequence.after(after) if entry.channel in channels)
+            return (entry for entry in self._sequence_from(after) if entry.channel in channels)
         rings = [ring for ring in map(self._rings.get, channels) if ring is not None and ring.has(after)]
         if len(rings) == 1:
             return rings[0].after(after)
         if sum(ring.count(after) for ring in rings) <= _SORTED:
             return sorted(chain.from_iterable(ring.after(after) for ring in rings), key=attrgetter("number"))
         return merge(*(ring.after(after) for ring in rings), key=attrgetter("number"))
+
+    def _sequence_from(self, number: int) -> Iterator[Entry]:
+        if not self._sequence.valid:
+            self._sequence.make(chain.from_iterable(ring.after(0) for ring in self._rings.values()))
+        return self._sequence.after(number)

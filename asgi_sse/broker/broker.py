@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import BrokerError
+from ..errors import BrokerError, shown
 from ..log import EventLog, check_name
 from ..outbox import current_flusher
 from ..source import check_content
+from .backend import Publication
 from .channel import Channel
 from .checks import check_number, name_of
 from .endpoint import Authorize, BrokerEndpoint
-from .hub import Hub, clock, unnumbered
+from .engines import backend_of
+from .hub import Hub, unnumbered
+from .memory import MemoryBackend
 from .presence import Presence
+from .run import Run
 from .runs import Runs
 from .subscription import Subscription
 
@@ -26,16 +28,14 @@ if TYPE_CHECKING:
 
     from ..event import ServerSentEvent
     from ..routing import Request
+    from .backend import BrokerStatistics, Claim
     from .cursor import Overflow
-    from .run import Outcome, Run
-
-_IDEMPOTENCY_WINDOW: Final = 120.0
-"""Seconds for which a key is known: as long as NATS JetStream does by default."""
-
-_IDEMPOTENCY_KEYS: Final = 1_000_000
+    from .pump import Outcome
 
 _BURST: Final = 64
 """Events after which a publisher waits for its turn."""
+
+_LONGEST_KEY: Final = 200
 
 _FAREWELL: Final = 1.0
 """Seconds before the end of their streams at which runs are ended, so that the final event still gets there."""
@@ -48,7 +48,9 @@ class Broker:
     has come, whichever channels its stream carries.
 
     Args:
-        url: ``memory://``: in this process.
+        url: The engine that brings events to all processes. ``memory://``: there is but this one. ``redis://…``,
+            ``rediss://…``, ``unix://…``, with ``+cluster`` or ``+sentinel``: Redis 6.2 or Valkey (the extra ``redis``).
+            ``nats://…``, ``tls://…``: NATS with JetStream (the extra ``nats``). These need asyncio, and to be open.
         history: Events that each channel keeps.
         max_bytes: Memory that the events of each channel may take, about; the newest one is kept whatever its size.
         max_age: Seconds after which nobody gets them any more; ``None``: until there are too many.
@@ -63,8 +65,12 @@ class Broker:
         on_leave: Called with each that is not read any more, after what `on_join` did for it.
         max_runs: Runs that may go on at once; and those that are kept after their end.
         run_grace: Seconds for which runs may go on when the server stops, or the broker is closed.
+        prefix: Of the engine's keys, or its stream: brokers with the same one share their channels.
+        publish_timeout: Seconds that publishing may wait for the engine, before it raises; ``None``: as long as it
+            takes.
 
     Raises:
+        ModuleNotFoundError: The engine's client is not installed.
         ValueError: A limit is out of range, or the URL is none that is known.
     """
 
@@ -82,33 +88,42 @@ class Broker:
         on_leave: Callable[[Subscription], Any] | None = None,
         max_runs: int = 1000,
         run_grace: float = 10.0,
+        prefix: str = "asgi_sse",
+        publish_timeout: float | None = 5.0,
     ) -> None:
-        if url != "memory://":
-            raise ValueError(f"url={url!r}: there is 'memory://'")
         if overflow not in {"reset", "close"}:
             raise ValueError(f"overflow={overflow!r}; give 'reset' or 'close'")
         check_number("max_subscribers", max_subscribers, optional=True, positive=True)
         check_number("max_age", max_age, optional=True, positive=True)
         check_number("max_runs", max_runs, positive=True)
         check_number("run_grace", run_grace)
+        check_number("publish_timeout", publish_timeout, optional=True, positive=True)
         for name, hook in (("on_join", on_join), ("on_leave", on_leave)):
             if hook is not None and not callable(hook):
                 raise TypeError(f"{name}={hook!r} is not callable; give a function, or None")
         log = EventLog(history=history, max_bytes=max_bytes, max_age=max_age, max_channels=max_channels)
         self._hub = Hub(log, max_subscribers=max_subscribers)
+        # Who publishes without pause lets others go on before they have missed anything.
+        self._burst = max(1, min(_BURST, history // 4))
+        self._published = 0
+        self._backend = backend_of(
+            url,
+            self._hub,
+            prefix=prefix,
+            timeout=publish_timeout,
+            burst=self._burst,
+            history=history,
+            max_channels=max_channels,
+            max_age=max_age,
+        )
         self._max_bytes = max_bytes
         self._presence = Presence(on_join, on_leave) if on_join or on_leave else None
         self._open = partial(Subscription, self._hub, overflow=overflow, presence=self._presence)
-        self._runs = Runs(self._hub, max_runs)
+        self._runs = Runs(self, self._backend, max_runs)
         self._run_grace = run_grace
         self._entered: list[object] = []
         self._openers: set[object] = set()
         self._closing: set[object] = set()  # which of them have said that they stop
-        # Who publishes without pause lets others go on before they have missed anything.
-        self._burst = max(1, min(_BURST, history // 4))
-        self._published = 0
-        self._keys_lock = threading.Lock()
-        self._keys: OrderedDict[tuple[str, str], tuple[float, str]] = OrderedDict()
 
     async def __aenter__(self) -> Self:
         token = object()
@@ -124,7 +139,14 @@ class Broker:
 
     async def open(self, by: object) -> None:
         """As ``async with``, for one of several; what it is given, `close` is to be given too."""
+        first = not self._openers
         self._openers.add(by)
+        try:
+            if first:
+                await self._backend.open()
+        except BaseException:
+            self._openers.discard(by)
+            raise
         self._runs.reopen()
 
     async def close(self, by: object) -> None:
@@ -137,6 +159,7 @@ class Broker:
         await self._runs.close(self._run_grace)
         if self._presence is not None:
             await self._presence.wait()
+        await self._backend.close()
 
     def begin_close(self, within: float, by: object) -> None:
         """A server stops, and its streams end in so many seconds. From any thread, and as often as may be.
@@ -156,7 +179,10 @@ class Broker:
 
     @property
     def runs(self) -> Mapping[str, Run]:
-        """The runs by name: those that go on, and those that ended less than their ``ttl`` ago."""
+        """The runs by name: those that go on, and those that ended less than their ``ttl`` ago.
+
+        Those of other processes are among them once `find_run` has found them, or a request for them was answered.
+        """
         return self._runs
 
     def channel(self, name: str) -> Channel:
@@ -179,13 +205,23 @@ class Broker:
                 id and does nothing.
 
         Raises:
-            BrokerError: There were more than a million keys within two minutes.
+            BrokerError: The engine has not acknowledged it within `publish_timeout`; the message says whether it may
+                have been published all the same, and then the same key makes it safe to publish it again. Or it has
+                refused it. In memory: there were more than a million keys within two minutes.
             InvalidEventError: The event cannot be sent as meant, or has an id of its own.
             ValueError: The channel's name is none.
         """
-        event_id = self.publish_nowait(channel, event, idempotency_key=idempotency_key)
+        event_id = await self._backend.publish(self._publication(channel, event, idempotency_key))
         await self._pace()
         return event_id
+
+    def _publication(self, channel: str, event: Any, key: str | None) -> Publication:
+        check_name(channel)
+        if key is not None and (not isinstance(key, str) or not 0 < len(key) <= _LONGEST_KEY):
+            raise ValueError(f"idempotency_key={shown(key)}; give a str of 1 to {_LONGEST_KEY} characters")
+        run = self._runs.get(channel)
+        keep_after = None if run is None or run.outcome is not None else run.start
+        return Publication(channel, unnumbered(event), key, keep_after=keep_after)
 
     async def _pace(self) -> None:
         self._published += 1
@@ -198,27 +234,13 @@ class Broker:
 
         Who publishes many at once without a pause has more of them dropped than `history` before anybody could read.
         """
-        check_name(channel)
-        made = unnumbered(event)
-        if idempotency_key is None:
-            return self._append(channel, made)
-        with self._keys_lock:
-            now = clock()
-            while self._keys and next(iter(self._keys.values()))[0] <= now - _IDEMPOTENCY_WINDOW:
-                self._keys.popitem(last=False)
-            known = self._keys.get((channel, idempotency_key))
-            if known is not None:
-                return known[1]
-            if len(self._keys) >= _IDEMPOTENCY_KEYS:
-                raise BrokerError(
-                    f"more than {_IDEMPOTENCY_KEYS} idempotency keys within {_IDEMPOTENCY_WINDOW:g} s: publish without"
-                )
-            event_id = self._append(channel, made)
-            self._keys[channel, idempotency_key] = now, event_id
-            return event_id
+        if not isinstance(self._backend, MemoryBackend):
+            raise BrokerError("publish_nowait is of memory:// alone: await publish(), which waits for the engine")
+        return self._backend.publish_nowait(self._publication(channel, event, idempotency_key))
 
-    def _append(self, channel: str, event: ServerSentEvent) -> str:
-        return self._hub.log.id_of(self._hub.publish(channel, event).number)
+    def statistics(self) -> BrokerStatistics:
+        """How it is connected, and what came and went, as this process sees it."""
+        return self._backend.statistics()
 
     def subscribe(
         self,
@@ -254,6 +276,7 @@ class Broker:
                 raise TypeError(f"{what}={function!r} is not callable; give a function, or None")
         if last_event_id is not None and not isinstance(last_event_id, str):
             raise TypeError(f"last_event_id={last_event_id!r} is {type(last_event_id).__name__}; give a str, or None")
+        self._backend.check_open()
         return self._open(
             tuple(dict.fromkeys(map(name_of, channels))),
             last_event_id=last_event_id,
@@ -316,12 +339,13 @@ class Broker:
         ttl: float = 300.0,
         max_lifetime: float | None = None,
         max_bytes: int | None = None,
+        join: bool = False,
         on_end: Callable[[Outcome, BaseException | None], Any] | None = None,
     ) -> Run:
         """Publish what a source gives to a channel until it ends, whether or not anybody reads.
 
         Behind its last event comes a final one: of the type ``end``, with the data ``{"reason": …}``, one of
-        ``finished``, ``failed``, ``cancelled``, ``expired`` and ``drained``.
+        ``finished``, ``failed``, ``cancelled``, ``expired``, ``drained``, and ``lost``, of one whose process is gone.
 
         Args:
             name: The channel's name.
@@ -331,6 +355,8 @@ class Broker:
             max_lifetime: Seconds after which it is ended; ``None``: never.
             max_bytes: Memory that its events may take, about. Its first events beyond are lost to clients that come
                 late, who are told by a ``reset``. Default: as of any channel.
+            join: Where there is a run of that name, in whichever process, that goes on or has ended less than its
+                `ttl` ago: give that one, and close `source` without having begun it.
             on_end: Makes the final event, of how it ended and what the source raised. Sync or async.
 
         Raises:
@@ -345,16 +371,35 @@ class Broker:
         check_number("max_bytes", max_bytes, optional=True, positive=True)
         if on_end is not None and not callable(on_end):
             raise TypeError(f"on_end={on_end!r} is not callable; give a function, or None")
-        return self._runs.begin(
-            self,
+        return await self._runs.begin(
             name,
             source,
-            subscription=self._open,
-            pace=self._pace,
+            make=self._make_run,
             ttl=ttl,
             max_lifetime=max_lifetime,
             max_bytes=self._max_bytes if max_bytes is None else max_bytes,
+            join=join,
             on_end=on_end,
+        )
+
+    async def find_run(self, name: str) -> Run | None:
+        """The run of that name, in whichever process: it goes on, or has ended less than its ``ttl`` ago.
+
+        Raises:
+            ValueError: The name is none.
+        """
+        return await self._runs.find(check_name(name), self._make_run)
+
+    def _make_run(self, name: str, claim: Claim, given_up: Callable[[Run, Outcome], None]) -> Run:
+        return Run(
+            self,
+            self._hub,
+            name,
+            claim,
+            backend=self._backend,
+            subscription=self._open,
+            pace=self._pace,
+            given_up=given_up,
         )
 
     def subscribers(self, channel: str) -> int:

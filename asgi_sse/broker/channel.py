@@ -71,7 +71,7 @@ class Channel(Answering):
         Raises:
             HTTPError: 204, see `Run`.
         """
-        run = self._broker.runs.get(self.name)
+        run = await self._broker.find_run(self.name)
         if run is not None:
             return await run.answer(request)
         return self.subscribe(last_event_id=request.last_event_id, info=request)

@@ -11,7 +11,7 @@ from ..log import is_pattern
 from .hub import clock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from ..log import Entry, ResetReason
     from .hub import Hub
@@ -31,8 +31,8 @@ class Cursor(Changing):
     """
 
     __slots__ = (
-        "_behind", "_closed", "_dirty", "_filter", "_given", "_hub", "_lost", "_overflow", "_position", "_run",
-        "_single", "_snapshot", "names",
+        "_asked", "_behind", "_closed", "_dirty", "_epoch", "_filter", "_given", "_hub", "_lost", "_overflow",
+        "_position", "_run", "_single", "_snapshot", "names",
     )  # fmt: skip
 
     def __init__(
@@ -59,12 +59,18 @@ class Cursor(Changing):
         self._lost: ResetReason | None = None  # events are gone, and the reader is to be told
         self._closed = False
         self._given: int | None = None  # how far the reader has come; None: where it began
+        # Where to begin, while it is not known whether all behind it is here, or can be had from upstream.
+        self._asked: str | None = None
         with hub.lock:
             log = hub.log
+            self._epoch = log.epoch  # of that place; the log may be another one before the reader is told
             if last_event_id:
                 place = log.parse(last_event_id)
                 if isinstance(place, int):
                     self._position = self._given = place
+                elif hub.upstream is not None:  # it may be ahead of us
+                    self._asked = last_event_id
+                    self._position = log.tail
                 else:
                     self._reset(place)
             else:
@@ -81,10 +87,62 @@ class Cursor(Changing):
         self._behind = True  # before it is woken for the first time: what was published since it was made counts
         if self._single is None:
             self._dirty = set(channels)
+        if self._asked is not None:
+            return
+        if self._epoch != self._hub.log.epoch:
+            self._reset("epoch")
+        elif not self._is_complete(channels):
+            if self._hub.upstream is None or self._lost is not None:
+                self._reset("expired")
+            else:
+                self._asked = self._hub.log.id_of(self._position)
+
+    def missed(self, channel: str) -> bool:
+        """See `hub.Reader`."""
+        if self._dirty is not None:
+            self._dirty.add(channel)
+        was_behind, self._behind = self._behind, True
+        return not was_behind
+
+    def restarted(self, channels: list[str], *, same: bool) -> bool:
+        """See `hub.Reader`."""
+        if same and (self._asked is not None or self._is_complete(channels)):
+            return False
+        self._asked = None
+        self._reset("expired" if same else "epoch")
+        return True
+
+    async def _settle(self) -> None:
+        """Find out where it begins, and see that all behind that is here."""
+        upstream, log = self._hub.upstream, self._hub.log
+        if self._asked is None or upstream is None:
+            return
+        if isinstance(log.parse(self._asked), str):
+            await upstream.sync()
+        with self._hub.lock:
+            if self._asked is None:
+                return  # it was reset meanwhile
+            place = log.parse(self._asked)
+            if isinstance(place, str):
+                self._asked = None
+                self._reset(place)
+                return
+            self._position = self._given = place
+            self._epoch = log.epoch
+            channels = self._channels()
+            missing = log.missing(channels, place)
+        if missing:
+            await upstream.recall(missing)
+        with self._hub.lock:
+            if self._asked is not None:
+                self._asked = None
+                if not self._is_complete(self._channels()):
+                    self._reset("expired")
+
+    def _is_complete(self, channels: Iterable[str]) -> bool:
         # A channel that a pattern matches may have been forgotten: then nobody knows what it had.
         patterns = any(map(is_pattern, self.names))
-        if not self._hub.log.is_complete(channels, clock(), patterns=patterns, after=self._position):
-            self._reset("expired")
+        return self._hub.log.is_complete(channels, clock(), patterns=patterns, after=self._position)
 
     def published(self, channel: str, before: int) -> bool:
         """See `hub.Reader`."""
@@ -154,6 +212,7 @@ class Cursor(Changing):
         reason, self._lost = self._lost, None
         # With a snapshot to come, the client is to have no id until it has all of that.
         self._given = None if self._snapshot is not None else self._position
+        self._epoch = self._hub.log.epoch
         place = "" if self._given is None else self._hub.log.id_of(self._given)
         return ServerSentEvent({"reason": reason}, event="reset", id=place)
 

@@ -127,7 +127,7 @@ class BrokerEndpoint(Answering):
             raise HTTPError(400, "name the channels: as {channel} in the route, or as ?channel=NAME")
         if self._runs and len(names) > 1:
             raise HTTPError(400, f"{len(names)} runs; one stream carries one")
-        run = self._broker.runs.get(names[0]) if len(names) == 1 else None
+        run = await self._broker.find_run(names[0]) if len(names) == 1 and not is_pattern(names[0]) else None
         if run is None and self._runs:
             raise HTTPError(404, f"no run is called {', '.join(names)}: it has not begun, or its end is long past")
         if run is not None and run.was_seen_by(request.last_event_id):

@@ -14,7 +14,7 @@ from ..log import Entry, EventLog, is_pattern, pattern_test
 from ..routing import HTTPError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
 clock: Final = time.monotonic
 
@@ -51,6 +51,14 @@ class Reader(Protocol):
         """
         ...
 
+    def missed(self, channel: str) -> bool:
+        """`channel` had events that are not here; as `published`."""
+        ...
+
+    def restarted(self, channels: list[str], *, same: bool) -> bool:
+        """The log is empty, and another one unless it is the `same`; as `begun` and `published`."""
+        ...
+
     def wake(self) -> None:
         """There is something to read. Called in its event loop."""
         ...
@@ -68,10 +76,16 @@ class FullError(BrokerError, HTTPError):
         super().__init__(503, detail, {"retry-after": str(_RETRY_AFTER)})
 
 
-class Ending(Protocol):
-    """What the hub needs of a channel that ends: see `run.Run`."""
+class Upstream(Protocol):
+    """The log of which that of a hub is a part."""
 
-    final: int | None
+    async def sync(self) -> None:
+        """Return when all is here that it had at the time of the call."""
+        ...
+
+    async def recall(self, channels: list[str]) -> None:
+        """Fill in what it has of these channels and the hub's log has not."""
+        ...
 
 
 class _Group:
@@ -92,11 +106,14 @@ class _Pattern:
 
     def __init__(self, test: Callable[[str], bool], log: EventLog) -> None:
         self.test = test
-        self.channels = {channel for channel in log.channels if test(channel)}
         self.readers: set[Reader] = set()
         self._log = log
-        self._bound = 0
-        self.prune()
+        self.begin()
+
+    def begin(self) -> None:
+        """Look at all that is known."""
+        self.channels = {channel for channel in self._log.channels if self.test(channel)}
+        self._bound = 2 * len(self.channels) + 100
 
     def add(self, channel: str) -> None:
         """`channel` is known, maybe again."""
@@ -117,12 +134,18 @@ class Hub:
         log: The log. Read and written with `lock` held.
         lock: Never held across anything that waits, nor while another one's code runs.
         max_subscribers: How many may read a channel by its name.
+        upstream: The log of which this one is a part, if it is one.
+        on_end: Called with the last event of each run. With the lock held, from any thread.
+        on_restart: Called with the tail of a log that is another one from now on; as `on_end`.
     """
 
     def __init__(self, log: EventLog, *, max_subscribers: int | None = None) -> None:
         self.log = log
         self.lock = threading.Lock()
         self.max_subscribers = max_subscribers
+        self.upstream: Upstream | None = None
+        self.on_end: Callable[[Entry], None] = _nothing
+        self.on_restart: Callable[[int], None] = _nothing
         self._groups: dict[Reader, _Group] = {}
         self._loops: dict[EventLoop, _Group] = {}
         self._exact: dict[str, set[Reader]] = {}
@@ -146,16 +169,17 @@ class Hub:
             group = self._loops.setdefault(loop, _Group(loop))
             group.readers.add(reader)
             self._groups[reader] = group
-            channels: dict[str, None] = {}
             for name in reader.names:
                 if is_pattern(name):
-                    pattern = self._pattern(name)
-                    pattern.readers.add(reader)
-                    channels.update(dict.fromkeys(pattern.channels))
+                    self._pattern(name).readers.add(reader)
                 else:
                     self._exact.setdefault(name, set()).add(reader)
-                    channels[name] = None
-            reader.begun(list(channels))
+            reader.begun(self._channels_of(reader))
+
+    @property
+    def readers(self) -> int:
+        """How many there are."""
+        return len(self._groups)
 
     def close(self) -> None:
         """Tell all readers that the server stops. Without the lock: who says so may be a signal's handler."""
@@ -174,35 +198,100 @@ class Hub:
             readers = set(self._exact.get(channel, ()))
             return len(readers.union(*(pattern.readers for pattern in self._by_pattern(channel))))
 
-    def publish(self, channel: str, event: ServerSentEvent, *, ends: Ending | None = None) -> Entry:
-        """Append an event, the last one of `ends`, and wake those who read its channel."""
+    def publish(
+        self,
+        channel: str,
+        event: ServerSentEvent,
+        *,
+        number: int | None = None,
+        time: float | None = None,
+        end: str | None = None,
+    ) -> Entry:
+        """Append an event, and wake those who read its channel.
+
+        Args:
+            channel: The channel.
+            event: The event.
+            number: Its number, if somebody else has numbered it.
+            time: When it was published, by `clock`. Default: now.
+            end: How the run ended of which it is the last one.
+        """
+        with self.lock:
+            entry = self.log.append(channel, event, clock() if time is None else time, number=number, end=end)
+            if end is not None:
+                self.on_end(entry)
+            before = entry.number - 1
+            to_wake = [reader for reader in self._readers_of(channel, new=True) if reader.published(channel, before)]
+            here, there = self._by_loop(to_wake)
+        self._wake_all(here, there)
+        return entry
+
+    def is_read(self, channel: str) -> bool:
+        """Whether anybody reads `channel`."""
+        with self.lock:
+            return any(True for _ in self._readers_of(channel))
+
+    def miss(self, channel: str, number: int) -> None:
+        """`channel` had events up to a number that are not here."""
+        with self.lock:
+            self.log.miss(channel, number)
+            here, there = self._by_loop([reader for reader in self._readers_of(channel) if reader.missed(channel)])
+        self._wake_all(here, there)
+
+    def restart(self, epoch: str, tail: int, known: Iterable[tuple[str, int]] = (), *, floor: int) -> None:
+        """The log is another one from now on, or has lost events of nobody knows which channels.
+
+        Args:
+            epoch: As of `EventLog.restart`.
+            tail: See there.
+            known: See there.
+            floor: See there.
+        """
+        with self.lock:
+            same = epoch == self.log.epoch
+            self.log.restart(epoch, tail, known, floor)
+            for pattern in self._patterns.values():
+                pattern.begin()
+            if not same:
+                self.on_restart(tail)
+            lost = [reader for reader in self._groups if reader.restarted(self._channels_of(reader), same=same)]
+            here, there = self._by_loop(lost)
+        self._wake_all(here, there)
+
+    def _readers_of(self, channel: str, *, new: bool = False) -> Iterator[Reader]:
+        yield from self._exact.get(channel, ())
+        for pattern in self._by_pattern(channel):
+            if new:
+                pattern.add(channel)
+            yield from pattern.readers
+
+    def _by_loop(self, readers: Iterable[Reader]) -> tuple[list[Reader], list[_Group]]:
+        """Who is to be woken here, and which other event loops are to be told. With the lock held."""
         running = running_loop()
         here: list[Reader] = []
         there: list[_Group] = []
-        with self.lock:
-            entry = self.log.append(channel, event, clock())
-            if ends is not None:
-                ends.final = entry.number
-            before = entry.number - 1
-            matching = self._by_pattern(channel)
-            for pattern in matching:
-                pattern.add(channel)
-            for readers in (self._exact.get(channel, ()), *(pattern.readers for pattern in matching)):
-                for reader in readers:
-                    if not reader.published(channel, before):
-                        continue
-                    group = self._groups[reader]
-                    if group.loop is running:
-                        here.append(reader)
-                    else:
-                        if not group.pending:
-                            there.append(group)
-                        group.pending.add(reader)
+        for reader in readers:
+            group = self._groups[reader]
+            if group.loop is running:
+                here.append(reader)
+            else:
+                if not group.pending:
+                    there.append(group)
+                group.pending.add(reader)
+        return here, there
+
+    def _wake_all(self, here: list[Reader], there: list[_Group]) -> None:
         for reader in here:
             reader.wake()
         for group in there:
             group.loop.call_threadsafe(partial(self._wake, group))
-        return entry
+
+    def _channels_of(self, reader: Reader) -> list[str]:
+        """Its names, and all known ones that its patterns match."""
+        channels: dict[str, None] = {}
+        for name in reader.names:
+            channels.update(dict.fromkeys(self._patterns[name].channels) if is_pattern(name) else {name: None})
+        return list(channels)
 
     def _pattern(self, name: str) -> _Pattern:
         pattern = self._patterns.get(name)
@@ -257,3 +346,7 @@ class Hub:
             pending, group.pending = group.pending, set()
         for reader in pending:
             reader.wake()
+
+
+def _nothing(_: object) -> None:
+    """Nobody asks."""

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import heapq
+import logging
 import math
-import threading
 import weakref
 from collections.abc import Mapping
 from functools import partial
+from inspect import isawaitable
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
+from .._eventloop import current_loop
 from ..errors import BrokerError
 from .hub import clock
-from .run import Outcome, Run
+from .pump import Outcome, Pump, final_event
+from .run import Run
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterator
+    from collections.abc import AsyncIterable, Callable, Iterable, Iterator
 
-    from .._eventloop import EventLoop
+    from .._eventloop import Child, EventLoop
+    from ..log import Entry
+    from .backend import Backend, Claim
     from .broker import Broker
-    from .hub import Hub
-    from .subscription import Subscription
+
+logger = logging.getLogger(__name__)
+
+_WATCH: Final = 10.0
+"""Seconds between two looks at the runs of other processes, and two renewals of our own."""
 
 _CLOSING: Final = 11.0
 """Seconds that runs which were told to stop have to come to their end: their clean-up, and being left behind."""
@@ -59,16 +67,25 @@ class _Alarms:
 
 
 class Runs(Mapping[str, Run]):
-    """The runs by name: those that go on, and those that ended less than their ``ttl`` ago."""
+    """The runs by name: those that go on, and those that ended less than their ``ttl`` ago, as far as they are known here.
 
-    def __init__(self, hub: Hub, max_runs: int) -> None:
-        self._hub = hub
+    Those of other processes are looked for by `find`.
+    """
+
+    def __init__(self, broker: Broker, backend: Backend, max_runs: int) -> None:
+        self._broker = broker
+        self._backend = backend
+        self._hub = backend.hub
+        self._hub.on_end = self._on_end
+        self._hub.on_restart = self._on_restart
+        backend.on_cancel = self._on_cancel
         self._max_runs = max_runs
-        self._lock = threading.Lock()
+        # With the hub's lock held:
         self._all: dict[str, Run] = {}
         self._over: dict[str, None] = {}  # those that have ended, the first one first
         self._alarms: dict[EventLoop, _Alarms] = {}
         self._closed = False
+        self._watch: Child | None = None
 
     def __getitem__(self, name: str) -> Run:
         return self._all[name]
@@ -79,48 +96,177 @@ class Runs(Mapping[str, Run]):
     def __len__(self) -> int:
         return len(self._all)
 
-    def begin(
+    async def begin(
         self,
-        broker: Broker,
         name: str,
         source: AsyncIterable[Any] | Iterable[Any],
         *,
-        subscription: Callable[..., Subscription],
-        pace: Callable[[], Awaitable[None]],
+        make: Callable[[str, Claim, Callable[[Run, Outcome], None]], Run],
         ttl: float,
         max_lifetime: float | None,
         max_bytes: int,
+        join: bool,
         on_end: Callable[[Outcome, BaseException | None], Any] | None,
     ) -> Run:
-        """Begin one.
+        """Begin one, or find the one that there is.
 
         Raises:
             BrokerError: One of that name goes on, there are as many as there may be, or the broker is closed.
         """
         self._end_those_of_closed_loops()
-        ended = partial(self._ended, ttl)
-        run = Run(broker, self._hub, name, source, subscription=subscription, pace=pace, on_end=on_end, ended=ended)
-        with self._lock:
-            if self._closed:
-                raise BrokerError("the broker is closed: begin runs while its server serves")
-            known = self._all.get(name)
-            if known is not None and known.outcome is None:
-                raise BrokerError(f"run {name} goes on: read it by runs[{name!r}], or cancel it and wait for its end")
-            if len(self._all) - len(self._over) >= self._max_runs:
+        if self._closed:
+            raise BrokerError("the broker is closed: begin runs while its server serves")
+        known = self._all.get(name)
+        if known is None or (known.outcome is not None and not join):
+            if self._going_on() >= self._max_runs:
                 raise BrokerError(f"{self._max_runs} runs go on, the most there may be (max_runs)")
-            with self._hub.lock:
-                self._hub.log.keep(name, max_bytes)
-                run.start = self._hub.log.tail
-            self._all[name] = run
-            self._over.pop(name, None)
-        run.begin()
-        if max_lifetime is not None:
-            self._alarms_of(run.loop).set(max_lifetime, partial(_stop, weakref.ref(run), "expired"))
+            claim, new = await self._backend.claim(name, max_bytes, ttl, again=not join)
+            if new:
+                run = make(name, claim, self._given_up)
+                run.pump = Pump(source, run, on_end)
+                with self._hub.lock:
+                    self._add(run)
+                run.pump.begin()
+                if max_lifetime is not None:
+                    self._alarms_of(run.loop).set(max_lifetime, partial(_stop, weakref.ref(run), "expired"))
+                return run
+            known = self._found(name, claim, make)
+        if not join:
+            raise BrokerError(f"run {name} goes on: read it by runs[{name!r}], or cancel it and wait for its end")
+        close = getattr(source, "aclose", None) or getattr(source, "close", None)
+        if close is not None and isawaitable(closing := close()):
+            await closing
+        return known
+
+    async def find(self, name: str, make: Callable[[str, Claim, Callable[[Run, Outcome], None]], Run]) -> Run | None:
+        """The run of that name, in whichever process it runs."""
+        known = self._all.get(name)
+        if known is not None and known.outcome is None:
+            return known
+        if self._backend.is_alone:
+            return known
+        claim = await self._backend.find(name)
+        return None if claim is None else self._found(name, claim, make)
+
+    def _found(self, name: str, claim: Claim, make: Callable[[str, Claim, Callable[[Run, Outcome], None]], Run]) -> Run:
+        with self._hub.lock:
+            run = self._all.get(name)
+            if run is None or run.start != claim.start:
+                run = make(name, claim, self._given_up)
+                self._add(run)
+                last = self._hub.log.last(name)
+                if last is not None and run.is_ended_by(last):
+                    self._set_ended(run, last.number, last.end or "lost")
+            if run.outcome is None and claim.outcome:
+                self._set_ended(run, claim.final, claim.outcome)
         return run
+
+    def _add(self, run: Run) -> None:
+        self._hub.log.keep(run.name, run.claim.max_bytes)
+        self._all[run.name] = run
+        self._over.pop(run.name, None)
+
+    def _going_on(self) -> int:
+        return sum(run.pump is not None and run.outcome is None for run in list(self._all.values()))
+
+    # The end of one; with the hub's lock held
+
+    def _on_end(self, entry: Entry) -> None:
+        run = self._all.get(entry.channel)
+        if run is not None and run.is_ended_by(entry):
+            self._set_ended(run, entry.number, entry.end or "lost")
+
+    def _set_ended(self, run: Run, final: int, outcome: str) -> None:
+        run.ended(final, outcome)
+        self._over[run.name] = None
+        while len(self._over) > self._max_runs:
+            self._release(next(iter(self._over)))
+        forget = partial(_forget, weakref.ref(self), weakref.ref(run))
+        run.loop.call_threadsafe(partial(self._set_alarm, run.loop, run.claim.ttl, forget))
+
+    def _set_alarm(self, loop: EventLoop, seconds: float, call: Callable[[], None]) -> None:
+        self._alarms_of(loop).set(seconds, call)
+
+    def _release(self, name: str) -> None:
+        self._over.pop(name, None)
+        del self._all[name]
+        self._hub.log.release(name)
+
+    def _on_restart(self, tail: int) -> None:
+        """The log is another one: what has ended is not in it, and the others begin with it."""
+        for name, run in list(self._all.items()):
+            if run.outcome is not None:
+                self._release(name)
+            else:
+                run.start = min(run.start, tail)
+
+    def _given_up(self, run: Run, outcome: Outcome) -> None:
+        with self._hub.lock:
+            if run.outcome is None and self._all.get(run.name) is run:
+                self._set_ended(run, self._hub.log.tail, outcome)
+
+    def forget(self, run: Run) -> None:
+        """Its time is over."""
+        with self._hub.lock:
+            if self._all.get(run.name) is run and run.name in self._over:
+                self._release(run.name)
+
+    # Other processes
+
+    def _on_cancel(self, name: str) -> None:
+        run = self._all.get(name)
+        if run is not None and run.pump is not None:
+            run.stop("cancelled")
+
+    async def _watch_others(self) -> None:
+        """See that who has a run says so, and that who has not said so for long has it no more."""
+        missing: set[Run] = set()
+        while True:
+            await anyio.sleep(_WATCH)
+            for name, run in list(self._all.items()):
+                if run.outcome is not None:
+                    continue
+                if run.pump is not None:
+                    if not await self._backend.renew(name, run.claim):
+                        logger.warning("run %s is ended: another process has taken it for lost", name)
+                        run.pump.stop("lost")
+                    continue
+                claim = await self._backend.find(name)
+                if claim is None and run in missing:
+                    await self._bury(name, run)
+                elif claim is None:
+                    missing.add(run)  # who has it may have been cut off, as we were
+                    continue
+                elif claim.start != run.start or claim.outcome:
+                    with self._hub.lock:
+                        if run.outcome is None:
+                            self._set_ended(run, claim.final or claim.start, claim.outcome or "lost")
+                missing.discard(run)
+
+    async def _bury(self, name: str, run: Run) -> None:
+        claim, ours = await self._backend.claim(name, run.claim.max_bytes, run.claim.ttl, again=False)
+        if ours:
+            logger.warning("run %s is ended: its process has not been heard of for long", name)
+            run.claim.node = claim.node
+            await run.put(final_event("lost"), "lost")
+
+    # The broker's life
 
     def reopen(self) -> None:
         """New ones may begin."""
         self._closed = False
+        if not self._backend.is_alone and self._watch is None:
+            self._watch = current_loop().spawn(self._keep_watching, "asgi_sse runs")
+
+    async def _keep_watching(self) -> None:
+        try:
+            await self._watch_others()
+        except BrokerError:
+            pass  # closed
+        except anyio.get_cancelled_exc_class():
+            pass
+        except BaseException:
+            logger.exception("the runs of other processes are not watched any more")
 
     def begin_close(self, grace: float) -> None:
         """End those that still go on in so many seconds, or as they were told before. From any thread."""
@@ -146,9 +292,12 @@ class Runs(Mapping[str, Run]):
         with anyio.move_on_after(_CLOSING):
             for run in running:
                 await run.wait()
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
 
     def _running(self) -> list[Run]:
-        return [run for run in list(self._all.values()) if run.outcome is None]
+        return [run for run in list(self._all.values()) if run.outcome is None and run.pump is not None]
 
     def _stop_in(self, seconds: float, run: Run) -> None:
         self._alarms_of(run.loop).set(seconds, partial(_stop, weakref.ref(run), "drained"))
@@ -160,34 +309,12 @@ class Runs(Mapping[str, Run]):
             alarms = self._alarms[loop] = _Alarms(loop)
         return alarms
 
-    def _ended(self, ttl: float, run: Run) -> None:
-        with self._lock:
-            if self._all.get(run.name) is run:
-                self._over[run.name] = None
-                while len(self._over) > self._max_runs:
-                    self._release(next(iter(self._over)))
-        if not run.loop.closed:
-            self._alarms_of(run.loop).set(ttl, partial(_forget, weakref.ref(self), weakref.ref(run)))
-
-    def forget(self, run: Run) -> None:
-        """Its time is over."""
-        with self._lock:
-            if self._all.get(run.name) is run and run.name in self._over:
-                self._release(run.name)
-
-    def _release(self, name: str) -> None:
-        del self._over[name], self._all[name]
-        with self._hub.lock:
-            self._hub.log.release(name)
-
     def _end_those_of_closed_loops(self) -> None:
-        for loop in {run.loop for run in list(self._all.values())}:
-            if loop.closed:
-                for run in list(self._all.values()):
-                    if run.loop is loop:
-                        if run.outcome is None:
-                            run.stop("cancelled")
-                        self.forget(run)
+        for run in list(self._all.values()):
+            if run.loop.closed:
+                if run.outcome is None and run.pump is not None:
+                    run.stop("cancelled")
+                self.forget(run)
 
 
 def _stop(run: weakref.ref[Run], outcome: Outcome) -> None:

@@ -85,7 +85,7 @@ class Subscription(Cursor):
     @property
     def last_event_id(self) -> str:
         """The id of the event that was read last: a subscription that is begun with it goes on there."""
-        return self._begun_with if self._given is None else self._hub.log.id_of(self._given)
+        return self._begun_with if self._given is None else f"{self._epoch}-{self._given}"
 
     def __repr__(self) -> str:
         return f"<Subscription {' '.join(self.names)} at {self.last_event_id}>"
@@ -97,9 +97,13 @@ class Subscription(Cursor):
     async def prepare(self) -> None:
         """Make its snapshot now, if it begins with one. Without, that is made when it is read.
 
+        Of a broker of several machines, what it resumes behind is looked for first, once it is read.
+
         Raises:
             Exception: What making it raised.
         """
+        if self._asked is not None and self._loop is not None:
+            await self._settle()
         if self._snapshot is not None and self._snapshot.wanted:
             await self._snapshot.make(self._hub.log.id_of)
 
@@ -184,7 +188,7 @@ class Subscription(Cursor):
         if self._snapshot is not None and self._snapshot.events and self._lost is None:
             return self._next_of(self._snapshot)
         while True:
-            while self._batch:
+            while self._batch and self._lost is None:
                 wanted = self._wanted(self._batch[-1])
                 entry = self._batch.pop()
                 self._given = entry.number
@@ -194,6 +198,7 @@ class Subscription(Cursor):
             with self._hub.lock:
                 self._check()
                 if self._lost is not None:
+                    self._batch = []
                     return self._reset_event()
                 self._closed = self._closed or self._at_end()
                 if not self._closed:
@@ -229,7 +234,7 @@ class Subscription(Cursor):
     def joined(self, stream: Stream) -> None:
         """See `stream.Live`."""
         self._stream = stream
-        self._make_snapshot()
+        self._get_ready()
 
     def attach(self, wake: Callable[[], object]) -> None:
         """See `stream.Live`."""
@@ -268,7 +273,7 @@ class Subscription(Cursor):
     @property
     def ready(self) -> bool:
         """Whether there is anything to take."""
-        if self._stopped:
+        if self._stopped or self._asked is not None:
             return False
         if self._greets or self._lost is not None:
             return True
@@ -290,7 +295,7 @@ class Subscription(Cursor):
             self._check()
             if self._lost is not None:
                 event = self._reset_event()
-                self._make_snapshot()
+                self._get_ready()
                 self._see_end()
                 return event.encode()
             if greets:
@@ -364,8 +369,9 @@ class Subscription(Cursor):
             stream = self._stream
             stream.loop.call_soon(lambda: stream.close("overflowed"))
 
-    def _make_snapshot(self) -> None:
-        if self._stream is not None and self._snapshot is not None and self._snapshot.wanted:
+    def _get_ready(self) -> None:
+        wanted = self._asked is not None or (self._snapshot is not None and self._snapshot.wanted)
+        if self._stream is not None and wanted:
             self._stream.run_beside(self._prepare_and_wake)
 
     async def _prepare_and_wake(self) -> None:

@@ -1,0 +1,56 @@
+"""`backend_of`: the back end of a URL, imported where it is asked for."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+from ..errors import shown
+from .memory import MemoryBackend
+
+if TYPE_CHECKING:
+    from .backend import Backend
+    from .hub import Hub
+
+_REDIS: Final = {"redis", "rediss", "unix", "redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel"}
+_NATS: Final = {"nats", "tls", "ws", "wss"}
+_PREFIX: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def backend_of(url: str, hub: Hub, *, prefix: str, **options: Any) -> Backend:
+    """The back end that brings events to `hub`.
+
+    Raises:
+        ModuleNotFoundError: Its client is not installed.
+        TypeError: `url` is no ``str``.
+        ValueError: `url` or `prefix` is none.
+    """
+    if not isinstance(url, str):
+        raise TypeError(f"url={shown(url)} is {type(url).__name__}; give a str, as 'redis://localhost:6379/0'")
+    if not isinstance(prefix, str) or not _PREFIX.fullmatch(prefix):
+        raise ValueError(f"prefix={shown(prefix)}; give up to 64 of A-Z a-z 0-9 _ -")
+    scheme, separator, _ = url.partition("://")
+    if url == "memory://":
+        return MemoryBackend(hub)
+    if scheme in _REDIS:
+        try:
+            from .redis import RedisBackend  # noqa: PLC0415 (an extra)
+        except ModuleNotFoundError as exc:
+            raise _missing(exc, "redis") from None
+        return RedisBackend(hub, url, prefix=prefix, **options)
+    if scheme in _NATS:
+        try:
+            from .nats import NatsBackend  # noqa: PLC0415 (an extra)
+        except ModuleNotFoundError as exc:
+            raise _missing(exc, "nats") from None
+        return NatsBackend(hub, url, prefix=prefix, **options)
+    known = "memory://, redis://HOST:PORT/DB or nats://HOST:PORT"
+    raise ValueError(f"url={shown(scheme + separator if separator else url)} is no broker that is known; give {known}")
+
+
+def _missing(exc: ModuleNotFoundError, extra: str) -> ModuleNotFoundError:
+    if exc.name is None or exc.name.partition(".")[0] != extra:
+        return exc
+    return ModuleNotFoundError(
+        f'the client of {extra} is not installed: pip install "asgi-sse[{extra}]"', name=exc.name
+    )

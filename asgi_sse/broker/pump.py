@@ -1,0 +1,209 @@
+"""`Pump`: drives the source of a run, whoever reads, until it ends or is told to."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from inspect import isawaitable
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
+
+import anyio
+import anyio.lowlevel
+
+from .._eventloop import Child, EventLoop, current_loop
+from ..errors import BrokerError, InvalidEventError
+from ..event import ServerSentEvent
+from ..source import iterate
+from .hub import unnumbered
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+
+logger = logging.getLogger(__name__)
+
+Outcome: TypeAlias = Literal[
+    "finished",
+    "failed",  # its source raised
+    "cancelled",
+    "expired",  # its max_lifetime is over
+    "drained",  # the broker was closed
+    "lost",  # its process was, or was not heard of for too long
+]
+
+_CLEANUP: Final = 10.0
+"""Seconds that a source which was told to stop has for its clean-up; as a stream's by default."""
+
+_LAST_CALL: Final = 0.1
+"""Seconds that it has to obey its second cancellation, before it is left behind."""
+
+
+class Destination(Protocol):
+    """Where what a source gives goes to."""
+
+    name: str
+
+    async def put(self, event: ServerSentEvent, end: Outcome | None = None) -> None:
+        """Publish an event, the last one of a run that ended so; as long as that takes."""
+        ...
+
+    def put_soon(self, event: ServerSentEvent, end: Outcome) -> None:
+        """Publish the last event, without waiting for it."""
+        ...
+
+    def give_up(self, outcome: Outcome) -> None:
+        """It has ended, and nobody can be told by an event."""
+        ...
+
+
+class Pump:
+    """A source that is published.
+
+    Args:
+        source: The source.
+        destination: Where its events go.
+        on_end: Makes the last event.
+
+    Attributes:
+        loop: The event loop that the source runs in.
+        error: What it raised.
+    """
+
+    def __init__(
+        self,
+        source: AsyncIterable[Any] | Iterable[Any],
+        destination: Destination,
+        on_end: Callable[[Outcome, BaseException | None], Any] | None,
+    ) -> None:
+        self.loop: EventLoop = current_loop()
+        self.error: BaseException | None = None
+        self._source: AsyncIterator[Any] | None = iterate(source)
+        self._destination = destination
+        self._on_end = on_end
+        self._child: Child | None = None
+        self._interrupt: type[BaseException] = anyio.get_cancelled_exc_class()
+        self._pumping = False
+        self._stopped: Outcome | None = None  # why it was told to stop
+        self._ending = False
+
+    def begin(self) -> None:
+        """Let the source run."""
+        self._child = self.loop.spawn(self._pump, "asgi_sse run")
+
+    def stop(self, outcome: Outcome) -> None:
+        """End it early, and say so. From any thread."""
+        if not self.loop.call_threadsafe(partial(self._stop, outcome)) and not self._ending:
+            self._ending = True
+            self._end_now(outcome)  # its event loop was closed under it
+
+    def _stop(self, outcome: Outcome) -> None:
+        if self._stopped is None and not self._ending:
+            self._stopped = outcome
+            if self._child is not None and self._pumping:  # else its first step finds that it is to close the source
+                self._child.cancel()
+            self.loop.call_at(self.loop.time() + _CLEANUP, self._insist)
+
+    def _insist(self) -> None:
+        if not self._ending and self._child is not None:
+            name = self._destination.name
+            logger.warning("the source of run %s was not cleaned up within %g s: %r", name, _CLEANUP, self._source)
+            self._child.cancel_again()
+            self.loop.call_at(self.loop.time() + _LAST_CALL, self._leave_behind)
+
+    def _leave_behind(self) -> None:
+        if not self._ending and self._stopped is not None:
+            self._ending = True
+            self._end_now(self._stopped)
+
+    # The source's task
+
+    async def _pump(self) -> None:
+        outcome: Outcome = "finished"
+        self._pumping = True
+        try:
+            if self._stopped is None:
+                await self._publish()
+        except GeneratorExit:
+            raise  # collected with its event loop
+        except BaseException as exc:
+            outcome = self._raised(exc)
+        if self._child is not None:
+            self._child.spare()
+        try:
+            close = getattr(self._source, "aclose", None)
+            if close is not None:
+                await close()
+        except BaseException as exc:
+            outcome = self._raised(exc)
+        self._source = None
+        if not self._ending:  # else it came out of its clean-up after all
+            self._ending = True
+            outcome = self._stopped or outcome
+            await self._end(outcome)
+
+    async def _publish(self) -> None:
+        source: Any = self._source
+        throw = getattr(source, "athrow", None)
+        step: Awaitable[Any] = source.__anext__()
+        while True:
+            try:
+                item = await step
+            except StopAsyncIteration:
+                return
+            if self._stopped is not None:
+                return  # it swallowed its cancellation, and yielded
+            try:
+                await self._destination.put(unnumbered(item))
+            except (InvalidEventError, self._interrupt) as exc:  # at its yield, so that the traceback names the line
+                if throw is None:
+                    raise
+                if isinstance(exc, InvalidEventError):
+                    await anyio.lowlevel.checkpoint()  # or a source that catches each would starve the loop
+                step = throw(exc)
+            else:
+                step = source.__anext__()
+
+    def _raised(self, exc: BaseException) -> Outcome:
+        told = self._stopped is not None or (self._child is not None and self._child.cancelled)
+        if isinstance(exc, self._interrupt) and told:
+            return "cancelled"  # by us, or because the event loop ends
+        self.error = self.error or exc
+        logger.error("the source of run %s raised", self._destination.name, exc_info=exc)
+        return "failed"
+
+    # The end
+
+    async def _end(self, outcome: Outcome) -> None:
+        self._child = None
+        if outcome == "lost":  # another process has said so
+            self._destination.give_up(outcome)
+            return
+        try:
+            await self._destination.put(await self._make_final_event(outcome), outcome)
+        except BrokerError:
+            logger.exception("the end of run %s could not be published", self._destination.name)
+            self._destination.give_up(outcome)
+
+    def _end_now(self, outcome: Outcome) -> None:
+        self._child = None
+        if outcome == "lost":
+            self._destination.give_up(outcome)
+        else:
+            self._destination.put_soon(final_event(outcome), outcome)
+
+    async def _make_final_event(self, outcome: Outcome) -> ServerSentEvent:
+        if self._on_end is None:
+            return final_event(outcome)
+        try:
+            made = self._on_end(outcome, self.error)
+            if isawaitable(made):
+                with anyio.fail_after(_CLEANUP):
+                    made = await made
+            return unnumbered(made)
+        except BaseException:
+            logger.exception("on_end of run %s raised", self._destination.name)
+            return final_event(outcome)
+
+
+def final_event(outcome: Outcome) -> ServerSentEvent:
+    """What stands behind the last event of a run."""
+    return ServerSentEvent({"reason": outcome}, event="end")

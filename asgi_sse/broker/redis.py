@@ -1,0 +1,579 @@
+"""The back end on Redis 6.2 or later, or Valkey: Redis Streams, by one script.
+
+Its keys, with the prefix in braces, so that a cluster has them on one node:
+
+- ``{p}:meta``, a hash: the ``epoch``, ``n`` (the last number), ``start`` (the number at which the epoch began), ``floor``
+  (the last number of the channels that were forgotten), ``history`` and ``channels`` (limits, for who has none).
+- ``{p}:log``, a stream that every process reads: each event as ``n-0``, with its channel ``c``, its payload ``e``, the
+  number ``l`` of the one before it in its channel, the time ``t`` in ms and the epoch ``x``.
+- ``{p}:c:CHANNEL``, a stream: the same events under the same ids, for who resumes behind what a process has in memory.
+- ``{p}:last``, a sorted set: the last number of each channel.
+- ``{p}:w:NODE``: what a process has published last, so that it may try again when it has got no answer.
+- ``{p}:k:…``: the id of each idempotency key.
+- ``{p}:r:RUN``, a hash: a run, see `Claim`.
+
+Who reads the log looks at each number and epoch: an entry that is not the next one means that there was more than the
+log keeps, or that somebody has emptied it, and ``XREAD`` would not say so. After each lost connection, the last entry
+that was read is compared with what stands in its place now: a server that has come back with less than it had
+acknowledged, or a replica that took over behind its master, gives another one, or none.
+"""
+
+from __future__ import annotations
+
+import secrets
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import redis.asyncio
+import redis.asyncio.sentinel
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    BusyLoadingError,
+    ClusterDownError,
+    ReadOnlyError,
+    ResponseError,
+    SlotNotCoveredError,
+    TryAgainError,
+)
+from redis.exceptions import (
+    ConnectionError as RedisConnectionError,
+)
+from redis.exceptions import (
+    TimeoutError as RedisTimeoutError,
+)
+
+from ..errors import InvalidEventError
+from ..log import Entry
+from . import wire
+from .backend import Claim, Publication
+from .hub import clock
+from .remote import CONTROL, Item, RemoteBackend, logger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from .hub import Hub
+
+SCHEMES: Final = (
+    "redis", "rediss", "unix", "redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel",
+)  # fmt: skip
+
+_BLOCK_MS: Final = 1000
+"""How long a read waits for something to come, before it is asked whether the log is still the same."""
+
+_COUNT: Final = 256
+"""Entries that one read takes."""
+
+_SOCKET_TIMEOUT: Final = 5.0
+"""Seconds without an answer after which a connection is given up; more than a read waits."""
+
+_WINDOW_MS: Final = 120_000
+"""For how long idempotency keys are known."""
+
+_MEMORY_MS: Final = 600_000
+"""For how long it is known what a process has published last."""
+
+_LEASE_MS: Final = 30_000
+"""For how long a run goes on of whose process nothing is heard."""
+
+_CHUNK: Final = 100
+"""Channels that are asked for at once."""
+
+# KEYS: meta, log, last, w; then for each item its channel's stream and its idempotency key (or meta, without).
+# ARGV: 1 an epoch to begin; 2 the epoch that is to be replaced by it, or ''; 3 the number of the attempt; 4 history,
+# 5 channels, 6 ms for which channels are kept, or 0: or '' for what stands in meta; 7 the prefix of channels' streams;
+# then for each item: the channel, its payload, whether it has a key, '' or (of a run) the number behind which its
+# channel is kept, '' or the ms for which it is kept from now on; and at last the run's key, or '', its outcome.
+_PUBLISH: Final = """
+local meta, log, last, memory = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local found = redis.call('HMGET', meta, 'epoch', 'n', 'history', 'channels', 'age', 'start')
+local epoch, n, start = found[1], tonumber(found[2] or 0), found[6] or '0'
+local lost = not epoch or (n > 0 and redis.call('EXISTS', last) == 0 and n > tonumber(start))
+if lost then
+  redis.call('DEL', meta, log, last)
+  epoch, n, start = ARGV[1], 0, '0'
+  redis.call('HSET', meta, 'epoch', epoch, 'n', 0, 'start', 0, 'floor', 0)
+elseif ARGV[2] == epoch then
+  epoch, start = ARGV[1], string.format('%d', n)
+  redis.call('HSET', meta, 'epoch', epoch, 'start', start)
+end
+local history, channels, age = ARGV[4], ARGV[5], ARGV[6]
+if history == '' then
+  history, channels, age = found[3] or '1000', found[4] or '10000', found[5] or '0'
+elseif history ~= found[3] or channels ~= found[4] or age ~= found[5] or lost then
+  redis.call('HSET', meta, 'history', history, 'channels', channels, 'age', age)
+end
+local clock = redis.call('TIME')
+local ms = string.format('%d', clock[1] * 1000 + math.floor(clock[2] / 1000))
+local ids = {}
+local items = (#ARGV - 7) / 7
+if items > 0 then
+  local before = redis.call('HMGET', memory, 'attempt', 'ids')
+  if before[1] then
+    if tonumber(before[1]) > tonumber(ARGV[3]) then return {epoch, string.format('%d', n), ms, start, 'stale'} end
+    if before[1] == ARGV[3] then return {epoch, string.format('%d', n), ms, start, before[2]} end
+  end
+end
+for i = 1, items do
+  local a = 7 + (i - 1) * 7
+  local stream, key = KEYS[3 + 2 * i], KEYS[4 + 2 * i]
+  local channel, payload, keyed, keep, ttl = ARGV[a + 1], ARGV[a + 2], ARGV[a + 3], ARGV[a + 4], ARGV[a + 5]
+  local known = keyed == '1' and redis.call('GET', key)
+  if known and string.sub(known, 1, #epoch + 1) == epoch .. '-' then
+    ids[i] = known
+  else
+    local before = redis.call('ZSCORE', last, channel)
+    if not before then
+      redis.call('DEL', stream)
+      before = redis.call('HGET', meta, 'floor')
+    end
+    n = redis.call('HINCRBY', meta, 'n', 1)
+    local id = string.format('%d-0', n)
+    redis.call('XADD', log, 'MAXLEN', '~', math.max(1000, history), id,
+      'c', channel, 'e', payload, 'l', before, 't', ms, 'x', epoch)
+    if keep == '' then
+      redis.call('XADD', stream, 'MAXLEN', '~', history, id, 'e', payload, 'l', before, 't', ms)
+      if age ~= '0' then redis.call('PEXPIRE', stream, age) end
+    else
+      redis.call('XADD', stream, 'MINID', '~', keep, id, 'e', payload, 'l', before, 't', ms)
+      redis.call('PERSIST', stream)
+    end
+    if ttl ~= '' then redis.call('PEXPIRE', stream, ttl) end
+    if ARGV[a + 6] ~= '' then
+      redis.call('HSET', ARGV[a + 6], 'outcome', ARGV[a + 7], 'final', n)
+      redis.call('PEXPIRE', ARGV[a + 6], ttl)
+    end
+    redis.call('ZADD', last, n, channel)
+    ids[i] = epoch .. '-' .. string.format('%d', n)
+    if keyed == '1' then redis.call('SET', key, ids[i], 'PX', 120000) end
+  end
+end
+local over = items > 0 and redis.call('ZCARD', last) - channels or 0
+if over > 0 then
+  local oldest = redis.call('ZPOPMIN', last, over)
+  for i = 1, #oldest, 2 do redis.call('DEL', ARGV[7] .. oldest[i]) end
+  redis.call('HSET', meta, 'floor', oldest[#oldest])
+end
+local joined = table.concat(ids, ' ')
+if items > 0 then
+  redis.call('HSET', memory, 'attempt', ARGV[3], 'ids', joined)
+  redis.call('PEXPIRE', memory, 600000)
+end
+return {epoch, string.format('%d', n), ms, start, joined}
+"""
+
+# KEYS: run, meta. ARGV: node, max_bytes, ttl, whether to begin again one that has ended, ms.
+_CLAIM: Final = """
+local outcome = redis.call('HGET', KEYS[1], 'outcome')
+if outcome and (outcome == '' or ARGV[4] == '0') then return {0, redis.call('HGETALL', KEYS[1])} end
+local at = redis.call('HMGET', KEYS[2], 'epoch', 'n')
+redis.call('DEL', KEYS[1])
+redis.call('HSET', KEYS[1], 'node', ARGV[1], 'max_bytes', ARGV[2], 'ttl', ARGV[3], 'outcome', '', 'final', 0,
+  'epoch', at[1] or '', 'start', at[2] or 0)
+redis.call('PEXPIRE', KEYS[1], ARGV[5])
+return {1, redis.call('HGETALL', KEYS[1])}
+"""
+
+# KEYS: run. ARGV: node, ms, and the fields of the run, to put it back if it is gone.
+_RENEW: Final = """
+local node = redis.call('HGET', KEYS[1], 'node')
+if node and node ~= ARGV[1] then return 0 end
+if not node then redis.call('HSET', KEYS[1], 'node', ARGV[1], unpack(ARGV, 3)) end
+if redis.call('HGET', KEYS[1], 'outcome') == '' then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
+return 1
+"""
+
+
+class _Last(NamedTuple):
+    """The entry of the log that was read last."""
+
+    number: int
+    fields: dict[bytes, bytes]
+
+    def is_at(self, found: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> bool | None:
+        """Whether it is the one that was found in its place; ``None``: there was none."""
+        for _, fields in found:
+            return all(fields.get(name) == self.fields.get(name) for name in (b"e", b"t", b"l"))
+        return None
+
+
+class RedisBackend(RemoteBackend):
+    """See the module.
+
+    Args:
+        hub: Where events go.
+        url: As redis-py takes it: ``redis://``, ``rediss://`` or ``unix://``; with ``+cluster`` a cluster; with
+            ``+sentinel`` a master by its sentinels: ``redis+sentinel://HOST:PORT,HOST:PORT/SERVICE/DB``, whose user and
+            password are the master's, and those of the sentinels ``?sentinel_username=…&sentinel_password=…``.
+        prefix: Of its keys.
+        timeout: See `RemoteBackend`.
+        burst: See there.
+        history: Events that each channel keeps; ``None``: as others have set it.
+        max_channels: Channels that are kept.
+        max_age: Seconds for which they are, after their last event.
+    """
+
+    transient = (
+        *RemoteBackend.transient, RedisConnectionError, RedisTimeoutError, BusyLoadingError, ReadOnlyError,
+        ClusterDownError, TryAgainError, SlotNotCoveredError,
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        hub: Hub,
+        url: str,
+        *,
+        prefix: str,
+        timeout: float | None,
+        burst: int,
+        history: int | None,
+        max_channels: int,
+        max_age: float | None,
+    ) -> None:
+        self._make_client = partial(_client, url)
+        super().__init__(hub, shown_url(url), timeout=timeout, burst=burst)
+        self._prefix = f"{{{prefix}}}:"
+        age = 0 if max_age is None else max(1, int(max_age * 1000))
+        self._limits: list[Any] = ["", "", ""] if history is None else [history, max_channels, age]
+        self._client: Any = None
+        self._closers: list[Any] = []
+        self._last: _Last | None = None
+        self._run_id = b""
+        self._skew = 0.0  # of `clock` to the engine's, in seconds
+
+    # Connection
+
+    async def _connect(self) -> None:
+        self._client, self._closers = self._make_client()
+        self._publish_script = self._client.register_script(_PUBLISH)
+        self._claim_script = self._client.register_script(_CLAIM)
+        self._renew_script = self._client.register_script(_RENEW)
+
+    async def _disconnect(self) -> None:
+        closers, self._closers = self._closers, []
+        for client in closers:
+            try:
+                await client.aclose()
+            except Exception as exc:
+                logger.debug("closing %s: %s", self.url, exc)
+
+    def _key(self, name: str) -> str:
+        return self._prefix + name
+
+    def _stream(self, channel: str) -> str:
+        return f"{self._prefix}c:{channel}"
+
+    async def _call(self, items: list[Item], attempt: int, *, instead_of: str = "") -> list[Any]:
+        """Run the script, and give its answer: epoch, number, time, start, ids."""
+        keys = [self._key(name) for name in ("meta", "log", "last", f"w:{self._node}")]
+        arguments: list[Any] = [secrets.token_hex(4), instead_of, attempt, *self._limits, self._key("c:")]
+        for item in items:
+            one = item.publication
+            key = one.key and self._key(f"k:{len(one.channel)}:{one.channel}:{one.key}")
+            keys += [self._stream(one.channel), key or keys[0]]
+            keep = "" if one.keep_after is None else f"{one.keep_after + 1}-0"
+            ttl = "" if one.ttl is None else max(1, int(one.ttl * 1000))
+            run = "" if one.end is None else self._key(f"r:{one.channel}")
+            arguments += [one.channel, item.payload, int(key is not None), keep, ttl, run, one.end or ""]
+        answer: list[Any] = await self._publish_script(keys=keys, args=arguments)
+        return answer
+
+    async def _position(self) -> tuple[str, int]:
+        epoch, number, *_ = await self._call([], 0)
+        return epoch.decode(), int(number)
+
+    # Reading
+
+    async def _catch_up(self, *, first: bool) -> None:
+        log = self.hub.log
+        while True:
+            epoch, tail, now, start, _ = await self._call([], 0)
+            epoch, tail, start = epoch.decode(), int(tail), int(start)
+            self._skew = clock() - int(now) / 1000
+            run_id = await self._find_run_id()
+            if first or epoch != log.epoch:
+                break
+            if await self._is_continued(tail, run_id == self._run_id != b""):
+                self._run_id = run_id
+                if log.tail < tail:
+                    await self._fill_gap(tail)
+                return
+            # Somebody may hold an id of what was lost: from now on there are others. All processes agree on them.
+            logger.warning("%s has lost events that it had acknowledged: readers are told by a reset", self.url)
+            await self._call([], 0, instead_of=epoch)
+        self._run_id = run_id
+        known: list[tuple[str, int]] = []
+        floor = start
+        if first:
+            known, floor = await self._survey()
+        else:  # what was published since this epoch began follows
+            tail = start
+        await self._restart(epoch, tail, known, floor)
+
+    async def _restart(self, epoch: str, tail: int, known: list[tuple[str, int]], floor: int) -> None:
+        found = await self._client.xrange(self._key("log"), f"{tail}-0", f"{tail}-0")
+        self._last = _Last(tail, found[0][1]) if found else None
+        self.hub.restart(epoch, tail, known, floor=floor)
+        self._restarted()
+
+    async def _survey(self) -> tuple[list[tuple[str, int]], int]:
+        """The last number of each channel, and that of those that were forgotten."""
+        pipeline = self._client.pipeline(transaction=False)
+        pipeline.zrange(self._key("last"), 0, -1, withscores=True)
+        pipeline.hget(self._key("meta"), "floor")
+        known, floor = await pipeline.execute()
+        return [(name.decode(), int(score)) for name, score in known if name != CONTROL.encode()], int(floor or 0)
+
+    async def _find_run_id(self) -> bytes:
+        try:
+            info = await self._client.info("server")
+        except ResponseError:  # not allowed to
+            return b""
+        return str(info.get("run_id", "")).encode()
+
+    async def _is_continued(self, tail: int, same_process: bool) -> bool:
+        """Whether what was read last still stands in its place."""
+        own = self.hub.log.tail
+        if tail < own:
+            return False
+        if same_process:  # it has been there all the time, and would have begun another epoch
+            return True
+        last = self._last
+        if last is None:
+            return own == 0  # nothing to compare, and an engine that is another one
+        at = f"{last.number}-0"
+        found = last.is_at(await self._client.xrange(self._key("log"), at, at))
+        if found is None and b"c" in last.fields:
+            found = last.is_at(await self._client.xrange(self._stream(last.fields[b"c"].decode()), at, at))
+        return found is True
+
+    async def _read(self) -> None:
+        log, key = self.hub.log, self._key("log")
+        while True:
+            answer = await self._client.xread({key: f"{log.tail}-0"}, count=_COUNT, block=_BLOCK_MS)
+            entries = [entry for _, batch in _pairs(answer) for entry in batch]
+            for place, (entry_id, fields) in enumerate(entries, 1):
+                if fields is None or _number(entry_id) != log.tail + 1 or fields.get(b"x") != log.epoch.encode():
+                    return
+                self._receive(log.tail + 1, fields[b"c"].decode(), fields)
+                self._last = _Last(log.tail, fields)
+                if place % self._burst == 0:
+                    await self._rest()
+            if entries:
+                await self._rest()
+            elif await self._position() != (log.epoch, log.tail):
+                return
+
+    def _receive(self, number: int, channel: str, fields: dict[bytes, bytes]) -> None:
+        self._received += 1
+        if channel == CONTROL:
+            self.hub.log.skip(number)
+            self._controlled(fields[b"e"])
+            return
+        entry = self._event(number, fields)
+        if entry is None:
+            self.hub.log.skip(number)
+        else:
+            event, end = entry
+            self.hub.publish(channel, event, number=number, time=self._time(fields), end=end)
+
+    def _event(self, number: int, fields: dict[bytes, bytes]) -> Any:
+        try:
+            return wire.load(fields[b"e"])
+        except InvalidEventError:
+            logger.exception("event %d of %s is left out", number, self.url)
+            return None
+
+    def _time(self, fields: dict[bytes, bytes]) -> float:
+        return int(fields[b"t"]) / 1000 + self._skew
+
+    async def _fill_gap(self, tail: int) -> None:
+        """The log does not have any more what comes next: get it from the channels that are read here."""
+        log = self.hub.log
+        pipeline = self._client.pipeline(transaction=False)
+        pipeline.zrangebyscore(self._key("last"), f"({log.tail}", tail, withscores=True)
+        pipeline.hget(self._key("meta"), "floor")
+        pipeline.xrange(self._key("log"), f"({log.tail}-0", f"{log.tail + 1}-0")
+        changed, floor, following = await pipeline.execute()
+        if following:
+            return  # it was only behind
+        if int(floor or 0) > log.tail:
+            # Channels were forgotten meanwhile, and nobody knows which ones.
+            await self._restart(log.epoch, tail, *await self._survey())
+            return
+        wanted = [name.decode() for name, _ in changed if name == CONTROL.encode() or self.hub.is_read(name.decode())]
+        missed = {name.decode(): int(score) for name, score in changed}
+        found: list[tuple[int, str, dict[bytes, bytes]]] = []
+        for channel, entries in await self._channels(wanted, after=log.tail, until=tail):
+            if entries and (int(entries[0][1][b"l"]) <= log.tail or channel == CONTROL):
+                del missed[channel]  # the one before it is here
+            elif entries:
+                missed[channel] = int(entries[0][1][b"l"])
+            found += [(_number(entry_id), channel, fields) for entry_id, fields in entries]
+        for channel, number in missed.items():
+            self.hub.miss(channel, number)
+        found.sort(key=lambda each: each[0])
+        for place, (number, channel, fields) in enumerate(found, 1):
+            self._receive(number, channel, fields)
+            self._last = _Last(number, {**fields, b"c": channel.encode()})
+            if place % self._burst == 0:
+                await self._rest()
+        if log.tail < tail:
+            with self.hub.lock:
+                log.skip(tail)
+        await self._rest()
+
+    async def _channels(self, names: list[str], *, after: int, until: int) -> list[tuple[str, list[Any]]]:
+        """What channels have behind a number."""
+        found: list[tuple[str, list[Any]]] = []
+        for first in range(0, len(names), _CHUNK):
+            chunk = names[first : first + _CHUNK]
+            pipeline = self._client.pipeline(transaction=False)
+            for name in chunk:
+                pipeline.xrange(self._stream(name), f"({after}-0", f"{until}-0")
+            found += zip(chunk, await pipeline.execute(), strict=True)
+        return found
+
+    async def _recall(self, channels: list[str]) -> None:
+        log = self.hub.log
+        epoch, tail = log.epoch, log.tail
+        scores: dict[str, int] = {}
+        for first in range(0, len(channels), _CHUNK):
+            chunk = channels[first : first + _CHUNK]
+            pipeline = self._client.pipeline(transaction=False)
+            for name in chunk:
+                pipeline.zscore(self._key("last"), name)
+            pipeline.hget(self._key("meta"), "floor")
+            *last, floor = await pipeline.execute()
+            scores.update(
+                {name: int(floor if score is None else score) for name, score in zip(chunk, last, strict=True)}
+            )
+        for channel, entries in await self._channels(channels, after=0, until=tail):
+            made: list[Entry] = []
+            for entry_id, fields in entries:
+                event = self._event(_number(entry_id), fields)
+                if event is not None:
+                    made.append(log.entry(_number(entry_id), channel, event[0], self._time(fields), end=event[1]))
+            with self.hub.lock:
+                if log.epoch != epoch:
+                    return
+                trimmed = int(entries[0][1][b"l"]) if entries else min(scores[channel], tail)
+                log.fill(channel, made, trimmed)
+
+    # Publishing
+
+    def _payload(self, publication: Publication) -> bytes:
+        return wire.dump(publication.event, publication.end)
+
+    async def _send(self, items: list[Item], attempt: int) -> list[str]:
+        *_, ids = await self._call(items, attempt)
+        if ids == b"stale":
+            raise ResponseError("a later publication of this process came before it")
+        return str(ids, "ascii").split(" ")
+
+    # Runs
+
+    async def claim(self, name: str, max_bytes: int, ttl: float, *, again: bool) -> tuple[Claim, bool]:
+        """See `Backend`."""
+        return await self._here(partial(self._patiently, partial(self._claim, name, max_bytes, ttl, again=again)))
+
+    async def _claim(self, name: str, max_bytes: int, ttl: float, *, again: bool) -> tuple[Claim, bool]:
+        await self._sync()  # to know of the epoch
+        new, fields = await self._claim_script(
+            keys=[self._key(f"r:{name}"), self._key("meta")],
+            args=[self._node, max_bytes, ttl, int(again), _LEASE_MS],
+        )
+        claim = _claim_of(dict(zip(fields[::2], fields[1::2], strict=True)))
+        return claim, bool(new)
+
+    async def find(self, name: str) -> Claim | None:
+        """See `Backend`."""
+        fields = await self._here(partial(self._patiently, partial(self._client.hgetall, self._key(f"r:{name}"))))
+        return _claim_of(fields) if fields else None
+
+    async def renew(self, name: str, claim: Claim) -> bool:
+        """See `Backend`."""
+        arguments = [self._node, _LEASE_MS]
+        for field in ("max_bytes", "ttl", "outcome", "final", "epoch", "start"):
+            arguments += [field, getattr(claim, field)]
+        renew = partial(self._renew_script, keys=[self._key(f"r:{name}")], args=arguments)
+        return bool(await self._here(partial(self._patiently, renew)))
+
+
+def _claim_of(fields: dict[bytes, bytes]) -> Claim:
+    text = {name.decode(): value.decode() for name, value in fields.items()}
+    return Claim(
+        node=text["node"],
+        epoch=text["epoch"],
+        start=int(text["start"]),
+        max_bytes=int(text["max_bytes"]),
+        ttl=float(text["ttl"]),
+        outcome=text["outcome"],
+        final=int(text["final"]),
+    )
+
+
+def _number(entry_id: bytes) -> int:
+    return int(entry_id.partition(b"-")[0])
+
+
+def _pairs(answer: Any) -> Iterable[tuple[bytes, Any]]:
+    """Streams with their entries, as RESP2 and RESP3 have them."""
+    if isinstance(answer, dict):
+        return [(name, entry) for name, batches in answer.items() for entry in batches]
+    return answer or ()
+
+
+def shown_url(url: str) -> str:
+    """A URL without its password."""
+    head, at, tail = url.rpartition("@")
+    if not at:
+        return url
+    scheme, separator, user = head.partition("://")
+    return f"{scheme}{separator}{user.partition(':')[0]}:***@{tail}"
+
+
+def _client(url: str) -> tuple[Any, list[Any]]:
+    """A client for a URL, and all that is to be closed behind it."""
+    options: dict[str, Any] = {
+        "socket_timeout": _SOCKET_TIMEOUT,
+        "socket_connect_timeout": _SOCKET_TIMEOUT,
+        "socket_keepalive": True,
+        "retry": redis.asyncio.retry.Retry(NoBackoff(), 0),  # we have our own, which knows what was published
+    }
+    scheme, _, kind = url.partition("://")[0].partition("+")
+    plain = url.replace(f"+{kind}://", "://", 1) if kind else url
+    if kind == "cluster":
+        client: Any = redis.asyncio.RedisCluster.from_url(plain, **options)
+        return client, [client]
+    if kind == "sentinel":
+        return _by_sentinel(plain, options, tls=scheme == "rediss")
+    client = redis.asyncio.Redis.from_url(plain, **options)
+    return client, [client]
+
+
+def _by_sentinel(url: str, options: dict[str, Any], *, tls: bool) -> tuple[Any, list[Any]]:
+    parts = urlsplit(url)
+    login, _, places = parts.netloc.rpartition("@")
+    service, _, database = parts.path.strip("/").partition("/")
+    if not service:
+        raise ValueError(f"{shown_url(url)}: give the name of the service, as redis+sentinel://HOST:26379/mymaster/0")
+    user, _, password = login.partition(":")
+    query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+    sentinel_options = {
+        name.removeprefix("sentinel_"): query.pop(name) for name in list(query) if name.startswith("sentinel_")
+    }
+    hosts = []
+    for place in places.split(","):
+        host, _, port = place.rpartition(":") if ":" in place.rpartition("]")[2] else (place, "", "26379")
+        hosts.append((host.strip("[]"), int(port)))
+    options = {**options, **query, "db": int(database or 0), "ssl": tls}
+    if user:
+        options["username"] = unquote(user)
+    if password:
+        options["password"] = unquote(password)
+    timeouts = {name: options[name] for name in ("socket_timeout", "socket_connect_timeout")}
+    sentinel = redis.asyncio.sentinel.Sentinel(hosts, sentinel_kwargs={**timeouts, **sentinel_options}, **options)
+    client = sentinel.master_for(service)
+    return client, [client, *sentinel.sentinels]

@@ -1,0 +1,410 @@
+"""`RemoteBackend`: what the back ends on other machines have in common.
+
+One task follows the engine's log into the hub, and begins again where it was cut; one publishes, in the order of asking.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import secrets
+from abc import abstractmethod
+from collections import deque
+from functools import partial
+from itertools import count
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
+
+from ..errors import BrokerError
+from ..event import ServerSentEvent
+from ..outbox import current_flusher
+from . import wire
+from .backend import Backend, BrokerStatistics, Publication, State
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from .hub import Hub
+
+T = TypeVar("T")
+
+logger: Final = logging.getLogger(__name__)
+
+CONTROL: Final = "!control"
+"""Where processes tell each other what is for no client: no channel may be called so."""
+
+OPENING: Final = 10.0
+"""Seconds in which a broker has to be connected, before its app's startup fails."""
+
+_BATCH: Final = 64
+"""Publications that are under way together."""
+
+_BATCH_BYTES: Final = 1024 * 1024
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
+"""Seconds between attempts; at random from half of it, so that not all processes come back at once."""
+
+
+class Pauses:
+    """Each longer than the one before, and at random."""
+
+    def __init__(self) -> None:
+        self._next = _FIRST_PAUSE
+
+    async def wait(self) -> None:
+        """Wait for the next one."""
+        pause, self._next = self._next, min(2 * self._next, _LONGEST_PAUSE)
+        await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311
+
+    def reset(self) -> None:
+        """It has worked."""
+        self._next = _FIRST_PAUSE
+
+
+class Item:
+    """One publication, and who waits for it."""
+
+    __slots__ = ("answer", "payload", "publication", "sent")
+
+    def __init__(self, publication: Publication, payload: bytes, answer: asyncio.Future[str]) -> None:
+        self.publication = publication
+        self.payload = payload
+        self.answer = answer
+        self.sent = False  # it may have come to the engine
+
+
+class RemoteBackend(Backend):
+    """Follows an engine, and publishes to it.
+
+    It lives in the event loop that has opened it, which is asyncio's; it may be called from others, and from threads
+    that have one.
+
+    Args:
+        hub: Where events go.
+        url: The engine, for messages: without a password.
+        timeout: Seconds that publishing may take; ``None``: as long as it takes.
+        burst: Events after which the streams of the event loop are let to take what came.
+    """
+
+    transient: ClassVar[tuple[type[BaseException], ...]] = (OSError, TimeoutError)
+    """What is tried again."""
+
+    def __init__(self, hub: Hub, url: str, *, timeout: float | None, burst: int) -> None:
+        super().__init__(hub)
+        hub.upstream = self
+        self.url = url
+        self._timeout = timeout
+        self._burst = burst
+        self._node = secrets.token_hex(4)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._queue: deque[Item] = deque()
+        self._queued = asyncio.Event()
+        self._attempts = count(1)
+        self._progress = asyncio.Event()
+        self._recalls: dict[str, asyncio.Future[None]] = {}
+        self._state: State = "closed"
+        self._error = ""
+        self._received = 0
+        self._reconnects = 0
+        self._restarts = 0
+
+    # What an engine is
+
+    @abstractmethod
+    async def _connect(self) -> None:
+        """Make what is needed to talk to the engine."""
+
+    @abstractmethod
+    async def _disconnect(self) -> None:
+        """Let go of it. Must not raise."""
+
+    @abstractmethod
+    async def _catch_up(self, *, first: bool) -> None:
+        """Bring the hub's log to where the engine's is, or find that it is another one."""
+
+    @abstractmethod
+    async def _read(self) -> None:
+        """Bring what the engine has behind the tail of the hub's log, for ever.
+
+        Returns:
+            It is to catch up before it reads on.
+        """
+
+    @abstractmethod
+    async def _send(self, items: list[Item], attempt: int) -> list[str]:
+        """Publish all, and give their ids.
+
+        Args:
+            items: What to publish.
+            attempt: A number that grows, but is the same each time that these items are tried.
+        """
+
+    @abstractmethod
+    async def _position(self) -> tuple[str, int]:
+        """The epoch and the last number of the engine's log."""
+
+    @abstractmethod
+    async def _recall(self, channels: list[str]) -> None:
+        """See `hub.Upstream`."""
+
+    # Life
+
+    async def open(self) -> None:
+        """See `Backend`."""
+        try:
+            self._loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise BrokerError(f"{self.url} needs asyncio: its client knows no other event loop") from None
+        self._node = secrets.token_hex(4)
+        self._queued, self._progress = asyncio.Event(), asyncio.Event()
+        self._state = "connecting"
+        try:
+            async with asyncio.timeout(OPENING):
+                await self._connect()
+                await self._catch_up(first=True)
+        except BaseException as exc:
+            await self._disconnect()
+            self._state, self._loop = "closed", None
+            if isinstance(exc, self.transient):
+                raise BrokerError(f"cannot connect to {self.url}: {_text(exc)}") from exc
+            raise
+        self._state, self._error = "connected", ""
+        self._tasks = [
+            self._loop.create_task(self._follow(), name="asgi_sse follow"),
+            self._loop.create_task(self._publish_all(), name="asgi_sse publish"),
+        ]
+
+    async def close(self) -> None:
+        """See `Backend`."""
+        if self._loop is None:
+            return
+        if self._loop.is_closed():
+            self._loop, self._tasks, self._state = None, [], "closed"
+            return
+        await self._here(self._close)
+
+    async def _close(self) -> None:
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._disconnect()
+        for item in self._queue:
+            self._refuse(item, BrokerError(f"{self.url} was closed before this was published"))
+        self._queue.clear()
+        self._state, self._loop = "closed", None
+        self._progress.set()
+
+    def check_open(self) -> asyncio.AbstractEventLoop:
+        """See `Backend`."""
+        loop = self._loop
+        if loop is None or loop.is_closed():
+            raise BrokerError(
+                f"{self.url} is not open: give the broker to the app, as broker=…, or use 'async with broker'"
+            )
+        return loop
+
+    async def _here(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run it in the event loop of this back end."""
+        loop = self.check_open()
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            raise BrokerError(f"{self.url} needs asyncio: its client knows no other event loop") from None
+        if running is loop:
+            return await make()
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(make(), loop))
+
+    def statistics(self) -> BrokerStatistics:
+        """See `Backend`."""
+        return self._statistics(
+            self._state,
+            error=self._error,
+            received=self._received,
+            reconnects=self._reconnects,
+            restarts=self._restarts,
+        )
+
+    # Reading
+
+    async def _follow(self) -> None:
+        pauses = Pauses()
+        while True:
+            try:
+                if self._state == "connected":
+                    await self._read()
+                await self._catch_up(first=False)
+                if self._state != "connected":
+                    self._state, self._error = "connected", ""
+                    self._reconnects += 1
+                    logger.info("connected to %s again", self.url)
+                pauses.reset()
+            except Exception as exc:
+                if not isinstance(exc, self.transient):
+                    logger.exception("reading from %s failed, and is tried again", self.url)
+                elif self._state == "connected":
+                    logger.warning("the connection to %s is lost, and is tried again: %s", self.url, _text(exc))
+                self._state, self._error = "disconnected", _text(exc)
+                await pauses.wait()
+
+    def _restarted(self) -> None:
+        """To be called where the hub was restarted."""
+        if self._state != "connecting":
+            self._restarts += 1
+        self._progressed()
+
+    def _controlled(self, payload: bytes) -> None:
+        """To be called with each publication to `CONTROL`."""
+        try:
+            event, _ = wire.load(payload)
+            order: Any = json.loads(event.data or "")
+            name, node = order["cancel"], order["node"]
+        except (ValueError, KeyError, TypeError):
+            logger.exception("an order that nobody understands came from %s", self.url)
+            return
+        if node == self._node:
+            self.on_cancel(name)
+
+    def ask_to_stop(self, name: str, node: str) -> None:
+        """See `Backend`."""
+        self.post(Publication(CONTROL, ServerSentEvent({"cancel": name, "node": node})))
+
+    def _progressed(self) -> None:
+        progress, self._progress = self._progress, asyncio.Event()
+        progress.set()
+
+    async def _rest(self) -> None:
+        """To be called after each `burst` events: streams take what they can, so that none of them is overrun."""
+        self._progressed()
+        await current_flusher().turn()
+
+    async def sync(self) -> None:
+        """See `hub.Upstream`."""
+        await self._here(self._sync)
+
+    async def _sync(self) -> None:
+        log = self.hub.log
+        while True:
+            epoch, tail = await self._patiently(self._position)
+            restarts = self._restarts
+            while self._restarts == restarts:
+                if log.epoch == epoch and log.tail >= tail:
+                    return
+                await self._progress.wait()
+                if self._loop is None:
+                    raise BrokerError(f"{self.url} was closed")
+
+    async def recall(self, channels: list[str]) -> None:
+        """See `hub.Upstream`."""
+        await self._here(partial(self._recall_once, channels))
+
+    async def _recall_once(self, channels: list[str]) -> None:
+        """Who wants what another one is getting waits for that."""
+        wanted = [name for name in channels if name not in self._recalls]
+        others = [self._recalls[name] for name in channels if name in self._recalls]
+        if wanted:
+            task = asyncio.ensure_future(self._patiently(partial(self._recall, wanted)))
+            self._recalls.update(dict.fromkeys(wanted, task))
+            task.add_done_callback(lambda _: [self._recalls.pop(name, None) for name in wanted])
+            others.append(task)
+        await asyncio.gather(*map(asyncio.shield, others))
+
+    async def _patiently(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        pauses = Pauses()
+        while True:
+            try:
+                return await make()
+            except self.transient:
+                await pauses.wait()
+
+    # Publishing
+
+    async def publish(self, publication: Publication, *, wait: bool = False) -> str:
+        """See `Backend`."""
+        return await self._here(partial(self._publish, publication, wait=wait))
+
+    def post(self, publication: Publication) -> None:
+        """See `Backend`."""
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(lambda: self._enqueue(publication))
+
+    def _enqueue(self, publication: Publication) -> Item:
+        loop = self._loop
+        if loop is None:
+            raise BrokerError(f"{self.url} was closed")
+        item = Item(publication, self._payload(publication), loop.create_future())
+        self._queue.append(item)
+        self._queued.set()
+        return item
+
+    @abstractmethod
+    def _payload(self, publication: Publication) -> bytes:
+        """What of a publication every process is to get."""
+
+    async def _publish(self, publication: Publication, *, wait: bool) -> str:
+        item = self._enqueue(publication)
+        try:
+            async with asyncio.timeout(None if wait else self._timeout):
+                return await item.answer
+        except TimeoutError:
+            why = f" ({self._error})" if self._error else ""
+            what = f"within {self._timeout:g} s: {self.url} is {self._state}{why}"
+            if not item.sent:
+                raise BrokerError(f"not published {what}") from None
+            raise BrokerError(
+                f"not acknowledged {what}; it may have been published. To publish it again, give both times the same "
+                "idempotency_key"
+            ) from None
+
+    async def _publish_all(self) -> None:
+        while True:
+            await self._queued.wait()
+            batch: list[Item] = []
+            size = 0
+            while self._queue and len(batch) < _BATCH and size < _BATCH_BYTES:
+                item = self._queue.popleft()
+                if not item.answer.done():  # else its publisher did not wait so long
+                    batch.append(item)
+                    size += len(item.payload)
+            if not self._queue:
+                self._queued.clear()
+            if batch:
+                await self._publish_batch(batch)
+
+    async def _publish_batch(self, batch: list[Item]) -> None:
+        pauses, attempt = Pauses(), next(self._attempts)
+        while not all(item.answer.done() for item in batch):
+            for item in batch:
+                item.sent = True
+            try:
+                ids = await self._send(batch, attempt)
+            except asyncio.CancelledError:
+                for item in batch:
+                    self._refuse(item, BrokerError(f"{self.url} was closed; this may have been published"))
+                raise
+            except Exception as exc:
+                if isinstance(exc, self.transient):
+                    self._error = self._error or _text(exc)
+                    await pauses.wait()
+                    continue
+                for item in batch:
+                    self._refuse(item, BrokerError(f"{self.url} did not take it: {_text(exc)}"))
+                return
+            if self._state == "connected":
+                self._error = ""
+            self._published += len(ids)
+            for item, event_id in zip(batch, ids, strict=True):
+                if not item.answer.done():
+                    item.answer.set_result(event_id)
+
+    def _refuse(self, item: Item, error: BrokerError) -> None:
+        if not item.answer.done():
+            item.answer.set_exception(error)
+            item.answer.exception()  # of what was posted, nobody asks
+
+
+def _text(exc: BaseException) -> str:
+    return str(exc) or type(exc).__name__

@@ -1,0 +1,42 @@
+"""What an event is between processes: a JSON object of the arguments of `ServerSentEvent`, and of what a broker adds.
+
+Of any publisher that knows it, in any language: ``{"data": "…", "event": "…", "retry": …, "comment": "…"}``. What is
+read is looked at as what a source yields, since it may have been written by anybody who may write to the engine.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from ..errors import InvalidEventError, shown
+from ..event import ServerSentEvent
+
+_dumps: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_FIELDS: Final = frozenset({"data", "event", "retry", "comment", "end"})
+
+
+def dump(event: ServerSentEvent, end: str | None = None) -> bytes:
+    """An event, and how the run ended of which it is the last one."""
+    fields = {"data": event.data, "event": event.event, "retry": event.retry, "comment": event.comment, "end": end}
+    return _dumps({name: value for name, value in fields.items() if value is not None}).encode()
+
+
+def load(payload: bytes) -> tuple[ServerSentEvent, str | None]:
+    """What `dump` was given.
+
+    Raises:
+        InvalidEventError: It is something else.
+    """
+    try:
+        fields: Any = json.loads(payload)
+    except ValueError as exc:
+        raise InvalidEventError(f"{shown(payload)} is no event of a broker: it is no JSON ({exc})") from None
+    if not isinstance(fields, dict) or not _FIELDS.issuperset(fields):
+        raise InvalidEventError(
+            f"{shown(payload)} is no event of a broker: give an object of data, event, retry, comment"
+        )
+    end = fields.pop("end", None)
+    if end is not None and not isinstance(end, str):
+        raise InvalidEventError(f"end={shown(end)} in an event of a broker; give a str")
+    return ServerSentEvent(**fields), end
