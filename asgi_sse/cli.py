@@ -17,6 +17,8 @@ examples:
   asgi-sse                      the demo, at http://127.0.0.1:8000/
   asgi-sse demo --port 9000     the demo, at another port
   asgi-sse demo --host 0.0.0.0  the demo, for other machines too
+  asgi-sse publish redis://localhost:6379/0 news "it rains"
+                                an event for the subscribers of an app
 
 Without a command it runs the demo. "asgi-sse demo --help" tells its options.
 """
@@ -25,6 +27,13 @@ _DEMO: Final = """\
 Serves a page that shows the load of this machine, measured once a second by
 psutil and sent as Server-Sent Events. Ctrl-C ends it, however many browsers
 are looking. Needs psutil and uvicorn: pip install "asgi-sse[demo]".
+"""
+
+
+_PUBLISH: Final = """\
+Publishes an event to a channel of the apps whose Broker has that URL, and
+prints the event's id. Needs the client of the engine: pip install
+"asgi-sse[redis]" or "asgi-sse[nats]".
 """
 
 
@@ -66,6 +75,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--port", type=_port, default=8000, help="port to listen on (default: %(default)s; 0 takes any free one)"
     )
     demo.set_defaults(run=_demo)
+
+    publish = commands.add_parser(
+        "publish",
+        help="publish an event to a channel of an app, by Redis or NATS",
+        description=_PUBLISH,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    publish.add_argument("url", metavar="URL", help="of the broker: redis://…, nats://…")
+    publish.add_argument("channel", metavar="CHANNEL", help="the channel's name")
+    publish.add_argument("data", metavar="DATA", nargs="?", help="of the event; default: the standard input")
+    publish.add_argument("--event", metavar="TYPE", help="the event's type")
+    publish.add_argument("--key", help="idempotency key: the same one within two minutes publishes nothing more")
+    publish.add_argument("--prefix", default="asgi_sse", help="that of the broker (default: %(default)s)")
+    publish.add_argument(
+        "--timeout", type=float, default=5.0, help="seconds to wait for the engine (default: %(default)g)"
+    )
+    publish.set_defaults(run=_publish)
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version")):
@@ -117,6 +144,26 @@ def _demo(options: argparse.Namespace) -> int:
         DemoServer(uvicorn.Config(create_demo(), log_level="warning")).run(sockets=[listener])
     # uvicorn raises the signal again that ended it. Still here: SIGINT, which the parent has made this process ignore.
     return _INTERRUPTED
+
+
+def _publish(options: argparse.Namespace) -> int:
+    from .broker import publish  # noqa: PLC0415 (the demo does without)
+    from .errors import SSEError  # noqa: PLC0415
+
+    try:
+        data = sys.stdin.buffer.read() if options.data is None else options.data
+        event_id = publish(
+            options.url,
+            options.channel,
+            {"data": data, "event": options.event},
+            idempotency_key=options.key,
+            prefix=options.prefix,
+            timeout=options.timeout,
+        )
+    except (SSEError, ModuleNotFoundError, ValueError) as exc:
+        return _fail(str(exc))
+    print(event_id)  # noqa: T201
+    return 0
 
 
 def _fail(message: str) -> int:

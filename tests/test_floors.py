@@ -1,6 +1,7 @@
 """The table of floors: a room imports from floors below its own alone."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -68,5 +69,12 @@ def test_imports_go_down(path: Path) -> None:
 @pytest.mark.parametrize("path", [p for p in FILES if room_of(p) not in FLOORS[-1]], ids=lambda p: p.stem)
 def test_the_core_needs_anyio_and_asgiref_alone(path: Path) -> None:
     foreign = {name for name in imports(path) if not name.startswith(".")} - set(sys.stdlib_module_names)
-    allowed = {"anyio", "asgiref"} | ({"trio"} if path.stem == "on_trio" else set())
-    assert foreign <= allowed
+    clients = {"on_trio": "trio", "redis": "redis", "redis_client": "redis", "nats": "nats"}
+    assert foreign <= {"anyio", "asgiref", clients.get(path.stem)}
+
+
+def test_the_client_of_an_engine_is_imported_where_it_is_asked_for() -> None:
+    code = (
+        "import sys, asgi_sse, asgi_sse.broker; asgi_sse.Broker(); print({'redis', 'nats', 'trio'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -180,6 +180,7 @@ class Backend(ABC):
     def ask_to_stop(self, name: str, node: str) -> None:
         """Ask the process `node` to cancel its run. From any thread."""
 
+    @abstractmethod
     def check_open(self) -> object:
         """Raise `BrokerError` unless it is open."""
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import BrokerError, shown
+from ..errors import BrokerError
 from ..log import EventLog, check_name
 from ..outbox import current_flusher
 from ..source import check_content
 from .backend import Publication
 from .channel import Channel
-from .checks import check_number, name_of
+from .checks import check_key, check_number, name_of
 from .endpoint import Authorize, BrokerEndpoint
 from .engines import backend_of
 from .hub import Hub, unnumbered
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 _BURST: Final = 64
 """Events after which a publisher waits for its turn."""
-
-_LONGEST_KEY: Final = 200
 
 _FAREWELL: Final = 1.0
 """Seconds before the end of their streams at which runs are ended, so that the final event still gets there."""
@@ -217,11 +215,9 @@ class Broker:
 
     def _publication(self, channel: str, event: Any, key: str | None) -> Publication:
         check_name(channel)
-        if key is not None and (not isinstance(key, str) or not 0 < len(key) <= _LONGEST_KEY):
-            raise ValueError(f"idempotency_key={shown(key)}; give a str of 1 to {_LONGEST_KEY} characters")
         run = self._runs.get(channel)
         keep_after = None if run is None or run.outcome is not None else run.start
-        return Publication(channel, unnumbered(event), key, keep_after=keep_after)
+        return Publication(channel, unnumbered(event), check_key(key), keep_after=keep_after)
 
     async def _pace(self) -> None:
         self._published += 1

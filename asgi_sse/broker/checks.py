@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from ..errors import shown
 from ..log import check_pattern
 from .channel import Channel
+
+_LONGEST_KEY: Final = 200
+"""Characters of an idempotency key, which becomes a part of a key of Redis."""
 
 
 def name_of(channel: str | Channel) -> str:
@@ -30,3 +35,16 @@ def check_number(name: str, value: object, *, optional: bool = False, positive: 
         raise TypeError(f"{name}={shown(value)} is {type(value).__name__}; give a number{', or None' * optional}")
     if not value >= 0 or (positive and value == 0):
         raise ValueError(f"{name}={value!r} is out of range; give {'more than' if positive else 'at least'} 0")
+
+
+def check_key(key: object) -> str | None:
+    """See that `key` may be an idempotency key, or is none.
+
+    Raises:
+        ValueError: It may not.
+    """
+    if key is None:
+        return None
+    if not isinstance(key, str) or not 0 < len(key) <= _LONGEST_KEY:
+        raise ValueError(f"idempotency_key={shown(key)}; give a str of 1 to {_LONGEST_KEY} characters, or None")
+    return key

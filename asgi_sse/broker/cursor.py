@@ -114,15 +114,15 @@ class Cursor(Changing):
 
     async def _settle(self) -> None:
         """Find out where it begins, and see that all behind that is here."""
-        upstream, log = self._hub.upstream, self._hub.log
-        if self._asked is None or upstream is None:
+        upstream, log, asked = self._hub.upstream, self._hub.log, self._asked
+        if asked is None or upstream is None:
             return
-        if isinstance(log.parse(self._asked), str):
+        if isinstance(log.parse(asked), str):
             await upstream.sync()
         with self._hub.lock:
-            if self._asked is None:
+            if self._asked != asked:
                 return  # it was reset meanwhile
-            place = log.parse(self._asked)
+            place = log.parse(asked)
             if isinstance(place, str):
                 self._asked = None
                 self._reset(place)
@@ -134,7 +134,7 @@ class Cursor(Changing):
         if missing:
             await upstream.recall(missing)
         with self._hub.lock:
-            if self._asked is not None:
+            if self._asked == asked:
                 self._asked = None
                 if not self._is_complete(self._channels()):
                     self._reset("expired")

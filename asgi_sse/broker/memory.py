@@ -72,6 +72,9 @@ class MemoryBackend(Backend):
         entry = self.hub.publish(publication.channel, publication.event, end=publication.end)
         return self.hub.log.id_of(entry.number)
 
+    def check_open(self) -> None:
+        """See `Backend`: it always is."""
+
     def statistics(self) -> BrokerStatistics:
         """See `Backend`."""
         return self._statistics("local")

@@ -2,8 +2,9 @@
 
 Its keys, with the prefix in braces, so that a cluster has them on one node:
 
-- ``{p}:meta``, a hash: the ``epoch``, ``n`` (the last number), ``start`` (the number at which the epoch began), ``floor``
-  (the last number of the channels that were forgotten), ``history`` and ``channels`` (limits, for who has none).
+- ``{p}:meta``, a hash: the ``epoch``, ``n`` (the last number), ``start`` (the number at which the epoch began),
+  ``floor`` (the last number of the channels that were forgotten), ``history``, ``channels`` and ``age`` (the limits,
+  for who has none).
 - ``{p}:log``, a stream that every process reads: each event as ``n-0``, with its channel ``c``, its payload ``e``, the
   number ``l`` of the one before it in its channel, the time ``t`` in ms and the epoch ``x``.
 - ``{p}:c:CHANNEL``, a stream: the same events under the same ids, for who resumes behind what a process has in memory.
@@ -23,11 +24,7 @@ from __future__ import annotations
 import secrets
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
-from urllib.parse import parse_qs, unquote, urlsplit
 
-import redis.asyncio
-import redis.asyncio.sentinel
-from redis.backoff import NoBackoff
 from redis.exceptions import (
     BusyLoadingError,
     ClusterDownError,
@@ -44,20 +41,17 @@ from redis.exceptions import (
 )
 
 from ..errors import InvalidEventError
-from ..log import Entry
-from . import wire
+from . import redis_script, wire
 from .backend import Claim, Publication
 from .hub import clock
+from .redis_client import client_of, shown_url
 from .remote import CONTROL, Item, RemoteBackend, logger
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from ..log import Entry
     from .hub import Hub
-
-SCHEMES: Final = (
-    "redis", "rediss", "unix", "redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel",
-)  # fmt: skip
 
 _BLOCK_MS: Final = 1000
 """How long a read waits for something to come, before it is asked whether the log is still the same."""
@@ -65,124 +59,11 @@ _BLOCK_MS: Final = 1000
 _COUNT: Final = 256
 """Entries that one read takes."""
 
-_SOCKET_TIMEOUT: Final = 5.0
-"""Seconds without an answer after which a connection is given up; more than a read waits."""
-
-_WINDOW_MS: Final = 120_000
-"""For how long idempotency keys are known."""
-
-_MEMORY_MS: Final = 600_000
-"""For how long it is known what a process has published last."""
-
 _LEASE_MS: Final = 30_000
 """For how long a run goes on of whose process nothing is heard."""
 
 _CHUNK: Final = 100
 """Channels that are asked for at once."""
-
-# KEYS: meta, log, last, w; then for each item its channel's stream and its idempotency key (or meta, without).
-# ARGV: 1 an epoch to begin; 2 the epoch that is to be replaced by it, or ''; 3 the number of the attempt; 4 history,
-# 5 channels, 6 ms for which channels are kept, or 0: or '' for what stands in meta; 7 the prefix of channels' streams;
-# then for each item: the channel, its payload, whether it has a key, '' or (of a run) the number behind which its
-# channel is kept, '' or the ms for which it is kept from now on; and at last the run's key, or '', its outcome.
-_PUBLISH: Final = """
-local meta, log, last, memory = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local found = redis.call('HMGET', meta, 'epoch', 'n', 'history', 'channels', 'age', 'start')
-local epoch, n, start = found[1], tonumber(found[2] or 0), found[6] or '0'
-local lost = not epoch or (n > 0 and redis.call('EXISTS', last) == 0 and n > tonumber(start))
-if lost then
-  redis.call('DEL', meta, log, last)
-  epoch, n, start = ARGV[1], 0, '0'
-  redis.call('HSET', meta, 'epoch', epoch, 'n', 0, 'start', 0, 'floor', 0)
-elseif ARGV[2] == epoch then
-  epoch, start = ARGV[1], string.format('%d', n)
-  redis.call('HSET', meta, 'epoch', epoch, 'start', start)
-end
-local history, channels, age = ARGV[4], ARGV[5], ARGV[6]
-if history == '' then
-  history, channels, age = found[3] or '1000', found[4] or '10000', found[5] or '0'
-elseif history ~= found[3] or channels ~= found[4] or age ~= found[5] or lost then
-  redis.call('HSET', meta, 'history', history, 'channels', channels, 'age', age)
-end
-local clock = redis.call('TIME')
-local ms = string.format('%d', clock[1] * 1000 + math.floor(clock[2] / 1000))
-local ids = {}
-local items = (#ARGV - 7) / 7
-if items > 0 then
-  local before = redis.call('HMGET', memory, 'attempt', 'ids')
-  if before[1] then
-    if tonumber(before[1]) > tonumber(ARGV[3]) then return {epoch, string.format('%d', n), ms, start, 'stale'} end
-    if before[1] == ARGV[3] then return {epoch, string.format('%d', n), ms, start, before[2]} end
-  end
-end
-for i = 1, items do
-  local a = 7 + (i - 1) * 7
-  local stream, key = KEYS[3 + 2 * i], KEYS[4 + 2 * i]
-  local channel, payload, keyed, keep, ttl = ARGV[a + 1], ARGV[a + 2], ARGV[a + 3], ARGV[a + 4], ARGV[a + 5]
-  local known = keyed == '1' and redis.call('GET', key)
-  if known and string.sub(known, 1, #epoch + 1) == epoch .. '-' then
-    ids[i] = known
-  else
-    local before = redis.call('ZSCORE', last, channel)
-    if not before then
-      redis.call('DEL', stream)
-      before = redis.call('HGET', meta, 'floor')
-    end
-    n = redis.call('HINCRBY', meta, 'n', 1)
-    local id = string.format('%d-0', n)
-    redis.call('XADD', log, 'MAXLEN', '~', math.max(1000, history), id,
-      'c', channel, 'e', payload, 'l', before, 't', ms, 'x', epoch)
-    if keep == '' then
-      redis.call('XADD', stream, 'MAXLEN', '~', history, id, 'e', payload, 'l', before, 't', ms)
-      if age ~= '0' then redis.call('PEXPIRE', stream, age) end
-    else
-      redis.call('XADD', stream, 'MINID', '~', keep, id, 'e', payload, 'l', before, 't', ms)
-      redis.call('PERSIST', stream)
-    end
-    if ttl ~= '' then redis.call('PEXPIRE', stream, ttl) end
-    if ARGV[a + 6] ~= '' then
-      redis.call('HSET', ARGV[a + 6], 'outcome', ARGV[a + 7], 'final', n)
-      redis.call('PEXPIRE', ARGV[a + 6], ttl)
-    end
-    redis.call('ZADD', last, n, channel)
-    ids[i] = epoch .. '-' .. string.format('%d', n)
-    if keyed == '1' then redis.call('SET', key, ids[i], 'PX', 120000) end
-  end
-end
-local over = items > 0 and redis.call('ZCARD', last) - channels or 0
-if over > 0 then
-  local oldest = redis.call('ZPOPMIN', last, over)
-  for i = 1, #oldest, 2 do redis.call('DEL', ARGV[7] .. oldest[i]) end
-  redis.call('HSET', meta, 'floor', oldest[#oldest])
-end
-local joined = table.concat(ids, ' ')
-if items > 0 then
-  redis.call('HSET', memory, 'attempt', ARGV[3], 'ids', joined)
-  redis.call('PEXPIRE', memory, 600000)
-end
-return {epoch, string.format('%d', n), ms, start, joined}
-"""
-
-# KEYS: run, meta. ARGV: node, max_bytes, ttl, whether to begin again one that has ended, ms.
-_CLAIM: Final = """
-local outcome = redis.call('HGET', KEYS[1], 'outcome')
-if outcome and (outcome == '' or ARGV[4] == '0') then return {0, redis.call('HGETALL', KEYS[1])} end
-local at = redis.call('HMGET', KEYS[2], 'epoch', 'n')
-redis.call('DEL', KEYS[1])
-redis.call('HSET', KEYS[1], 'node', ARGV[1], 'max_bytes', ARGV[2], 'ttl', ARGV[3], 'outcome', '', 'final', 0,
-  'epoch', at[1] or '', 'start', at[2] or 0)
-redis.call('PEXPIRE', KEYS[1], ARGV[5])
-return {1, redis.call('HGETALL', KEYS[1])}
-"""
-
-# KEYS: run. ARGV: node, ms, and the fields of the run, to put it back if it is gone.
-_RENEW: Final = """
-local node = redis.call('HGET', KEYS[1], 'node')
-if node and node ~= ARGV[1] then return 0 end
-if not node then redis.call('HSET', KEYS[1], 'node', ARGV[1], unpack(ARGV, 3)) end
-if redis.call('HGET', KEYS[1], 'outcome') == '' then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
-return 1
-"""
 
 
 class _Last(NamedTuple):
@@ -231,7 +112,7 @@ class RedisBackend(RemoteBackend):
         max_channels: int,
         max_age: float | None,
     ) -> None:
-        self._make_client = partial(_client, url)
+        self._make_client = partial(client_of, url)
         super().__init__(hub, shown_url(url), timeout=timeout, burst=burst)
         self._prefix = f"{{{prefix}}}:"
         age = 0 if max_age is None else max(1, int(max_age * 1000))
@@ -246,9 +127,9 @@ class RedisBackend(RemoteBackend):
 
     async def _connect(self) -> None:
         self._client, self._closers = self._make_client()
-        self._publish_script = self._client.register_script(_PUBLISH)
-        self._claim_script = self._client.register_script(_CLAIM)
-        self._renew_script = self._client.register_script(_RENEW)
+        self._publish_script = self._client.register_script(redis_script.PUBLISH)
+        self._claim_script = self._client.register_script(redis_script.CLAIM)
+        self._renew_script = self._client.register_script(redis_script.RENEW)
 
     async def _disconnect(self) -> None:
         closers, self._closers = self._closers, []
@@ -294,7 +175,7 @@ class RedisBackend(RemoteBackend):
             run_id = await self._find_run_id()
             if first or epoch != log.epoch:
                 break
-            if await self._is_continued(tail, run_id == self._run_id != b""):
+            if await self._is_continued(tail, same_process=run_id == self._run_id != b""):
                 self._run_id = run_id
                 if log.tail < tail:
                     await self._fill_gap(tail)
@@ -332,7 +213,7 @@ class RedisBackend(RemoteBackend):
             return b""
         return str(info.get("run_id", "")).encode()
 
-    async def _is_continued(self, tail: int, same_process: bool) -> bool:
+    async def _is_continued(self, tail: int, *, same_process: bool) -> bool:
         """Whether what was read last still stands in its place."""
         own = self.hub.log.tail
         if tail < own:
@@ -523,57 +404,3 @@ def _pairs(answer: Any) -> Iterable[tuple[bytes, Any]]:
     if isinstance(answer, dict):
         return [(name, entry) for name, batches in answer.items() for entry in batches]
     return answer or ()
-
-
-def shown_url(url: str) -> str:
-    """A URL without its password."""
-    head, at, tail = url.rpartition("@")
-    if not at:
-        return url
-    scheme, separator, user = head.partition("://")
-    return f"{scheme}{separator}{user.partition(':')[0]}:***@{tail}"
-
-
-def _client(url: str) -> tuple[Any, list[Any]]:
-    """A client for a URL, and all that is to be closed behind it."""
-    options: dict[str, Any] = {
-        "socket_timeout": _SOCKET_TIMEOUT,
-        "socket_connect_timeout": _SOCKET_TIMEOUT,
-        "socket_keepalive": True,
-        "retry": redis.asyncio.retry.Retry(NoBackoff(), 0),  # we have our own, which knows what was published
-    }
-    scheme, _, kind = url.partition("://")[0].partition("+")
-    plain = url.replace(f"+{kind}://", "://", 1) if kind else url
-    if kind == "cluster":
-        client: Any = redis.asyncio.RedisCluster.from_url(plain, **options)
-        return client, [client]
-    if kind == "sentinel":
-        return _by_sentinel(plain, options, tls=scheme == "rediss")
-    client = redis.asyncio.Redis.from_url(plain, **options)
-    return client, [client]
-
-
-def _by_sentinel(url: str, options: dict[str, Any], *, tls: bool) -> tuple[Any, list[Any]]:
-    parts = urlsplit(url)
-    login, _, places = parts.netloc.rpartition("@")
-    service, _, database = parts.path.strip("/").partition("/")
-    if not service:
-        raise ValueError(f"{shown_url(url)}: give the name of the service, as redis+sentinel://HOST:26379/mymaster/0")
-    user, _, password = login.partition(":")
-    query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
-    sentinel_options = {
-        name.removeprefix("sentinel_"): query.pop(name) for name in list(query) if name.startswith("sentinel_")
-    }
-    hosts = []
-    for place in places.split(","):
-        host, _, port = place.rpartition(":") if ":" in place.rpartition("]")[2] else (place, "", "26379")
-        hosts.append((host.strip("[]"), int(port)))
-    options = {**options, **query, "db": int(database or 0), "ssl": tls}
-    if user:
-        options["username"] = unquote(user)
-    if password:
-        options["password"] = unquote(password)
-    timeouts = {name: options[name] for name in ("socket_timeout", "socket_connect_timeout")}
-    sentinel = redis.asyncio.sentinel.Sentinel(hosts, sentinel_kwargs={**timeouts, **sentinel_options}, **options)
-    client = sentinel.master_for(service)
-    return client, [client, *sentinel.sentinels]

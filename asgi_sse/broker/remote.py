@@ -1,6 +1,7 @@
 """`RemoteBackend`: what the back ends on other machines have in common.
 
-One task follows the engine's log into the hub, and begins again where it was cut; one publishes, in the order of asking.
+One task follows the engine's log into the hub, and begins again where it was cut. Another one publishes, in the order
+of asking.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from . import wire
 from .backend import Backend, BrokerStatistics, Publication, State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterable
 
     from .hub import Hub
 
@@ -34,7 +35,7 @@ logger: Final = logging.getLogger(__name__)
 CONTROL: Final = "!control"
 """Where processes tell each other what is for no client: no channel may be called so."""
 
-OPENING: Final = 10.0
+_OPENING: Final = 10.0
 """Seconds in which a broker has to be connected, before its app's startup fails."""
 
 _BATCH: Final = 64
@@ -151,8 +152,8 @@ class RemoteBackend(Backend):
 
     # Life
 
-    async def open(self) -> None:
-        """See `Backend`."""
+    async def open(self, *, follow: bool = True) -> None:
+        """See `Backend`; without `follow`, only to publish."""
         try:
             self._loop = asyncio.get_running_loop()
         except RuntimeError:
@@ -161,9 +162,10 @@ class RemoteBackend(Backend):
         self._queued, self._progress = asyncio.Event(), asyncio.Event()
         self._state = "connecting"
         try:
-            async with asyncio.timeout(OPENING):
+            async with asyncio.timeout(_OPENING):
                 await self._connect()
-                await self._catch_up(first=True)
+                if follow:
+                    await self._catch_up(first=True)
         except BaseException as exc:
             await self._disconnect()
             self._state, self._loop = "closed", None
@@ -171,10 +173,9 @@ class RemoteBackend(Backend):
                 raise BrokerError(f"cannot connect to {self.url}: {_text(exc)}") from exc
             raise
         self._state, self._error = "connected", ""
-        self._tasks = [
-            self._loop.create_task(self._follow(), name="asgi_sse follow"),
-            self._loop.create_task(self._publish_all(), name="asgi_sse publish"),
-        ]
+        self._tasks = [self._loop.create_task(self._publish_all(), name="asgi_sse publish")]
+        if follow:
+            self._tasks.append(self._loop.create_task(self._follow(), name="asgi_sse follow"))
 
     async def close(self) -> None:
         """See `Backend`."""
@@ -191,8 +192,7 @@ class RemoteBackend(Backend):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._disconnect()
-        for item in self._queue:
-            self._refuse(item, BrokerError(f"{self.url} was closed before this was published"))
+        self._refuse(self._queue, f"{self.url} was closed before this was published")
         self._queue.clear()
         self._state, self._loop = "closed", None
         self._progress.set()
@@ -382,28 +382,29 @@ class RemoteBackend(Backend):
             try:
                 ids = await self._send(batch, attempt)
             except asyncio.CancelledError:
-                for item in batch:
-                    self._refuse(item, BrokerError(f"{self.url} was closed; this may have been published"))
+                self._refuse(batch, f"{self.url} was closed; this may have been published")
                 raise
+            except self.transient as exc:
+                self._error = self._error or _text(exc)
+                await pauses.wait()
             except Exception as exc:
-                if isinstance(exc, self.transient):
-                    self._error = self._error or _text(exc)
-                    await pauses.wait()
-                    continue
-                for item in batch:
-                    self._refuse(item, BrokerError(f"{self.url} did not take it: {_text(exc)}"))
-                return
-            if self._state == "connected":
-                self._error = ""
-            self._published += len(ids)
-            for item, event_id in zip(batch, ids, strict=True):
-                if not item.answer.done():
-                    item.answer.set_result(event_id)
+                self._refuse(batch, f"{self.url} did not take it: {_text(exc)}")
+            else:
+                self._acknowledge(batch, ids)
 
-    def _refuse(self, item: Item, error: BrokerError) -> None:
-        if not item.answer.done():
-            item.answer.set_exception(error)
-            item.answer.exception()  # of what was posted, nobody asks
+    def _acknowledge(self, batch: list[Item], ids: list[str]) -> None:
+        if self._state == "connected":
+            self._error = ""
+        self._published += len(ids)
+        for item, event_id in zip(batch, ids, strict=True):
+            if not item.answer.done():
+                item.answer.set_result(event_id)
+
+    def _refuse(self, items: Iterable[Item], why: str) -> None:
+        for item in items:
+            if not item.answer.done():
+                item.answer.set_exception(BrokerError(why))
+                item.answer.exception()  # of what was posted, nobody asks
 
 
 def _text(exc: BaseException) -> str:

@@ -67,7 +67,7 @@ class _Alarms:
 
 
 class Runs(Mapping[str, Run]):
-    """The runs by name: those that go on, and those that ended less than their ``ttl`` ago, as far as they are known here.
+    """The runs by name: those that go on, and those that ended less than their ``ttl`` ago, as far as is known here.
 
     Those of other processes are looked for by `find`.
     """

@@ -1,0 +1,107 @@
+"""What the back end on Redis has done by the server, all of it or nothing. Its keys: see `redis`."""
+
+from typing import Final
+
+# KEYS: meta, log, last, w; then for each item its channel's stream and its idempotency key (or meta, without).
+# ARGV: 1 an epoch to begin; 2 the epoch that is to be replaced by it, or ''; 3 the number of the attempt; 4 history,
+# 5 channels, 6 ms for which channels are kept, or 0: or '' for what stands in meta; 7 the prefix of channels' streams;
+# then for each item: the channel, its payload, whether it has a key, '' or (of a run) the number behind which its
+# channel is kept, '' or the ms for which it is kept from now on; and at last the run's key, or '', its outcome.
+PUBLISH: Final = """
+local meta, log, last, memory = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local found = redis.call('HMGET', meta, 'epoch', 'n', 'history', 'channels', 'age', 'start')
+local epoch, n, start = found[1], tonumber(found[2] or 0), found[6] or '0'
+local lost = not epoch or (n > 0 and redis.call('EXISTS', last) == 0 and n > tonumber(start))
+if lost then
+  redis.call('DEL', meta, log, last)
+  epoch, n, start = ARGV[1], 0, '0'
+  redis.call('HSET', meta, 'epoch', epoch, 'n', 0, 'start', 0, 'floor', 0)
+elseif ARGV[2] == epoch then
+  epoch, start = ARGV[1], string.format('%d', n)
+  redis.call('HSET', meta, 'epoch', epoch, 'start', start)
+end
+local history, channels, age = ARGV[4], ARGV[5], ARGV[6]
+if history == '' then
+  history, channels, age = found[3] or '1000', found[4] or '10000', found[5] or '0'
+elseif history ~= found[3] or channels ~= found[4] or age ~= found[5] or lost then
+  redis.call('HSET', meta, 'history', history, 'channels', channels, 'age', age)
+end
+local clock = redis.call('TIME')
+local ms = string.format('%d', clock[1] * 1000 + math.floor(clock[2] / 1000))
+local ids = {}
+local items = (#ARGV - 7) / 7
+if items > 0 then
+  local before = redis.call('HMGET', memory, 'attempt', 'ids')
+  if before[1] then
+    if tonumber(before[1]) > tonumber(ARGV[3]) then return {epoch, string.format('%d', n), ms, start, 'stale'} end
+    if before[1] == ARGV[3] then return {epoch, string.format('%d', n), ms, start, before[2]} end
+  end
+end
+for i = 1, items do
+  local a = 7 + (i - 1) * 7
+  local stream, key = KEYS[3 + 2 * i], KEYS[4 + 2 * i]
+  local channel, payload, keyed, keep, ttl = ARGV[a + 1], ARGV[a + 2], ARGV[a + 3], ARGV[a + 4], ARGV[a + 5]
+  local known = keyed == '1' and redis.call('GET', key)
+  if known and string.sub(known, 1, #epoch + 1) == epoch .. '-' then
+    ids[i] = known
+  else
+    local before = redis.call('ZSCORE', last, channel)
+    if not before then
+      redis.call('DEL', stream)
+      before = redis.call('HGET', meta, 'floor')
+    end
+    n = redis.call('HINCRBY', meta, 'n', 1)
+    local id = string.format('%d-0', n)
+    redis.call('XADD', log, 'MAXLEN', '~', math.max(1000, history), id,
+      'c', channel, 'e', payload, 'l', before, 't', ms, 'x', epoch)
+    if keep == '' then
+      redis.call('XADD', stream, 'MAXLEN', '~', history, id, 'e', payload, 'l', before, 't', ms)
+      if age ~= '0' then redis.call('PEXPIRE', stream, age) end
+    else
+      redis.call('XADD', stream, 'MINID', '~', keep, id, 'e', payload, 'l', before, 't', ms)
+      redis.call('PERSIST', stream)
+    end
+    if ttl ~= '' then redis.call('PEXPIRE', stream, ttl) end
+    if ARGV[a + 6] ~= '' then
+      redis.call('HSET', ARGV[a + 6], 'outcome', ARGV[a + 7], 'final', n)
+      redis.call('PEXPIRE', ARGV[a + 6], ttl)
+    end
+    redis.call('ZADD', last, n, channel)
+    ids[i] = epoch .. '-' .. string.format('%d', n)
+    if keyed == '1' then redis.call('SET', key, ids[i], 'PX', 120000) end
+  end
+end
+local over = items > 0 and redis.call('ZCARD', last) - channels or 0
+if over > 0 then
+  local oldest = redis.call('ZPOPMIN', last, over)
+  for i = 1, #oldest, 2 do redis.call('DEL', ARGV[7] .. oldest[i]) end
+  redis.call('HSET', meta, 'floor', oldest[#oldest])
+end
+local joined = table.concat(ids, ' ')
+if items > 0 then
+  redis.call('HSET', memory, 'attempt', ARGV[3], 'ids', joined)
+  redis.call('PEXPIRE', memory, 600000)
+end
+return {epoch, string.format('%d', n), ms, start, joined}
+"""
+
+# KEYS: run, meta. ARGV: node, max_bytes, ttl, whether to begin again one that has ended, ms.
+CLAIM: Final = """
+local outcome = redis.call('HGET', KEYS[1], 'outcome')
+if outcome and (outcome == '' or ARGV[4] == '0') then return {0, redis.call('HGETALL', KEYS[1])} end
+local at = redis.call('HMGET', KEYS[2], 'epoch', 'n')
+redis.call('DEL', KEYS[1])
+redis.call('HSET', KEYS[1], 'node', ARGV[1], 'max_bytes', ARGV[2], 'ttl', ARGV[3], 'outcome', '', 'final', 0,
+  'epoch', at[1] or '', 'start', at[2] or 0)
+redis.call('PEXPIRE', KEYS[1], ARGV[5])
+return {1, redis.call('HGETALL', KEYS[1])}
+"""
+
+# KEYS: run. ARGV: node, ms, and the fields of the run, to put it back if it is gone.
+RENEW: Final = """
+local node = redis.call('HGET', KEYS[1], 'node')
+if node and node ~= ARGV[1] then return 0 end
+if not node then redis.call('HSET', KEYS[1], 'node', ARGV[1], unpack(ARGV, 3)) end
+if redis.call('HGET', KEYS[1], 'outcome') == '' then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
+return 1
+"""
