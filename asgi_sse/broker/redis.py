@@ -193,6 +193,9 @@ class RedisBackend(RemoteBackend):
         await self._restart(epoch, tail, known, floor)
 
     async def _restart(self, epoch: str, tail: int, known: list[tuple[str, int]], floor: int) -> None:
+        # What was asked for later may know of more: that is still to be read.
+        known = [(channel, min(last, tail)) for channel, last in known]
+        floor = min(floor, tail)
         found = await self._client.xrange(self._key("log"), f"{tail}-0", f"{tail}-0")
         self._last = _Last(tail, found[0][1]) if found else None
         self.hub.restart(epoch, tail, known, floor=floor)
@@ -370,16 +373,21 @@ class RedisBackend(RemoteBackend):
 
     async def find(self, name: str) -> Claim | None:
         """See `Backend`."""
-        fields = await self._here(partial(self._patiently, partial(self._client.hgetall, self._key(f"r:{name}"))))
+        return await self._here(partial(self._patiently, partial(self._find, name)))
+
+    async def _find(self, name: str) -> Claim | None:
+        fields = await self._client.hgetall(self._key(f"r:{name}"))
         return _claim_of(fields) if fields else None
 
     async def renew(self, name: str, claim: Claim) -> bool:
         """See `Backend`."""
+        return await self._here(partial(self._patiently, partial(self._renew, name, claim)))
+
+    async def _renew(self, name: str, claim: Claim) -> bool:
         arguments = [self._node, _LEASE_MS]
         for field in ("max_bytes", "ttl", "outcome", "final", "epoch", "start"):
             arguments += [field, getattr(claim, field)]
-        renew = partial(self._renew_script, keys=[self._key(f"r:{name}")], args=arguments)
-        return bool(await self._here(partial(self._patiently, renew)))
+        return bool(await self._renew_script(keys=[self._key(f"r:{name}")], args=arguments))
 
 
 def _claim_of(fields: dict[bytes, bytes]) -> Claim:

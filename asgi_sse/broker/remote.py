@@ -38,6 +38,9 @@ CONTROL: Final = "!control"
 _OPENING: Final = 10.0
 """Seconds in which a broker has to be connected, before its app's startup fails."""
 
+_CANCEL_AGAIN: Final = 0.5
+"""Seconds after which a task that was cancelled is cancelled again."""
+
 _BATCH: Final = 64
 """Publications that are under way together."""
 
@@ -187,10 +190,11 @@ class RemoteBackend(Backend):
         await self._here(self._close)
 
     async def _close(self) -> None:
-        tasks, self._tasks = self._tasks, []
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        tasks, self._tasks = set(self._tasks), []
+        while tasks:  # redis-py on Python 3.11 loses a cancellation now and then
+            for task in tasks:
+                task.cancel()
+            _, tasks = await asyncio.wait(tasks, timeout=_CANCEL_AGAIN)
         await self._disconnect()
         self._refuse(self._queue, f"{self.url} was closed before this was published")
         self._queue.clear()
