@@ -1,4 +1,4 @@
-"""What tests of faults share: nodes, a proxy that cuts connections, clients that resume, and the check of what they got.
+"""What tests of faults share: nodes, a proxy that cuts, clients that resume, and the check of what they were told.
 
 The check knows of each event what its publisher knows: that it was acknowledged, and with which id, or that it may have
 been published. Each client has to have got what was acknowledged, once and in order, or to have been told by a `reset`
@@ -18,6 +18,7 @@ from collections import Counter, defaultdict
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self, TypeAlias
 
 import psutil
@@ -217,7 +218,7 @@ class Told(NamedTuple):
     epoch: str
     number: int
     who: str
-    count: int
+    nth: int  # of that publisher
     at: float  # when it was published
     is_last: bool = False
 
@@ -246,6 +247,7 @@ class Client:
         self.last_id = ""
         self.told: list[Told] = []
         self.lasts = 0
+        self.resets = 0
         self.awaits = 0.0  # an event that is younger
         self.came_at: float | None = None  # it came then
         self.connections = 0
@@ -282,6 +284,7 @@ class Client:
                 row = told(str(event.id), str(event.event), str(event.data))
                 self.told.append(row)
                 self.lasts += row.is_last
+                self.resets += not row.who
                 if self.came_at is None and row.at > self.awaits:
                     self.came_at = time.monotonic()
             self.first_id = self.first_id or connection.first_id
@@ -378,6 +381,10 @@ class Cluster:
     def rss(self) -> list[float]:
         return [node.rss for node in self.nodes if node.runs]
 
+    def resets(self) -> int:
+        """How many clients were told."""
+        return sum(client.resets for client in self.clients)
+
     def logs(self) -> str:
         return "".join(node.log()[-3_000:] for node in self.nodes)
 
@@ -391,7 +398,7 @@ class Cluster:
 class Acknowledged(NamedTuple):
     number: int
     who: str
-    count: int
+    nth: int  # of that publisher
     channel: str
 
 
@@ -409,8 +416,8 @@ class Ledger:
                 kind, who, count, *rest = line.split(" ")
                 self._add(kind, (who, int(count)), rest)
         self.of_epoch: dict[str, list[Acknowledged]] = defaultdict(list)
-        for (who, count), (epoch, number) in self.ids.items():
-            self.of_epoch[epoch].append(Acknowledged(number, who, count, self.channel[who, count]))
+        for name, (epoch, number) in self.ids.items():
+            self.of_epoch[epoch].append(Acknowledged(number, *name, self.channel[name]))
         for rows in self.of_epoch.values():
             rows.sort()
 
@@ -485,14 +492,14 @@ def check(clients: Iterable[Client], ledger: Ledger) -> Verdict:
     for client in clients:
         _check_client(client, ledger, verdict)
         for row in client.told:
-            if row.who and names.setdefault((row.epoch, row.number), (row.who, row.count)) != (row.who, row.count):
+            if row.who and names.setdefault((row.epoch, row.number), (row.who, row.nth)) != (row.who, row.nth):
                 verdict.add("an id of two events", row)
     return verdict
 
 
 def _check_ids(ledger: Ledger, verdict: Verdict) -> None:
     for rows in ledger.of_epoch.values():
-        for before, after in zip(rows, rows[1:], strict=False):
+        for before, after in pairwise(rows):
             if before.number == after.number:
                 verdict.add("acknowledged with the id of another one", (before, after))
     # What a publisher began to publish first comes first; it may be acknowledged in the same moment.
@@ -511,7 +518,7 @@ def _check_client(client: Client, ledger: Ledger, verdict: Verdict) -> None:
     part: set[tuple[str, int]] = set()  # since the last reset
     known: dict[tuple[str, int], str] = {}  # the epoch in which it was seen last
     for row in client.told:
-        name = row.who, row.count
+        name = row.who, row.nth
         if not row.who:
             verdict.resets += 1
             if row.epoch == epoch and row.number < end:
@@ -537,7 +544,7 @@ def _check_client(client: Client, ledger: Ledger, verdict: Verdict) -> None:
 
 def _check_event(client: Client, ledger: Ledger, verdict: Verdict, row: Told) -> None:
     """An event that is none of its channels, or not what was acknowledged by that id."""
-    name = row.who, row.count
+    name = row.who, row.nth
     if ledger.channel.get(name) not in client.channels:
         verdict.add("not of its channels", (client, row))
     acknowledged = ledger.ids.get(name)
@@ -561,7 +568,7 @@ def _check_part(
     for row in ledger.of_epoch.get(epoch, ()):
         if row.number <= start or (end is not None and row.number > end):
             continue
-        if row.channel in client.channels and (row.who, row.count) not in part:
+        if row.channel in client.channels and (row.who, row.nth) not in part:
             verdict.lost += 1
             verdict.add("lost silently", (client, row, place))
 

@@ -79,6 +79,7 @@ async def soak(engine: Engine, directory: Path) -> None:
     # Half of them leave by themselves; the others notice if a connection is of no use any more.
     cluster = Cluster(engine, directory, CLIENTS, lambda number: 1.5 if number // 8 % 2 else None, proxied=True)
     happened: list[str] = []
+    resets = Counter[str]()
     seconds: list[float] = []
     chosen = {name: often for name, (often, _) in FAULTS.items() if isinstance(engine, Valkey) or "scripts" not in name}
     async with cluster:
@@ -90,17 +91,19 @@ async def soak(engine: Engine, directory: Path) -> None:
             await asyncio.sleep(random.uniform(0, 3))
             (name,) = random.choices(list(chosen), list(chosen.values()))
             happened.append(name)
+            told_before = cluster.resets()
             try:
                 await FAULTS[name][1](cluster)
                 seconds.append(await cluster.recovery())
             except AssertionError as exc:
                 raise AssertionError(f"after {happened}: {exc}") from exc
+            resets[name] += cluster.resets() - told_before
             peak = max(peak, *cluster.rss())
         await cluster.finish()
     verdict = cluster.verdict()
     print(
         f"{engine.name}: {SECONDS:.0f} s, {len(happened)} faults {dict(Counter(happened))}; "
-        f"recovered in {max(seconds):.2f} s at the most; "
+        f"recovered in {max(seconds):.2f} s at the most; resets {dict(resets)}; "
         f"{CLIENTS} clients in {sum(client.connections for client in cluster.clients)} connections; {verdict}; "
         f"{peak - before:.0f} MB more"
     )
