@@ -46,6 +46,7 @@ class Engine(ABC):
         self.sync = sync
         self._directory = directory
         self._data = directory / "data"
+        self._saved = directory / "saved"
         self._process: subprocess.Popen[bytes] | None = None
 
     @classmethod
@@ -108,12 +109,26 @@ class Engine(ABC):
             self._process.wait(PATIENCE)
             self._process = None
 
-    def restart(self, *, empty: bool = False) -> None:
-        """Kill it if it runs, and start it again, with what it had on its disk or with nothing."""
+    def restart(self, *, empty: bool = False, saved: bool = False) -> None:
+        """Kill it if it runs, and start it again, with what it had on its disk.
+
+        Args:
+            empty: With nothing.
+            saved: With what `save` has kept: it has lost what it acknowledged since.
+        """
         self.kill()
-        if empty:
+        if empty or saved:
             shutil.rmtree(self._data)
+        if saved:
+            shutil.copytree(self._saved, self._data)
         self.start()
+
+    def save(self) -> None:
+        """Keep what is on its disk, as it would be after a crash."""
+        self.pause()
+        shutil.rmtree(self._saved, ignore_errors=True)
+        shutil.copytree(self._data, self._saved)
+        self.resume()
 
     def pause(self) -> None:
         """It stands still; its connections stay open."""

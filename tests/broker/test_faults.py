@@ -56,6 +56,14 @@ async def kill_and_restart_empty(cluster: Cluster) -> None:
     await kill_and_restart(cluster, empty=True)
 
 
+async def kill_and_restart_with_less(cluster: Cluster) -> None:
+    await asyncio.to_thread(cluster.engine.save)
+    await asyncio.sleep(0.5)
+    await asyncio.to_thread(cluster.engine.kill)
+    await asyncio.sleep(1)
+    await asyncio.to_thread(cluster.engine.restart, saved=True)
+
+
 async def pause(cluster: Cluster, seconds: float = 10) -> None:
     cluster.engine.pause()
     try:
@@ -98,6 +106,7 @@ async def kill_node(cluster: Cluster) -> None:
 FAULTS = {
     "killed_and_restarted_with_its_data": Fault(kill_and_restart, again=False),
     "killed_and_restarted_empty": Fault(kill_and_restart_empty, again=False, resets=True, lossy=True),
+    "killed_and_restarted_with_less": Fault(kill_and_restart_with_less, again=False, resets=True, lossy=True),
     "paused_10s": Fault(pause),
     "connection_cut": Fault(cut, proxied=True),
     "history_trimmed": Fault(trim, resets=True, proxied=True),
