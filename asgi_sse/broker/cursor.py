@@ -106,35 +106,35 @@ class Cursor(Changing):
 
     def restarted(self, channels: list[str], *, same: bool) -> bool:
         """See `hub.Reader`."""
-        if same and (self._asked is not None or self._is_complete(channels)):
+        if self._asked is not None:  # it may be of the log that there is from now on: that is being found out
+            if self._dirty is not None:
+                self._dirty.update(channels)
             return False
-        self._asked = None
+        if same and self._is_complete(channels):
+            return False
         self._reset("expired" if same else "epoch")
         return True
 
     async def _settle(self) -> None:
         """Find out where it begins, and see that all behind that is here."""
-        upstream, log, asked = self._hub.upstream, self._hub.log, self._asked
-        if asked is None or upstream is None:
-            return
-        if isinstance(log.parse(asked), str):
-            await upstream.sync()
-        with self._hub.lock:
-            if self._asked != asked:
-                return  # it was reset meanwhile
-            place = log.parse(asked)
-            if isinstance(place, str):
-                self._asked = None
-                self._reset(place)
-                return
-            self._position = self._given = place
-            self._epoch = log.epoch
-            channels = self._channels()
-            missing = log.missing(channels, place)
-        if missing:
-            await upstream.recall(missing)
-        with self._hub.lock:
-            if self._asked == asked:
+        upstream, log = self._hub.upstream, self._hub.log
+        while self._asked is not None and upstream is not None:
+            if isinstance(log.parse(self._asked), str):
+                await upstream.sync()
+            with self._hub.lock:
+                place = log.parse(self._asked)
+                if isinstance(place, str):
+                    self._asked = None
+                    self._reset(place)
+                    return
+                self._position = self._given = place
+                self._epoch = log.epoch
+                missing = log.missing(self._channels(), place)
+            if missing:
+                await upstream.recall(missing)
+            with self._hub.lock:
+                if self._epoch != log.epoch:
+                    continue  # what was recalled is of a log that there is no more
                 self._asked = None
                 if not self._is_complete(self._channels()):
                     self._reset("expired")

@@ -235,7 +235,8 @@ class Hub:
         """`channel` had events up to a number that are not here."""
         with self.lock:
             self.log.miss(channel, number)
-            here, there = self._by_loop([reader for reader in self._readers_of(channel) if reader.missed(channel)])
+            readers = self._readers_of(channel, new=True)  # of a pattern, who comes later is to know of it
+            here, there = self._by_loop([reader for reader in readers if reader.missed(channel)])
         self._wake_all(here, there)
 
     def restart(self, epoch: str, tail: int, known: Iterable[tuple[str, int]] = (), *, floor: int) -> None:

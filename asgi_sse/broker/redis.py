@@ -276,12 +276,14 @@ class RedisBackend(RemoteBackend):
         """The log does not have any more what comes next: get it from the channels that are read here."""
         log = self.hub.log
         pipeline = self._client.pipeline(transaction=False)
-        pipeline.zrangebyscore(self._key("last"), f"({log.tail}", tail, withscores=True)
+        # Those with something behind `tail` too: they may have something before it as well.
+        pipeline.zrangebyscore(self._key("last"), f"({log.tail}", "+inf", withscores=True)
         pipeline.hget(self._key("meta"), "floor")
         pipeline.xrange(self._key("log"), f"({log.tail}-0", f"{log.tail + 1}-0")
         changed, floor, following = await pipeline.execute()
         if following:
             return  # it was only behind
+        tail = max([tail, *(int(score) for _, score in changed)])  # as of then
         if int(floor or 0) > log.tail:
             # Channels were forgotten meanwhile, and nobody knows which ones.
             await self._restart(log.epoch, tail, *await self._survey())
