@@ -44,7 +44,7 @@ from ..errors import InvalidEventError
 from . import redis_script, wire
 from .backend import Claim, Publication
 from .hub import clock
-from .redis_client import client_of, shown_url
+from .redis_client import RedisURL, shown_url
 from .remote import CONTROL, Item, RemoteBackend, logger
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class RedisBackend(RemoteBackend):
         max_channels: int,
         max_age: float | None,
     ) -> None:
-        self._make_client = partial(client_of, url)
+        self._connect_to = RedisURL(url)
         super().__init__(hub, shown_url(url), timeout=timeout, burst=burst)
         self._prefix = f"{{{prefix}}}:"
         age = 0 if max_age is None else max(1, int(max_age * 1000))
@@ -126,7 +126,7 @@ class RedisBackend(RemoteBackend):
     # Connection
 
     async def _connect(self) -> None:
-        self._client, self._closers = self._make_client()
+        self._client, self._closers = self._connect_to.connect()
         self._publish_script = self._client.register_script(redis_script.PUBLISH)
         self._claim_script = self._client.register_script(redis_script.CLAIM)
         self._renew_script = self._client.register_script(redis_script.RENEW)

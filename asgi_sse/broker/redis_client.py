@@ -7,6 +7,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import redis.asyncio
 import redis.asyncio.sentinel
+from redis.asyncio.connection import parse_url
+from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 _SOCKET_TIMEOUT: Final = 5.0
@@ -22,48 +24,66 @@ def shown_url(url: str) -> str:
     return f"{scheme}{separator}{user.partition(':')[0]}:***@{tail}"
 
 
-def client_of(url: str) -> tuple[Any, list[Any]]:
-    """A client for a URL, and all that is to be closed behind it."""
-    options: dict[str, Any] = {
-        "socket_timeout": _SOCKET_TIMEOUT,
-        "socket_connect_timeout": _SOCKET_TIMEOUT,
-        "socket_keepalive": True,
-        "retry": redis.asyncio.retry.Retry(NoBackoff(), 0),  # we have our own, which knows what was published
-    }
-    scheme, _, kind = url.partition("://")[0].partition("+")
-    plain = url.replace(f"+{kind}://", "://", 1) if kind else url
-    if kind == "cluster":
-        client: Any = redis.asyncio.RedisCluster.from_url(plain, **options)
+class RedisURL:
+    """What a URL says.
+
+    Args:
+        url: See `redis.RedisBackend`.
+
+    Raises:
+        ValueError: It is none.
+    """
+
+    def __init__(self, url: str) -> None:
+        scheme, _, self._kind = url.partition("://")[0].partition("+")
+        self._url = url.replace(f"+{self._kind}://", "://", 1) if self._kind else url
+        self._options: dict[str, Any] = {
+            "socket_timeout": _SOCKET_TIMEOUT,
+            "socket_connect_timeout": _SOCKET_TIMEOUT,
+            "socket_keepalive": True,
+            "retry": Retry(NoBackoff(), 0),  # we have our own, which knows what was published
+        }
+        if self._kind == "sentinel":
+            self._parse_sentinels(tls=scheme == "rediss")
+        else:
+            parse_url(self._url)
+
+    def connect(self) -> tuple[Any, list[Any]]:
+        """A client, and all that is to be closed behind it."""
+        if self._kind == "cluster":
+            client: Any = redis.asyncio.RedisCluster.from_url(self._url, **self._options)
+            return client, [client]
+        if self._kind == "sentinel":
+            sentinel: Any = redis.asyncio.sentinel.Sentinel(  # type: ignore[no-untyped-call]
+                self._sentinels, sentinel_kwargs=self._sentinel_options, **self._options
+            )
+            client = sentinel.master_for(self._service)
+            return client, [client, *sentinel.sentinels]
+        client = redis.asyncio.Redis.from_url(self._url, **self._options)
         return client, [client]
-    if kind == "sentinel":
-        return _by_sentinel(plain, options, tls=scheme == "rediss")
-    client = redis.asyncio.Redis.from_url(plain, **options)
-    return client, [client]
 
-
-def _by_sentinel(url: str, options: dict[str, Any], *, tls: bool) -> tuple[Any, list[Any]]:
-    parts = urlsplit(url)
-    login, _, places = parts.netloc.rpartition("@")
-    service, _, database = parts.path.strip("/").partition("/")
-    if not service:
-        raise ValueError(f"{shown_url(url)}: give the name of the service, as redis+sentinel://HOST:26379/mymaster/0")
-    user, _, password = login.partition(":")
-    query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
-    sentinel_options = {
-        name.removeprefix("sentinel_"): query.pop(name) for name in list(query) if name.startswith("sentinel_")
-    }
-    hosts = []
-    for place in places.split(","):
-        host, _, port = place.rpartition(":") if ":" in place.rpartition("]")[2] else (place, "", "26379")
-        hosts.append((host.strip("[]"), int(port)))
-    options = {**options, **query, "db": int(database or 0), "ssl": tls}
-    if user:
-        options["username"] = unquote(user)
-    if password:
-        options["password"] = unquote(password)
-    timeouts = {name: options[name] for name in ("socket_timeout", "socket_connect_timeout")}
-    sentinel: Any = redis.asyncio.sentinel.Sentinel(  # type: ignore[no-untyped-call]
-        hosts, sentinel_kwargs={**timeouts, **sentinel_options}, **options
-    )
-    client = sentinel.master_for(service)
-    return client, [client, *sentinel.sentinels]
+    def _parse_sentinels(self, *, tls: bool) -> None:
+        parts = urlsplit(self._url)
+        login, _, places = parts.netloc.rpartition("@")
+        self._service, _, database = parts.path.strip("/").partition("/")
+        if not self._service or not places:
+            raise ValueError(
+                f"{shown_url(self._url)}: give the sentinels and the name of the service, as "
+                "redis+sentinel://HOST:26379,HOST:26379/mymaster/0"
+            )
+        user, _, password = login.partition(":")
+        query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+        self._sentinel_options = {
+            "socket_timeout": _SOCKET_TIMEOUT,
+            "socket_connect_timeout": _SOCKET_TIMEOUT,
+            **{name.removeprefix("sentinel_"): query.pop(name) for name in list(query) if name.startswith("sentinel_")},
+        }
+        self._sentinels = []
+        for place in places.split(","):
+            found = urlsplit(f"//{place}")
+            self._sentinels.append((found.hostname or "localhost", found.port or 26379))
+        self._options |= {**query, "db": int(database or 0), "ssl": tls}
+        if user:
+            self._options["username"] = unquote(user)
+        if password:
+            self._options["password"] = unquote(password)

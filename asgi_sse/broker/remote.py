@@ -167,8 +167,7 @@ class RemoteBackend(Backend):
         try:
             async with asyncio.timeout(_OPENING):
                 await self._connect()
-                if follow:
-                    await self._catch_up(first=True)
+                await (self._catch_up(first=True) if follow else self._position())
         except BaseException as exc:
             await self._disconnect()
             self._state, self._loop = "closed", None

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from serving import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Sequence
 
 PREFIX = "asgi_sse"  # the default of a broker
 PATIENCE = 20.0  # seconds in which an engine answers, or never will
@@ -35,15 +35,17 @@ class Engine(ABC):
         directory: A new one, for its data and its log.
         sync: Whether it says yes only to what is on the disk. Without, what it has acknowledged outlives its process,
             but maybe not the machine.
+        options: More of its command line.
     """
 
     name: ClassVar[str]
     scheme: ClassVar[str]
 
-    def __init__(self, directory: Path, *, sync: bool = True) -> None:
+    def __init__(self, directory: Path, *, sync: bool = True, options: Sequence[str] = ()) -> None:
         self.port = free_port()
         self.url = f"{self.scheme}://127.0.0.1:{self.port}"
         self.sync = sync
+        self._options = options
         self._directory = directory
         self._data = directory / "data"
         self._saved = directory / "saved"
@@ -88,7 +90,7 @@ class Engine(ABC):
         self._data.mkdir(parents=True, exist_ok=True)
         with (self._directory / "engine.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [str(program), *self._arguments()], stdout=log, stderr=log, stdin=subprocess.DEVNULL
+                [str(program), *self._arguments(), *self._options], stdout=log, stderr=log, stdin=subprocess.DEVNULL
             )
         deadline = time.monotonic() + PATIENCE
         while not self._is_up():
@@ -177,8 +179,13 @@ class Valkey(Engine):
         return redis.Redis(port=self.port, socket_timeout=PATIENCE)
 
     def _answers(self) -> bool:
+        import redis
+
         with self.client() as client:
-            return bool(client.ping())
+            try:
+                return bool(client.ping())
+            except redis.AuthenticationError:
+                return True
 
     def flush(self) -> None:
         with self.client() as client:

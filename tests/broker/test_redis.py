@@ -1,0 +1,497 @@
+"""What is special to Redis and Valkey: connections, what may happen to the server's keys, its ways to be reached."""
+
+import asyncio
+import json
+import logging
+import ssl
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+from engines import PATIENCE, Valkey
+
+import asgi_sse.broker
+from asgi_sse import Broker, BrokerError, ServerSentEvent, Subscription
+from asgi_sse.broker import redis as redis_backend
+from asgi_sse.broker import runs
+
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.real_time,
+    pytest.mark.skipif(not Valkey.available(), reason="Valkey is not installed"),
+]
+
+_prefixes = (f"r{number}" for number in count())
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+    with Valkey(tmp_path_factory.mktemp("valkey"), sync=False) as engine:
+        yield engine
+
+
+@pytest.fixture
+def prefix() -> str:
+    return next(_prefixes)
+
+
+async def take(subscription: Subscription, number: int) -> list[ServerSentEvent]:
+    async with asyncio.timeout(PATIENCE):
+        return [await subscription.__anext__() for _ in range(number)]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def data(events: list[ServerSentEvent]) -> list[str | None]:
+    return [event.data for event in events]
+
+
+def reason(event: ServerSentEvent) -> str:
+    assert event.event == "reset"
+    return str(json.loads(event.data or "")["reason"])
+
+
+# Connections
+
+
+async def test_a_lost_connection_is_seen_and_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "asgi_sse")
+    with Valkey(tmp_path) as engine:
+        async with (
+            Broker(engine.url, publish_timeout=0.3) as broker,
+            Broker(engine.url, publish_timeout=None) as patient,
+        ):
+            subscription = broker.subscribe("a")
+            await broker.publish("a", "0")
+            engine.kill()
+            await until(lambda: broker.statistics().state == patient.statistics().state == "disconnected")
+            await until(lambda: "127.0.0.1" in broker.statistics().error)  # Error 111 connecting to …
+            with pytest.raises(BrokerError, match=r"within 0.3 s: redis://127.0.0.1:\d+ is disconnected \(.*failed"):
+                await broker.publish("a", "lost")
+            waiting = asyncio.ensure_future(patient.publish("a", "1"))
+            await asyncio.to_thread(engine.start)
+            place = await asyncio.wait_for(waiting, PATIENCE)
+            await until(lambda: broker.statistics().state == "connected")
+            assert (broker.statistics().reconnects, broker.statistics().restarts) == (1, 0)
+            seen = data(await take(subscription, 2))
+            assert seen == ["0", "1"] or [*seen, *data(await take(subscription, 1))] == ["0", "lost", "1"]
+            assert subscription.last_event_id == place
+    said = [record.getMessage() for record in caplog.records if record.name == "asgi_sse.broker.remote"]
+    assert sum("is lost, and is tried again" in message for message in said) == 2  # each of them once
+    assert sum("again" in message and message.startswith("connected") for message in said) == 2
+
+
+async def test_an_engine_that_is_not_there_or_does_not_let_us_in(tmp_path: Path) -> None:
+    with Valkey(tmp_path, options=["--requirepass", "secret"]) as engine:
+        async with Broker(engine.url.replace("//", "//:secret@")) as broker:
+            await broker.publish("a", "x")
+        with pytest.raises(BrokerError, match="cannot connect to redis://:\\*\\*\\*@127") as refused:
+            await Broker(engine.url.replace("//", "//:wrong@")).open("me")
+        assert "wrong" not in str(refused.value)
+    with pytest.raises(BrokerError, match="cannot connect to redis://127"):
+        await Broker(engine.url).open("me")
+    with pytest.raises(BrokerError, match="cannot connect"):
+        await asyncio.to_thread(asgi_sse.broker.publish, engine.url, "a", "x")
+
+
+@pytest.mark.parametrize("url", ["redis+sentinel://h:1", "redis://", "foo://x", "localhost", "memory:///", "nats:x"])
+def test_urls_that_are_none(url: str) -> None:
+    if url == "redis://":
+        Broker(url)  # localhost, as of redis-py
+        return
+    with pytest.raises(ValueError, match="give"):
+        Broker(url)
+
+
+async def test_what_the_server_refuses_is_told(valkey: Valkey, prefix: str) -> None:
+    async with Broker(valkey.url, prefix=prefix) as broker:
+        with valkey.client() as client:
+            client.config_set("maxmemory", "100kb")
+            try:
+                with pytest.raises(BrokerError, match="did not take it: .*memory"):
+                    await broker.publish("a", "x")
+            finally:
+                client.config_set("maxmemory", "0")
+        await broker.publish("a", "x")
+
+
+async def test_prefixes_are_apart(valkey: Valkey, prefix: str) -> None:
+    async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix + "-other") as other:
+        subscription = other.subscribe("**")
+        await one.publish("a", "of one")
+        await other.publish("a", "of the other")
+        assert data(await take(subscription, 1)) == ["of the other"]
+    for wrong in ("", "a b", "{x}", "x" * 65, None):
+        with pytest.raises(ValueError, match="prefix"):
+            Broker(valkey.url, prefix=wrong)  # type: ignore[arg-type]
+
+
+async def test_a_cancelled_publisher_leaves_the_others_alone(valkey: Valkey, prefix: str) -> None:
+    async with Broker(valkey.url, prefix=prefix) as broker:
+        subscription = broker.subscribe("a")
+        tasks = [asyncio.ensure_future(broker.publish("a", str(number))) for number in range(200)]
+        await asyncio.sleep(0)
+        for task in tasks[::2]:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        last = await broker.publish("a", "last")
+        seen = []
+        while not seen or seen[-1].id != last:
+            seen += await take(subscription, 1)
+        numbers = [int(event.data or "") for event in seen[:-1]]
+        assert numbers == sorted(set(numbers))
+        assert set(range(1, 200, 2)) <= set(numbers)
+
+
+async def test_commands_are_few(valkey: Valkey, prefix: str) -> None:
+    """One reader, however many subscribers; one script for each batch of events."""
+    async with Broker(valkey.url, prefix=prefix) as broker:
+        subscriptions = [broker.subscribe("a", f"b{number}") for number in range(50)]
+        with valkey.client() as client:
+            client.config_resetstat()
+            await asyncio.gather(*(broker.publish("a", "x") for _ in range(640)))
+            for subscription in subscriptions:
+                await take(subscription, 640)
+            used = {name: figures["calls"] for name, figures in client.info("commandstats").items()}
+        assert used["cmdstat_evalsha"] < 30
+        assert used["cmdstat_xread"] <= 60
+        assert "cmdstat_xrange" not in used
+
+
+# What may happen to keys
+
+
+def in_thread(call: Callable[[], Any]) -> None:
+    """Do something while the event loop stands still."""
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join(PATIENCE)
+
+
+async def test_a_log_that_was_trimmed_past_us_is_filled_from_the_channels(valkey: Valkey, prefix: str) -> None:
+    async with Broker(valkey.url, prefix=prefix) as broker:
+        by_name, by_pattern, both, hurt = (
+            broker.subscribe(*names) for names in (("a",), ("b.*",), ("a", "b.x"), ("gone", "a"))
+        )
+        first = await broker.publish("a", "first")
+        await broker.publish("b.x", "first")
+        for subscription, number in ((by_name, 1), (by_pattern, 1), (both, 2), (hurt, 1)):
+            await take(subscription, number)
+
+        def happens() -> None:
+            for number in range(5):
+                for channel in ("a", "b.x", "unread", "gone"):
+                    asgi_sse.broker.publish(valkey.url, channel, f"{channel} {number}", prefix=prefix)
+            with valkey.client() as client:
+                client.xtrim(f"{{{prefix}}}:log", maxlen=0, approximate=False)
+                client.xtrim(f"{{{prefix}}}:c:gone", maxlen=2, approximate=False)
+
+        in_thread(happens)
+        assert data(await take(by_name, 5)) == [f"a {number}" for number in range(5)]
+        assert data(await take(by_pattern, 5)) == [f"b.x {number}" for number in range(5)]
+        seen = data(await take(both, 10))
+        assert seen == [f"{channel} {number}" for number in range(5) for channel in ("a", "b.x")]
+        told, *_ = [event for event in await take(hurt, 3) if event.event == "reset"]
+        assert reason(told) == "overflow"
+        last = await broker.publish("unread", "last")
+        cold = broker.subscribe("unread", "a", last_event_id=first)  # what nobody read is still to be had
+        seen = data(await take(cold, 11))
+        assert seen[-1] == "last"
+        assert [text for text in seen if (text or "").startswith("unread")] == [f"unread {n}" for n in range(5)]
+        assert cold.last_event_id == last
+        assert broker.statistics().restarts == 0
+
+
+@pytest.mark.parametrize("keys", [("meta",), ("last",), ("meta", "log", "last"), ("*",)])
+async def test_keys_that_are_gone_make_another_log(valkey: Valkey, prefix: str, keys: tuple[str, ...]) -> None:
+    async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
+        subscriptions = [node.subscribe("a") for node in (one, two)]
+        ids = [await one.publish("a", str(number)) for number in range(5)]
+        for subscription in subscriptions:
+            await take(subscription, 5)
+        with valkey.client() as client:
+            names = [f"{{{prefix}}}:{key}" for key in keys]
+            client.delete(*(client.keys(names[0].replace("{", "\\{")) if keys == ("*",) else names))
+        after = await two.publish("a", "after")  # at once, or when the idle look finds it
+        assert after.partition("-")[0] != ids[0].partition("-")[0]
+        for subscription in subscriptions:
+            told, event = await take(subscription, 2)
+            assert reason(told) == "epoch"
+            assert (event.data, event.id) == ("after", after)
+        for node in (one, two):
+            (told,) = await take(node.subscribe("a", last_event_id=ids[2]), 1)
+            assert reason(told) == "epoch"
+            assert node.statistics().restarts == 1
+
+
+async def test_an_idle_look_finds_that_all_is_gone(valkey: Valkey, prefix: str) -> None:
+    async with Broker(valkey.url, prefix=prefix) as broker:
+        subscription = broker.subscribe("a")
+        await broker.publish("a", "x")
+        await take(subscription, 1)
+        with valkey.client() as client:
+            client.delete(f"{{{prefix}}}:meta")
+        assert reason((await take(subscription, 1))[0]) == "epoch"
+
+
+async def test_a_lost_log_or_channel_is_told_or_not_missed(valkey: Valkey, prefix: str) -> None:
+    async with Broker(valkey.url, prefix=prefix) as broker:
+        subscription = broker.subscribe("a")
+        first = await broker.publish("a", "0")
+        with valkey.client() as client:
+            client.delete(f"{{{prefix}}}:log")
+        await broker.publish("a", "1")
+        assert data(await take(subscription, 2)) == ["0", "1"]
+        with valkey.client() as client:
+            client.delete(f"{{{prefix}}}:c:a")
+        last = await broker.publish("a", "2")
+        assert data(await take(subscription, 1)) == ["2"]
+        async with Broker(valkey.url, prefix=prefix) as cold:
+            (told,) = await take(cold.subscribe("a", last_event_id=first), 1)
+            assert (reason(told), told.id) == ("expired", last)
+
+
+async def test_a_server_that_has_lost_what_it_acknowledged_gets_another_epoch(tmp_path: Path) -> None:
+    with Valkey(tmp_path) as engine:
+        async with Broker(engine.url) as one, Broker(engine.url) as two:
+            subscriptions = [node.subscribe("a") for node in (one, two)]
+            kept = [await one.publish("a", str(number)) for number in range(3)]
+            await asyncio.to_thread(engine.save)
+            lost = [await one.publish("a", f"lost {number}") for number in range(3)]
+            for subscription in subscriptions:
+                await take(subscription, 6)
+            await asyncio.to_thread(engine.restart, saved=True)
+            ids = [await two.publish("a", f"new {number}") for number in range(4)]  # as many as were lost, and more
+            assert not {ids[0].partition("-")[0]} & {kept[0].partition("-")[0]}
+            for node, subscription in zip((one, two), subscriptions, strict=True):
+                told, *events = await take(subscription, 5)
+                assert reason(told) == "epoch"
+                assert [event.id for event in events] == ids
+                (told,) = await take(node.subscribe("a", last_event_id=lost[1]), 1)
+                assert reason(told) == "epoch"
+
+
+async def test_what_is_no_event_is_left_out(valkey: Valkey, prefix: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with Broker(valkey.url, prefix=prefix) as broker:
+        subscription = broker.subscribe("a")
+        await broker.publish("a", "0")
+        with valkey.client() as client:
+            for payload in (
+                b"no JSON",
+                b"[1]",
+                b'{"id": "7", "data": "x"}',
+                b'{"data": "x", "event": "a\\nb"}',
+                b"\xff",
+            ):
+                meta = f"{{{prefix}}}:meta"
+                number = client.hincrby(meta, "n", 1)
+                fields = {"c": "a", "e": payload, "l": number - 1, "t": 0, "x": client.hget(meta, "epoch")}
+                client.xadd(f"{{{prefix}}}:log", fields, id=f"{number}-0")
+        await broker.publish("a", "1")
+        assert data(await take(subscription, 2)) == ["0", "1"]
+    assert sum("is left out" in record.getMessage() for record in caplog.records) == 5
+
+
+# Runs whose process is gone
+
+
+async def endless() -> AsyncIterator[str]:
+    yield "first"
+    await asyncio.Event().wait()
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "_WATCH", 0.05)
+    monkeypatch.setattr(redis_backend, "_LEASE_MS", 300)
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_a_run_whose_process_is_gone_is_ended_by_another_one(valkey: Valkey, prefix: str) -> None:
+    async with Broker(valkey.url, prefix=prefix) as two, Broker(valkey.url, prefix=prefix) as three:
+        gone = threading.Event()
+
+        async def owner() -> None:
+            broker = Broker(valkey.url, prefix=prefix)
+            await broker.open("me")
+            await broker.run("r", endless())
+            gone.set()  # its event loop ends here, as if it was killed
+
+        thread = threading.Thread(target=lambda: asyncio.run(owner()))
+        thread.start()
+        await asyncio.to_thread(gone.wait, PATIENCE)
+        found = [await node.find_run("r") for node in (two, three)]
+        await asyncio.to_thread(thread.join, PATIENCE)
+        for run in found:
+            assert run is not None
+            async with asyncio.timeout(PATIENCE):
+                assert await run.wait() in {"lost", "cancelled"}
+                seen = [event async for event in run.subscribe()]
+            assert [event.event for event in seen].count("end") == 1
+            assert seen[-1].event == "end"
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_a_run_goes_on_as_long_as_its_process_does(valkey: Valkey, prefix: str) -> None:
+    async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
+        run = await one.run("r", endless())
+        found = await two.find_run("r")
+        assert found is not None
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1):  # three leases
+                await found.wait()
+        with valkey.client() as client:
+            client.delete(f"{{{prefix}}}:r:r")  # it is put back
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await found.wait()
+        with valkey.client() as client:
+            client.hset(f"{{{prefix}}}:r:r", "node", "another")
+        async with asyncio.timeout(PATIENCE):
+            assert await run.wait() == "lost"
+        found.cancel()
+        run.cancel()
+
+
+async def test_a_run_goes_on_in_a_log_that_is_another_one(valkey: Valkey, prefix: str) -> None:
+    release = asyncio.Event()
+
+    async def source() -> AsyncIterator[str]:
+        yield "before"
+        await release.wait()
+        yield "after"
+
+    async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
+        run = await one.run("r", source())
+        found = await two.find_run("r")
+        assert found is not None
+        readers = [run.subscribe(), found.subscribe()]
+        for reader in readers:
+            assert data(await take(reader, 1)) == ["before"]
+        with valkey.client() as client:
+            client.delete(*client.keys(f"\\{{{prefix}}}:*"))
+        await until(lambda: one.statistics().restarts == two.statistics().restarts == 1)
+        release.set()
+        for reader in readers:
+            told, after, end = await take(reader, 3)
+            assert reason(told) == "epoch"
+            assert (after.data, end.event) == ("after", "end")
+        async with asyncio.timeout(PATIENCE):
+            assert await run.wait() == await found.wait() == "finished"
+
+
+# The ways to it
+
+
+@asynccontextmanager
+async def tls_in_front_of(engine: Valkey, context: ssl.SSLContext) -> AsyncIterator[int]:
+    """What Valkey here was built without."""
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while chunk := await reader.read(65_536):
+            writer.write(chunk)
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there = await asyncio.open_connection("127.0.0.1", engine.port)
+        await asyncio.gather(relay(reader, there[1]), relay(there[0], writer), return_exceptions=True)
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context) as server:
+        yield server.sockets[0].getsockname()[1]
+        server.close()
+
+
+async def test_tls(valkey: Valkey, prefix: str, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost").configure_cert(context)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    async with tls_in_front_of(valkey, context) as port:
+        async with Broker(f"rediss://localhost:{port}?ssl_ca_certs={tmp_path / 'ca.pem'}", prefix=prefix) as broker:
+            await round_trip(broker)
+        with pytest.raises(BrokerError, match="cannot connect to rediss.*certificate"):
+            await Broker(f"rediss://localhost:{port}").open("me")
+
+
+async def round_trip(broker: Broker) -> None:
+    subscription = broker.subscribe("a.b")
+    place = await broker.publish("a.b", "x", idempotency_key="k")
+    assert await broker.publish("a.b", "x", idempotency_key="k") == place
+    assert [event.id for event in await take(subscription, 1)] == [place]
+
+
+async def test_a_cluster(tmp_path: Path) -> None:
+    with Valkey(tmp_path, options=["--cluster-enabled", "yes"]) as engine:
+        with engine.client() as client:
+            client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+            await until(lambda: b"cluster_state:ok" in client.execute_command("CLUSTER INFO", NEVER_DECODE=True))
+        url = engine.url.replace("redis://", "redis+cluster://")
+        async with Broker(url) as one, Broker(url) as two:
+            await round_trip(one)
+            first = await one.publish("b", "0")
+            run = await one.run("r", endless())
+            found = await two.find_run("r")
+            assert found is not None
+            found.cancel()
+            async with asyncio.timeout(PATIENCE):
+                assert await run.wait() == await found.wait() == "cancelled"
+            await asyncio.to_thread(asgi_sse.broker.publish, url, "b", "1")
+            async with Broker(url) as cold:
+                assert data(await take(cold.subscribe("**", last_event_id=first), 3)) == [
+                    "first", '{"reason":"cancelled"}', "1",
+                ]  # fmt: skip
+
+
+async def test_a_master_by_its_sentinels_and_a_failover(tmp_path: Path) -> None:
+    replica_of = ["--repl-diskless-sync-delay", "0"]
+    with (
+        Valkey(tmp_path / "one", options=replica_of) as master,
+        Valkey(tmp_path / "two", options=["--replicaof", f"127.0.0.1 {master.port}"]) as replica,
+    ):
+        config = tmp_path / "sentinel.conf"
+        config.write_text(
+            f"sentinel monitor here 127.0.0.1 {master.port} 1\nsentinel down-after-milliseconds here 500\n"
+            "sentinel failover-timeout here 2000\n"
+        )
+        with _Sentinel(tmp_path / "three", options=[str(config), "--sentinel"]) as sentinel:
+            with replica.client() as client, sentinel.client() as watch:
+                await until(lambda: client.info("replication")["master_link_status"] == "up")
+                await until(lambda: watch.execute_command("SENTINEL REPLICAS here") != [])
+            url = f"redis+sentinel://127.0.0.1:{sentinel.port}/here/0"
+            async with Broker(url, publish_timeout=None) as broker:
+                subscription = broker.subscribe("a")
+                await broker.publish("a", "before")
+                assert data(await take(subscription, 1)) == ["before"]
+                with master.client() as client:
+                    client.wait(1, 5000)
+                await asyncio.to_thread(master.kill)
+                after = await asyncio.wait_for(broker.publish("a", "after"), PATIENCE)
+                seen = await take(subscription, 1)
+                if seen[0].event == "reset":  # that of a run id which is another one, and nothing to compare
+                    seen = await take(subscription, 1)
+                assert [event.id for event in seen] == [after]
+    with pytest.raises(ValueError, match="name of the service"):
+        Broker("redis+sentinel://127.0.0.1:1")
+
+
+class _Sentinel(Valkey):
+    def _arguments(self) -> list[str]:
+        return []
+
+    def start(self) -> None:
+        self._options = [*self._options, "--port", str(self.port), "--bind", "127.0.0.1"]
+        super().start()
