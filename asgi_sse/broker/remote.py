@@ -139,6 +139,9 @@ class RemoteBackend(Backend):
         Args:
             items: What to publish.
             attempt: A number that grows, but is the same each time that these items are tried.
+
+        Returns:
+            As many ids as items; ``""`` for one whose publisher has its answer already.
         """
 
     @abstractmethod
@@ -395,7 +398,7 @@ class RemoteBackend(Backend):
                 return
             if self._state == "connected":
                 self._error = ""
-            self._published += len(ids)
+            self._published += sum(map(bool, ids))
             for item, event_id in zip(batch, ids, strict=True):
                 if not item.answer.done():
                     item.answer.set_result(event_id)
