@@ -372,7 +372,7 @@ class EventLog:
             raise ValueError(f"epoch={epoch!r}; give up to 32 of 0-9 a-z")
         self.epoch = epoch or secrets.token_hex(4)
         self.tail = 0
-        self._history = history
+        self._history: float = history
         self._max_bytes = max_bytes
         self._max_age = math.inf if max_age is None else max_age
         self._max_channels = max_channels
@@ -463,6 +463,10 @@ class EventLog:
         self._floor = floor
         for channel, max_bytes in self._kept.items():
             self.keep(channel, max_bytes)
+
+    def keep_many(self) -> None:
+        """From now on, channels keep any number of events: `cut` bounds all of them together, as the other log does."""
+        self._history = math.inf
 
     def skip(self, number: int) -> None:
         """A number was given to something that is no event."""

@@ -362,13 +362,15 @@ class RedisBackend(RemoteBackend):
 
     async def claim(self, name: str, max_bytes: int, ttl: float, *, again: bool) -> tuple[Claim, bool]:
         """See `Backend`."""
-        return await self._here(partial(self._patiently, partial(self._claim, name, max_bytes, ttl, again=again)))
+        token = secrets.token_hex(8)
+        claim = partial(self._claim, name, max_bytes, ttl, token, again=again)
+        return await self._here(partial(self._patiently, claim))
 
-    async def _claim(self, name: str, max_bytes: int, ttl: float, *, again: bool) -> tuple[Claim, bool]:
+    async def _claim(self, name: str, max_bytes: int, ttl: float, token: str, *, again: bool) -> tuple[Claim, bool]:
         await self._sync()  # to know of the epoch
         new, fields = await self._claim_script(
             keys=[self._key(f"r:{name}"), self._key("meta")],
-            args=[self._node, max_bytes, ttl, int(again), _LEASE_MS],
+            args=[self._node, max_bytes, ttl, int(again), _LEASE_MS, token],
         )
         claim = _claim_of(dict(zip(fields[::2], fields[1::2], strict=True)))
         return claim, bool(new)

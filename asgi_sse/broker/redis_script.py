@@ -85,13 +85,15 @@ end
 return {epoch, string.format('%d', n), ms, start, joined}
 """
 
-# KEYS: run, meta. ARGV: node, max_bytes, ttl, whether to begin again one that has ended, ms.
+# KEYS: run, meta. ARGV: node, max_bytes, ttl, whether to begin again one that has ended, ms, a token: who has got no
+# answer finds by it that the run is its own.
 CLAIM: Final = """
 local outcome = redis.call('HGET', KEYS[1], 'outcome')
+if outcome and redis.call('HGET', KEYS[1], 'token') == ARGV[6] then return {1, redis.call('HGETALL', KEYS[1])} end
 if outcome and (outcome == '' or ARGV[4] == '0') then return {0, redis.call('HGETALL', KEYS[1])} end
 local at = redis.call('HMGET', KEYS[2], 'epoch', 'n')
 redis.call('DEL', KEYS[1])
-redis.call('HSET', KEYS[1], 'node', ARGV[1], 'max_bytes', ARGV[2], 'ttl', ARGV[3], 'outcome', '', 'final', 0,
+redis.call('HSET', KEYS[1], 'node', ARGV[1], 'max_bytes', ARGV[2], 'ttl', ARGV[3], 'outcome', '', 'final', 0, 'token', ARGV[6],
   'epoch', at[1] or '', 'start', at[2] or 0)
 redis.call('PEXPIRE', KEYS[1], ARGV[5])
 return {1, redis.call('HGETALL', KEYS[1])}

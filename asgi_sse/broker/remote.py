@@ -35,7 +35,7 @@ logger: Final = logging.getLogger(__name__)
 CONTROL: Final = "!control"
 """Where processes tell each other what is for no client: no channel may be called so."""
 
-_OPENING: Final = 10.0
+_OPENING: Final = 30.0
 """Seconds in which a broker has to be connected, before its app's startup fails."""
 
 _CANCEL_AGAIN: Final = 0.5
@@ -128,6 +128,10 @@ class RemoteBackend(Backend):
     async def _catch_up(self, *, first: bool) -> None:
         """Bring the hub's log to where the engine's is, or find that it is another one."""
 
+    async def _look_in(self) -> None:
+        """See that the engine is there, and find out what there is to know for publishing alone."""
+        await self._position()
+
     @abstractmethod
     async def _read(self) -> None:
         """Bring what the engine has behind the tail of the hub's log, for ever.
@@ -143,6 +147,9 @@ class RemoteBackend(Backend):
         Args:
             items: What to publish.
             attempt: A number that grows, but is the same each time that these items are tried.
+
+        Returns:
+            As many ids as items; ``""`` for one whose publisher has its answer already.
         """
 
     @abstractmethod
@@ -167,11 +174,11 @@ class RemoteBackend(Backend):
         try:
             async with asyncio.timeout(_OPENING):
                 await self._connect()
-                await (self._catch_up(first=True) if follow else self._position())
+                await (self._catch_up(first=True) if follow else self._look_in())
         except BaseException as exc:
             await self._disconnect()
             self._state, self._loop = "closed", None
-            if isinstance(exc, self.transient):
+            if isinstance(exc, Exception) and not isinstance(exc, BrokerError):
                 raise BrokerError(f"cannot connect to {self.url}: {_text(exc)}") from exc
             raise
         self._state, self._error = "connected", ""
@@ -264,7 +271,7 @@ class RemoteBackend(Backend):
             event, _ = wire.load(payload)
             order: Any = json.loads(event.data or "")
             name, node = order["cancel"], order["node"]
-        except (ValueError, KeyError, TypeError):
+        except Exception:  # anybody may have written it
             logger.exception("an order that nobody understands came from %s", self.url)
             return
         if node == self._node:
@@ -398,7 +405,7 @@ class RemoteBackend(Backend):
     def _acknowledge(self, batch: list[Item], ids: list[str]) -> None:
         if self._state == "connected":
             self._error = ""
-        self._published += len(ids)
+        self._published += sum(map(bool, ids))  # "" where it was refused by itself
         for item, event_id in zip(batch, ids, strict=True):
             if not item.answer.done():
                 item.answer.set_result(event_id)

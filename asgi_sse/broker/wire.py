@@ -30,7 +30,7 @@ def load(payload: bytes) -> tuple[ServerSentEvent, str | None]:
     """
     try:
         fields: Any = json.loads(payload)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise InvalidEventError(f"{shown(payload)} is no event of a broker: it is no JSON ({exc})") from None
     if not isinstance(fields, dict) or not _FIELDS.issuperset(fields):
         raise InvalidEventError(

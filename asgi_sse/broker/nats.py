@@ -1,0 +1,681 @@
+"""The back end on NATS 2.10 or later: one stream of JetStream, followed by one consumer.
+
+With the prefix p:
+
+- ``SSE_p``, a stream of the subjects ``sse.p.CHANNEL``, whose sequence numbers are those of the events. It is made
+  unless there is one, whose own limits hold. They bound all channels together, so that each process has the whole
+  stream in memory, up to 100,000 events and 256 MiB, and nobody asks for what is older.
+- ``SSE_p_runs``, a bucket of keys and values: a run, see `Claim`, by its encoded name.
+
+An epoch is a stream's creation and what stands in its metadata; who finds that the stream has come back with less than
+it had acknowledged writes that anew. For that, the last message that was read is compared with what stands in its
+place, whenever the consumer has to be made again.
+
+Numbers may be left out: messages can be deleted. So what is missing is told by the place of each delivery, which has no
+gaps, and by heartbeats, which name the last one: a consumer that has lost something, or is not heard of, is made anew.
+If numbers are left out, what the stream begins with tells whether its limits took them, which readers are told of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from base64 import b32encode
+from collections import deque
+from dataclasses import asdict, dataclass
+from functools import partial
+from hashlib import blake2s
+from math import ceil
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import nats.errors
+import nats.js.errors
+
+from ..errors import BrokerError
+from ..log import check_name
+from . import wire
+from .backend import Claim, Publication
+from .hub import clock
+from .jetstream import ANSWER, DELIVERY, HEARTBEAT, Delivery, JetStream, Stream, answer_of
+from .remote import CONTROL, Item, RemoteBackend, logger
+
+if TYPE_CHECKING:
+    from nats.aio.msg import Msg
+
+    from .hub import Hub
+    from .jetstream import Consumer
+
+_LIMIT: Final = 100_000
+"""Events of all channels that a process has in memory."""
+
+_BYTES: Final = 256 * 1024 * 1024
+"""What they may have together, about, by the average of the stream."""
+
+_LEAST: Final = 10_000
+"""Events that a stream of ours keeps, at least."""
+
+_SILENCE: Final = 3 * HEARTBEAT
+"""Seconds after which a consumer of which nothing is heard is made anew."""
+
+_CHECK: Final = 2.0
+"""Seconds between two looks at the stream."""
+
+_WINDOW: Final = 120.0
+"""Seconds for which the server knows the ids of messages."""
+
+_LEASE: Final = 30.0
+"""Seconds for which a run goes on of whose process nothing is heard."""
+
+_RUNS: Final = 100_000
+"""Runs that the bucket knows."""
+
+_SPARE: Final = 60
+"""Seconds for which the server keeps a run's entry longer than anybody looks at it."""
+
+
+class _Mark(NamedTuple):
+    """A message that was read: no other one has its number and its time."""
+
+    number: int
+    time: int
+
+
+class _Sent(NamedTuple):
+    """What is to be acknowledged."""
+
+    place: int
+    item: Item
+    answer: asyncio.Future[Msg]
+
+
+@dataclass(slots=True)
+class _Run:
+    """What the bucket has of a run.
+
+    Attributes:
+        claim: The run.
+        token: Of the call that has made it: who has got no answer to that finds out so that it was its own.
+        revision: The number of the entry.
+        age: Seconds since it was written.
+    """
+
+    claim: Claim
+    token: str
+    revision: int
+    age: float
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody is to find it any more."""
+        return self.age >= (self.claim.ttl if self.claim.outcome else _LEASE)
+
+
+class NatsBackend(RemoteBackend):
+    """See the module.
+
+    Args:
+        hub: Where events go.
+        url: As nats-py takes it: ``nats://USER:PASSWORD@HOST:PORT``, ``nats://TOKEN@HOST``, ``tls://``, ``ws://`` or
+            ``wss://``; of a cluster, several between commas, with the scheme and the user of the first.
+        prefix: Of its stream and its subjects.
+        timeout: See `RemoteBackend`.
+        burst: See there.
+        history: Ten times that, and 10,000 at least, is what a stream keeps that is made here. ``None``: 10,000.
+        max_channels: Of no use here: the stream has one limit for all channels, and the hub's log has its own.
+        max_age: Seconds for which such a stream keeps events, two minutes at least.
+    """
+
+    transient = (
+        *RemoteBackend.transient, nats.errors.TimeoutError, nats.errors.ConnectionClosedError,
+        nats.errors.ConnectionDrainingError, nats.errors.ConnectionReconnectingError, nats.errors.NoRespondersError,
+        nats.errors.NoServersError, nats.errors.OutboundBufferLimitError, nats.errors.StaleConnectionError,
+        nats.js.errors.ServerError, nats.js.errors.ServiceUnavailableError,
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        hub: Hub,
+        url: str,
+        *,
+        prefix: str,
+        timeout: float | None,
+        burst: int,
+        history: int | None,
+        max_channels: int,  # noqa: ARG002 (what all back ends are given)
+        max_age: float | None,
+    ) -> None:
+        self._servers = servers_of(url)
+        super().__init__(hub, ",".join(map(shown_server, self._servers)), timeout=timeout, burst=burst)
+        hub.log.keep_many()
+        self._name = f"SSE_{prefix}"
+        self._subjects = f"sse.{prefix}."
+        self._config = {
+            "name": self._name,
+            "subjects": [f"{self._subjects}>"],
+            "storage": "file",
+            "retention": "limits",
+            "discard": "old",
+            "max_msgs": max(_LEAST, 10 * (history or 0)),
+            # Not less than the time for which it is to know what it has; the hub's log takes the limit as it is.
+            "max_age": 0 if max_age is None else int(max(max_age, _WINDOW) * 1e9),
+            "duplicate_window": int(_WINDOW * 1e9),
+            "allow_direct": True,
+        }
+        self._bucket = f"KV_{self._name}_runs"
+        self._keys = f"$KV.{self._name}_runs."
+        self._link: JetStream | None = None
+        self._proven: JetStream | None = None  # it, once its stream is known to be the one that was read
+        self._consumer: Consumer | None = None
+        self._marks: deque[_Mark] = deque(maxlen=16)
+        self._acknowledged = 0  # the greatest number of this epoch that a publisher has got
+        self._skew = 0.0  # of `clock` to the engine's, in seconds
+        self._suspicious = False  # the stream is to be looked at
+        self._stuck = 0  # a tail behind which there is something that does not come
+        self._cut_at = 0
+        # The publications that are under way: since when, their ids, and those of their numbers that came here.
+        self._sender = ""
+        self._attempt = 0
+        self._since = 0.0
+        self._doubts: dict[str, int] = {}
+
+    # Connection
+
+    async def _connect(self) -> None:
+        self._sender = secrets.token_hex(8)
+        self._link = await JetStream.connect(self._servers)
+
+    async def _disconnect(self) -> None:
+        link, self._link, self._proven, self._consumer = self._link, None, None, None
+        if link is not None:
+            await link.close()
+
+    @property
+    def _js(self) -> JetStream:
+        if self._link is None:
+            raise nats.errors.ConnectionClosedError
+        return self._link
+
+    async def _look(self) -> Stream:
+        stream = await self._js.stream(self._name)
+        self._skew = clock() - stream.time
+        return stream
+
+    async def _look_or_make(self) -> Stream:
+        try:
+            return await self._look()
+        except nats.js.errors.NotFoundError:
+            pass
+        try:
+            await self._js.make_stream(self._config)
+        except nats.js.errors.APIError as exc:
+            if isinstance(exc, self.transient):
+                raise
+            raise BrokerError(f"{self.url} does not make the stream {self._name}: {exc.description}") from exc
+        return await self._look()
+
+    async def _position(self) -> tuple[str, int]:
+        try:
+            stream = await self._look()
+        except nats.js.errors.NotFoundError:
+            self._suspect()
+            raise ConnectionError(f"the stream {self._name} is gone") from None
+        if stream.epoch != self.hub.log.epoch:
+            self._suspect()
+        return stream.epoch, stream.last
+
+    def _suspect(self) -> None:
+        """Have who reads look at the stream now."""
+        self._suspicious = True
+        if self._consumer is not None:
+            self._consumer.wake()
+
+    # Reading
+
+    async def _catch_up(self, *, first: bool) -> None:
+        log = self.hub.log
+        if self._link is None or self._link.is_lost:
+            await self._disconnect()
+            self._link = await JetStream.connect(self._servers)
+        try:
+            while True:
+                acknowledged = self._acknowledged  # before it is asked for what there is
+                stream = await self._look_or_make()
+                if first or stream.epoch != log.epoch:
+                    break
+                if await self._is_continued(stream, acknowledged):
+                    if stream.floor > log.tail:
+                        self._lose(stream.floor)
+                    self._proven = self._link
+                    return
+                # Somebody may hold an id of what was lost: from now on there are others. All processes agree on them.
+                logger.warning("%s has lost events that it had acknowledged: readers are told by a reset", self.url)
+                await self._js.begin_epoch(self._name, instead_of=stream.epoch)
+            start = max(stream.floor, stream.last - _reach(stream))
+            if not first:  # what was published since this epoch began follows
+                start = max(start, stream.start)
+            await self._restart(stream.epoch, start)
+            if first:
+                await self._load(stream.last)
+            self._proven = self._link
+        except TimeoutError:
+            await self._disconnect()  # a server that does not answer may have become another one
+            raise
+
+    async def _look_in(self) -> None:
+        stream = await self._look_or_make()
+        self.hub.restart(stream.epoch, 0, floor=0)
+        self._proven = self._link
+
+    async def _restart(self, epoch: str, start: int) -> None:
+        mark = await self._js.message(self._name, seq=start) if start else None
+        self._marks.clear()
+        if mark is not None:
+            self._marks.append(_Mark(start, mark.time))
+        self._doubts = dict.fromkeys(self._doubts, 0)
+        self._acknowledged, self._cut_at = 0, start
+        self.hub.restart(epoch, start, floor=start)
+        self._restarted()
+
+    def _lose(self, number: int) -> None:
+        """The stream has forgotten what nobody has read here."""
+        logger.warning("%s has forgotten events before they were read: readers are told by a reset", self.url)
+        self._cut_at = number
+        self.hub.restart(self.hub.log.epoch, number, floor=number)
+        self._restarted()
+
+    async def _is_continued(self, stream: Stream, acknowledged: int) -> bool:
+        """Whether what was read last still stands in its place."""
+        if stream.last < max(self.hub.log.tail, acknowledged):
+            return False
+        for mark in reversed(self._marks):
+            if mark.number <= stream.floor:
+                return True  # the stream is not to have it any more
+            found = await self._js.message(self._name, seq=mark.number)
+            if found is not None:
+                return found.time == mark.time
+        return not self._marks
+
+    async def _load(self, last: int) -> None:
+        """Read all that there was when this began."""
+        log, link = self.hub.log, self._js
+        self._consumer = consumer = await link.consume(self._name, log.tail + 1)
+        while log.tail < last:
+            if consumer.pending or consumer.messages:
+                await consumer.wait()
+            if link.is_lost:
+                raise nats.errors.ConnectionClosedError
+            if not await self._take(consumer):
+                raise ConnectionError("what the stream has could not be read at once")
+            if not consumer.pending and log.tail < last and not await self._is_current(consumer):
+                raise ConnectionError("the stream has become another one while it was read")
+
+    async def _read(self) -> None:
+        loop, link = asyncio.get_running_loop(), self._js
+        consumer = self._consumer
+        try:
+            if consumer is None:
+                consumer = self._consumer = await link.consume(self._name, self.hub.log.tail + 1)
+            looked = loop.time()
+            while True:
+                await consumer.wait()
+                if link.is_lost:
+                    raise nats.errors.ConnectionClosedError
+                if not await self._take(consumer):
+                    return
+                if self._suspicious or loop.time() - looked >= _CHECK:
+                    self._suspicious = False
+                    if not await self._is_current(consumer):
+                        return
+                    looked = loop.time()
+                if loop.time() - consumer.heard >= _SILENCE:
+                    return
+        finally:
+            self._consumer = None
+
+    async def _take(self, consumer: Consumer) -> bool:
+        """Take what the consumer has brought. False: it is to be made anew."""
+        taken = 0
+        while consumer.messages:
+            message = consumer.messages.popleft()
+            if not message.reply.startswith(DELIVERY):
+                if not await self._is_alive(consumer, message):
+                    return False
+                continue
+            delivery = Delivery.of(message.reply)
+            if delivery.place != consumer.place + 1:
+                return False
+            consumer.place, consumer.pending = delivery.place, delivery.pending
+            if delivery.number <= self.hub.log.tail:
+                continue
+            if not await self._bridge(consumer, delivery.number):
+                return False
+            self._receive(message, delivery)
+            taken += 1
+            if taken % self._burst == 0:
+                await self._rest()
+        if taken:
+            await self._rest()
+        return True
+
+    async def _bridge(self, consumer: Consumer, number: int) -> bool:
+        """The next one is `number`. False: the stream is another one."""
+        log = self.hub.log
+        if number == log.tail + 1:
+            return True
+        if number <= consumer.checked:
+            self._skip(number - 1)
+            return True
+        newest = consumer.messages[-1].reply if consumer.messages else ""
+        if not await self._jump(number):
+            return False
+        if newest.startswith(DELIVERY) and self._cut_at < number - 1:
+            # The limits have not come so far by now, so that they took nothing from between those that are here.
+            consumer.checked = Delivery.of(newest).number
+        return True
+
+    async def _is_alive(self, consumer: Consumer, message: Msg) -> bool:
+        """What the server says of the consumer: that it is there, or waits for an answer, or is gone."""
+        headers = message.headers or {}
+        if headers.get("Status") != "100":
+            return False
+        reply = message.reply or headers.get("Nats-Consumer-Stalled")
+        if reply:
+            await self._js.say(reply)
+        return int(headers.get("Nats-Last-Consumer", 0)) <= consumer.place
+
+    async def _jump(self, number: int) -> bool:
+        """The next one is `number`: nobody is to miss what was before. False: the stream is another one."""
+        stream = await self._look()
+        if stream.epoch != self.hub.log.epoch:
+            return False
+        if stream.floor > self.hub.log.tail:
+            self._lose(number - 1)
+        else:
+            self._skip(number - 1)
+        return True
+
+    def _skip(self, number: int) -> None:
+        with self.hub.lock:
+            self.hub.log.skip(number)
+
+    async def _is_current(self, consumer: Consumer) -> bool:
+        """Whether the stream is the one that is read, and the consumer has what there is of it."""
+        log, acknowledged = self.hub.log, self._acknowledged
+        try:
+            stream = await self._look()
+        except nats.js.errors.NotFoundError:
+            return False
+        if stream.epoch != log.epoch or stream.last < max(log.tail, acknowledged):
+            return False
+        if stream.last > log.tail and not consumer.has_more():
+            # It is on its way; or the last ones were deleted, and nothing comes.
+            tail = log.tail
+            following = await self._js.message(self._name, seq=tail + 1, next_by_subj=">")
+            if consumer.has_more():
+                return True
+            if following is None or following.number > stream.last:
+                await self._jump(stream.last + 1)
+                self._progressed()
+            elif self._stuck == tail:
+                return False
+            self._stuck = tail
+        cut = max(stream.floor, log.tail - _reach(stream))
+        if cut > self._cut_at:
+            self._cut_at = cut
+            with self.hub.lock:
+                log.cut(cut)
+        return True
+
+    def _receive(self, message: Msg, delivery: Delivery) -> None:
+        number = delivery.number
+        self._received += 1
+        self._marks.append(_Mark(number, delivery.time))
+        if self._doubts:
+            message_id = (message.headers or {}).get("Nats-Msg-Id")
+            if message_id in self._doubts:
+                self._doubts[message_id] = number
+        channel = message.subject.removeprefix(self._subjects)
+        if channel == CONTROL:
+            self._skip(number)
+            self._controlled(message.data)
+            return
+        try:
+            if channel == message.subject:
+                raise ValueError(f"{channel} is no subject of this stream")
+            check_name(channel)
+            event, end = wire.load(message.data)
+        except Exception:  # anybody may have written it
+            logger.exception("message %d of %s is left out", number, self.url)
+            self._skip(number)
+            return
+        self.hub.publish(channel, event, number=number, time=delivery.time / 1e9 + self._skew, end=end)
+
+    async def _recall(self, channels: list[str]) -> None:
+        """What the stream has is here, or is more than there is to be."""
+
+    # Publishing
+
+    def _payload(self, publication: Publication) -> bytes:
+        return wire.dump(publication.event, publication.end)
+
+    def _message_id(self, publication: Publication, attempt: int, place: int) -> str:
+        if publication.key is None:
+            return f"{self._sender}-{attempt}-{place}"
+        return "key-" + blake2s(f"{publication.channel}\0{publication.key}".encode(), digest_size=16).hexdigest()
+
+    async def _send(self, items: list[Item], attempt: int) -> list[str]:
+        log, now = self.hub.log, asyncio.get_running_loop().time()
+        message_ids = [self._message_id(item.publication, attempt, place) for place, item in enumerate(items)]
+        if attempt != self._attempt:
+            self._attempt, self._since, self._doubts = attempt, now, dict.fromkeys(message_ids, 0)
+        elif now - self._since > _WINDOW / 2:
+            # The server may not know them any more: what it has got of them, we have got as well.
+            async with asyncio.timeout(ANSWER):
+                await self._sync()
+        epoch, tail = log.epoch, log.tail
+        numbers = {place: number for place, each in enumerate(message_ids) if (number := self._doubts[each])}
+        failed, is_other = self._settle(await self._ask(items, message_ids, numbers), numbers, tail)
+        if is_other or epoch != log.epoch:
+            epoch, _ = await self._position()
+        if numbers and epoch == log.epoch:
+            self._acknowledged = max(self._acknowledged, *numbers.values())
+        if failed is not None:
+            self._doubts.update((message_ids[place], number) for place, number in numbers.items())
+            self._suspect()
+            raise failed
+        for place, number in numbers.items():
+            await self._end_run(items[place].publication, number)
+        return [f"{epoch}-{numbers[place]}" if place in numbers else "" for place in range(len(items))]
+
+    def _settle(self, sent: list[_Sent], numbers: dict[int, int], tail: int) -> tuple[BaseException | None, bool]:
+        """Put the numbers of what was acknowledged to the others, and refuse what was refused.
+
+        Returns:
+            Why it is to be tried again, and whether the stream seems to be another one: it counts from further below.
+        """
+        failed: BaseException | None = None
+        is_other = False
+        for place, item, answer in sent:
+            if not answer.done():
+                answer.cancel()
+                failed = TimeoutError(f"no acknowledgement within {ANSWER:g} s")
+                continue
+            try:
+                told = answer_of(answer.result())
+            except self.transient as exc:
+                failed = exc
+            except Exception as exc:
+                self._refuse([item], f"{self.url} did not take it: {exc}")
+            else:
+                numbers[place] = told["seq"]
+                is_other = is_other or (told["seq"] <= tail and not told.get("duplicate"))
+        return failed, is_other
+
+    async def _ask(self, items: list[Item], message_ids: list[str], known: dict[int, int]) -> list[_Sent]:
+        """Send what is not known to have come, and wait for the answers."""
+        link = self._proven
+        if link is None:  # what is published before another epoch begins, readers would not get
+            raise nats.errors.ConnectionClosedError
+        sent: list[_Sent] = []
+        try:
+            async with asyncio.timeout(ANSWER):
+                for place, (item, message_id) in enumerate(zip(items, message_ids, strict=True)):
+                    if place in known or item.answer.done():
+                        continue
+                    headers = {"Nats-Msg-Id": message_id, "Nats-Expected-Stream": self._name}
+                    size = len(item.payload) + 14 + sum(len(name) + len(value) + 4 for name, value in headers.items())
+                    if size > link.max_payload:  # for which the server would close the connection
+                        what = f"{size} bytes are more than the {link.max_payload} that {self.url} takes"
+                        self._refuse([item], what)
+                        continue
+                    subject = self._subjects + item.publication.channel
+                    sent.append(_Sent(place, item, await link.ask(subject, item.payload, headers)))
+                if sent:
+                    await asyncio.wait([each.answer for each in sent])
+        except TimeoutError:
+            pass
+        return sent
+
+    # Runs
+
+    def _subject(self, run: str) -> str:
+        return self._keys + b32encode(run.encode()).decode().rstrip("=")
+
+    async def _entry(self, run: str) -> _Run | None:
+        found = await self._js.message(self._bucket, last_by_subj=self._subject(run))
+        if found is None:
+            return None
+        fields = json.loads(found.payload)
+        token = fields.pop("token")
+        return _Run(Claim(**fields), token, found.number, clock() - self._skew - found.time / 1e9)
+
+    async def _write(self, run: str, claim: Claim, token: str, revision: int) -> bool:
+        """Put it in the place of that revision. False: there is another one."""
+        headers = {"Nats-Expected-Last-Subject-Sequence": str(revision)}
+        if await self._forgets():
+            headers["Nats-TTL"] = str(ceil(claim.ttl if claim.outcome else _LEASE) + _SPARE)
+        try:
+            payload = json.dumps({**asdict(claim), "token": token}).encode()
+            await self._js.request(self._subject(run), payload, headers)
+        except nats.js.errors.APIError as exc:
+            if exc.err_code in {10071, 10164}:
+                return False
+            raise
+        return True
+
+    async def _forgets(self) -> bool:
+        """Whether the server forgets entries by itself, as those from 2.11 on do; of others, the oldest go."""
+        try:
+            stream = await self._js.stream(self._bucket)
+        except nats.js.errors.NotFoundError:
+            await self._js.make_stream(
+                {
+                    "name": self._bucket,
+                    "subjects": [f"{self._keys}>"],
+                    "storage": "file",
+                    "retention": "limits",
+                    "discard": "old",
+                    "max_msgs": _RUNS,
+                    "max_msgs_per_subject": 1,
+                    "allow_rollup_hdrs": True,
+                    "allow_direct": True,
+                    "allow_msg_ttl": True,
+                }
+            )
+            stream = await self._js.stream(self._bucket)
+        return bool(stream.config.get("allow_msg_ttl"))
+
+    async def claim(self, name: str, max_bytes: int, ttl: float, *, again: bool) -> tuple[Claim, bool]:
+        """See `Backend`."""
+        token = secrets.token_hex(8)
+        claim = partial(self._claim, name, max_bytes, ttl, token, again=again)
+        return await self._here(partial(self._patiently, claim))
+
+    async def _claim(self, name: str, max_bytes: int, ttl: float, token: str, *, again: bool) -> tuple[Claim, bool]:
+        log = self.hub.log
+        while True:
+            entry = await self._entry(name)
+            if entry is not None and entry.token == token:
+                return entry.claim, True
+            if entry is not None and not entry.is_over and not (again and entry.claim.outcome):
+                return entry.claim, False
+            await self._sync()  # so that it begins behind the end of the one before
+            with self.hub.lock:
+                claim = Claim(self._node, log.epoch, log.tail, max_bytes, ttl)
+            if await self._write(name, claim, token, 0 if entry is None else entry.revision):
+                return claim, True
+
+    async def find(self, name: str) -> Claim | None:
+        """See `Backend`."""
+        entry = await self._here(partial(self._patiently, partial(self._entry, name)))
+        return None if entry is None or entry.is_over else entry.claim
+
+    async def renew(self, name: str, claim: Claim) -> bool:
+        """See `Backend`."""
+        return await self._here(partial(self._patiently, partial(self._renew, name, claim)))
+
+    async def _renew(self, name: str, claim: Claim) -> bool:
+        while True:
+            entry = await self._entry(name)
+            if entry is not None:
+                if entry.claim.node != self._node:
+                    return False
+                if entry.claim.outcome:
+                    return True
+                claim = entry.claim
+            token, revision = ("", 0) if entry is None else (entry.token, entry.revision)
+            if await self._write(name, claim, token, revision):
+                return True
+
+    async def _end_run(self, publication: Publication, number: int) -> None:
+        """Say that a run has ended, to who looks for it later; who reads it sees it by its last event."""
+        if publication.end is None:
+            return
+        try:
+            while True:
+                entry = await self._entry(publication.channel)
+                if entry is None or entry.claim.node != self._node or entry.claim.outcome:
+                    return
+                ended = entry.claim
+                ended.outcome, ended.final = publication.end, number
+                if publication.ttl is not None:
+                    ended.ttl = publication.ttl
+                if await self._write(publication.channel, ended, entry.token, entry.revision):
+                    return
+        except Exception as exc:
+            if isinstance(exc, self.transient):
+                raise  # to publish it again does nothing but this
+            logger.exception("that run %s has ended could not be written to %s", publication.channel, self.url)
+
+
+def _reach(stream: Stream) -> int:
+    """How many of its events are to be in memory."""
+    return min(_LIMIT, int(_BYTES / max(stream.size, 1)))
+
+
+def servers_of(url: str) -> list[str]:
+    """The servers of a URL; the scheme and the user of the first one are those of all that have none."""
+    scheme, _, places = url.partition("://")
+    servers: list[str] = []
+    user = ""
+    for place in places.split(","):
+        own, separator, rest = place.strip().rpartition("://")
+        given, at, host = rest.rpartition("@")
+        user = user or given
+        login = given if at else user
+        if host:
+            servers.append(f"{own if separator else scheme}://{login + '@' if login else ''}{host}")
+    if not servers:
+        raise ValueError(f"url={shown_server(url)!r} names no server; give nats://HOST:PORT")
+    return servers
+
+
+def shown_server(url: str) -> str:
+    """A URL without its password, or its token."""
+    head, at, tail = url.rpartition("@")
+    if not at:
+        return url
+    scheme, separator, user = head.partition("://")
+    name, colon, _ = user.partition(":")
+    return f"{scheme}{separator}{name + ':' if colon else ''}***@{tail}"

@@ -1,0 +1,558 @@
+"""What is special to NATS: real servers, that are killed, paused, emptied and rolled back under brokers that go on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+pytest.importorskip("nats")
+
+import nats
+from nats_server import NatsServer, find_server
+
+from asgi_sse import Broker, BrokerError, ServerSentEvent
+from asgi_sse.broker import jetstream
+from asgi_sse.broker import nats as back_end
+from asgi_sse.broker.backend import Publication
+from asgi_sse.broker.nats import NatsBackend, servers_of, shown_server
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+    from pathlib import Path
+
+    from asgi_sse import Subscription
+
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.real_time,
+    pytest.mark.skipif(find_server() is None, reason="there is no nats-server"),
+]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[NatsServer]:
+    server = NatsServer(tmp_path)
+    server.start()
+    yield server
+    server.kill()
+
+
+@asynccontextmanager
+async def raw(server: NatsServer) -> AsyncIterator[Any]:
+    """JetStream, as anybody else has it."""
+    client = await nats.connect(server.url, allow_reconnect=False)
+    try:
+        yield client.jetstream()
+    finally:
+        await client.close()
+
+
+def back_end_of(broker: Broker) -> NatsBackend:
+    found = broker._backend
+    assert isinstance(found, NatsBackend)
+    return found
+
+
+async def read(subscription: Subscription, until: str) -> list[str]:
+    """The data of events up to one, and the reasons of resets."""
+    found: list[str] = []
+    async with asyncio.timeout(30):
+        while True:
+            event = await anext(subscription)
+            data = str(event.data)
+            found.append(f"reset {json.loads(data)['reason']}" if event.event == "reset" else data)
+            if found[-1] == until:
+                return found
+
+
+async def eventually(test: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not test():
+            await asyncio.sleep(0.01)
+
+
+async def synced(broker: Broker) -> None:
+    async with asyncio.timeout(20):
+        await back_end_of(broker).sync()
+
+
+# The stream
+
+
+async def test_the_stream_is_made_with_the_limits_of_the_broker(server: NatsServer) -> None:
+    async with Broker(server.url, prefix="p", history=2000, max_age=600) as broker, raw(server) as js:
+        first = await broker.publish("a.b:c/@+=,~-_", "x")
+        info = await js.stream_info("SSE_p")
+        assert info.config.subjects == ["sse.p.>"]
+        assert (info.config.max_msgs, info.config.max_age, info.config.duplicate_window) == (20_000, 600, 120)
+        assert info.state.last_seq == 1
+        assert first == f"{broker._hub.log.epoch}-1"
+
+
+async def test_a_stream_that_is_there_has_its_own_limits(server: NatsServer) -> None:
+    async with raw(server) as js:
+        await js.add_stream(name="SSE_p", subjects=["sse.p.>"], max_msgs=5)
+        async with Broker(server.url, prefix="p") as broker:
+            ids = [await broker.publish("a", str(number)) for number in range(10)]
+            assert (await js.stream_info("SSE_p")).config.max_msgs == 5
+        async with Broker(server.url, prefix="p") as broker:
+            assert await read(broker.subscribe("a", last_event_id=ids[4]), "9") == ["5", "6", "7", "8", "9"]
+            old = broker.subscribe("a", last_event_id=ids[3])
+            assert await read(old, "reset expired") == ["reset expired"]
+
+
+async def test_a_later_process_has_all_at_once_and_no_limit_of_a_channel(server: NatsServer) -> None:
+    async with Broker(server.url, history=3) as one:
+        ids = [await one.publish("a", str(number)) for number in range(20)]
+        async with Broker(server.url, history=3) as two:
+            assert two._hub.log.tail == 20
+            assert await read(two.subscribe("a", last_event_id=ids[0]), "19") == [str(n) for n in range(1, 20)]
+            assert await two.publish("a", "x", idempotency_key="k") == await one.publish("a", "y", idempotency_key="k")
+
+
+async def test_memory_is_bounded_by_what_all_channels_have(server: NatsServer, monkeypatch: Any) -> None:
+    monkeypatch.setattr(back_end, "_LIMIT", 10)
+    monkeypatch.setattr(back_end, "_CHECK", 0.05)
+    async with Broker(server.url) as broker:
+        ids = [await broker.publish(f"c{number % 3}", str(number)) for number in range(50)]
+        log = broker._hub.log
+        await eventually(lambda: sum(len(log.ring(f"c{n}") or ()) for n in range(3)) == 10)
+        assert await read(broker.subscribe("c0", "c1", last_event_id=ids[39]), "49") == [
+            str(number) for number in range(40, 50) if number % 3 != 2
+        ]
+        assert await read(broker.subscribe("c0", last_event_id=ids[38]), "reset expired") == ["reset expired"]
+    async with Broker(server.url) as broker:
+        assert await read(broker.subscribe("c1", last_event_id=ids[39]), "49") == ["40", "43", "46", "49"]
+
+
+async def test_a_purge_takes_what_was_read_from_those_who_come_back(server: NatsServer, monkeypatch: Any) -> None:
+    monkeypatch.setattr(back_end, "_CHECK", 0.05)
+    async with Broker(server.url, prefix="p") as broker, raw(server) as js:
+        live = broker.subscribe("a")
+        ids = [await broker.publish("a", str(number)) for number in range(3)]
+        assert await read(live, "2") == ["0", "1", "2"]
+        await js.purge_stream("SSE_p")
+        await eventually(lambda: broker._hub.log._floor == 3)
+        await broker.publish("a", "3")
+        assert await read(live, "3") == ["3"]
+        assert await read(broker.subscribe("a", last_event_id=ids[0]), "reset expired") == ["reset expired"]
+
+
+async def test_what_the_limits_took_before_it_was_read_is_told(server: NatsServer, monkeypatch: Any) -> None:
+    async with raw(server) as js:
+        await js.add_stream(name="SSE_p", subjects=["sse.p.>"], max_msgs=5)
+        async with Broker(server.url, prefix="p") as one, Broker(server.url, prefix="p") as two:
+            live = two.subscribe("a")
+            await one.publish("a", "first")
+            assert await read(live, "first") == ["first"]
+            connect, allowed = jetstream.JetStream.connect, asyncio.Event()
+
+            async def wait_and_connect(servers: list[str]) -> jetstream.JetStream:
+                await allowed.wait()
+                return await connect(servers)
+
+            monkeypatch.setattr(jetstream.JetStream, "connect", wait_and_connect)
+            await back_end_of(two)._js.close()
+            for number in range(10):
+                await one.publish("a", str(number))
+            allowed.set()
+            assert await read(live, "9") == ["reset expired", "5", "6", "7", "8", "9"]
+            assert two.statistics().restarts == 1
+            assert two.statistics().reconnects == 1
+
+
+async def test_deleted_messages_are_no_gap(server: NatsServer, monkeypatch: Any) -> None:
+    monkeypatch.setattr(back_end, "_CHECK", 0.05)
+    async with raw(server) as js:
+        async with Broker(server.url, prefix="p") as broker:
+            ids = [await broker.publish("a", str(number)) for number in range(10)]
+        for number in (2, 3, 7, 10):
+            await js.delete_msg("SSE_p", number)
+        async with Broker(server.url, prefix="p") as broker:
+            assert broker._hub.log.tail == 10
+            assert await read(broker.subscribe("a", last_event_id=ids[0]), "8") == ["3", "4", "5", "7", "8"]
+            back = back_end_of(broker)
+            await back._js.close()
+            await js.publish("sse.p.a", b'{"data":"deleted"}')
+            await js.delete_msg("SSE_p", 11)
+            await synced(broker)
+            assert broker._hub.log.tail == 11
+            assert broker.statistics().restarts == 0
+
+
+async def test_many_deleted_messages_are_asked_for_together(server: NatsServer, monkeypatch: Any) -> None:
+    async with raw(server) as js:
+        async with Broker(server.url, prefix="p") as broker:
+            first = await broker.publish("a", "0")
+            await asyncio.gather(*(broker.publish("a", str(number)) for number in range(1, 400)))
+        await asyncio.gather(*(js.delete_msg("SSE_p", number) for number in range(2, 400, 2)))
+        jump, jumps = NatsBackend._jump, []
+
+        async def count_and_jump(self: NatsBackend, number: int) -> bool:
+            jumps.append(number)
+            return await jump(self, number)
+
+        monkeypatch.setattr(NatsBackend, "_jump", count_and_jump)
+        async with Broker(server.url, prefix="p") as broker:
+            found = await read(broker.subscribe("a", last_event_id=first), "399")
+            assert len(found) == 200
+            assert len(jumps) < 50
+
+
+async def test_a_deleted_stream_is_made_anew_and_readers_are_told(server: NatsServer) -> None:
+    async with (
+        Broker(server.url, prefix="p") as one,
+        Broker(server.url, prefix="p") as two,
+        raw(server) as js,
+    ):
+        readers = [one.subscribe("a"), two.subscribe("a")]
+        old = await one.publish("a", "before")
+        for reader in readers:
+            assert await read(reader, "before") == ["before"]
+        await js.delete_stream("SSE_p")
+        new = await two.publish("a", "after")
+        assert new.partition("-")[0] != old.partition("-")[0]
+        for reader in readers:
+            assert await read(reader, "after") == ["reset epoch", "after"]
+        assert await read(one.subscribe("a", last_event_id=old), "reset epoch") == ["reset epoch"]
+
+
+# Servers that fail
+
+
+async def test_a_server_that_came_back_with_less_gets_another_epoch(server: NatsServer, tmp_path: Path) -> None:
+    async with Broker(server.url) as one, Broker(server.url) as two:
+        readers = [one.subscribe("a"), two.subscribe("a")]
+        kept = await one.publish("a", "kept")
+        server.save(tmp_path / "saved")
+        lost = await one.publish("a", "lost")
+        for reader in readers:
+            assert await read(reader, "lost") == ["kept", "lost"]
+        server.kill()
+        server.restore(tmp_path / "saved")
+        server.start()
+        new = await one.publish("a", "new")
+        assert new.partition("-")[0] != lost.partition("-")[0]
+        for reader in readers:
+            found = await read(reader, "new")
+            assert found[-2:] == ["reset epoch", "new"]
+            assert set(found) == {"reset epoch", "new"}
+        await eventually(lambda: one._hub.log.epoch == two._hub.log.epoch)
+        for stale in (kept, lost):
+            assert (await read(two.subscribe("a", last_event_id=stale), "reset epoch"))[0] == "reset epoch"
+    async with Broker(server.url) as three:
+        assert await read(three.subscribe("a", last_event_id=f"{three._hub.log.epoch}-1"), "new") == ["new"]
+
+
+async def test_what_was_lost_is_missed_even_if_as_much_came_since(server: NatsServer, tmp_path: Path) -> None:
+    async with Broker(server.url) as one:
+        live = one.subscribe("a")
+        await one.publish("a", "kept")
+        server.save(tmp_path / "saved")
+        await one.publish("a", "lost")
+        assert await read(live, "lost") == ["kept", "lost"]
+        server.kill()
+        server.restore(tmp_path / "saved")
+        server.start()
+        async with raw(server) as js:
+            for number in range(3):
+                await js.publish("sse.asgi_sse.a", json.dumps({"data": str(number)}).encode())
+        await one.publish("a", "new")
+        assert (await read(live, "new"))[0] == "reset epoch"
+
+
+async def test_a_server_that_was_killed_goes_on_without_gap_or_duplicate(server: NatsServer) -> None:
+    async with Broker(server.url, publish_timeout=30) as one, Broker(server.url) as two:
+        live = two.subscribe("**")
+
+        async def publish(channel: str) -> None:
+            for number in range(300):
+                await one.publish(channel, f"{channel} {number}")
+
+        async def kill() -> None:
+            await eventually(lambda: one.statistics().published > 150)
+            server.restart()
+
+        await asyncio.gather(*(publish(f"c{number}") for number in range(4)), kill())
+        await one.publish("end", "end")
+        found = await read(live, "end")
+        for number in range(4):
+            mine = [each for each in found if each.startswith(f"c{number} ")]
+            assert mine == [f"c{number} {place}" for place in range(300)]
+        assert not any(each.startswith("reset") for each in found)
+        assert two.statistics().reconnects == 1
+
+
+async def test_a_server_that_was_emptied_tells_readers(server: NatsServer) -> None:
+    async with Broker(server.url, publish_timeout=30) as broker:
+        live = broker.subscribe("a")
+        await broker.publish("a", "before")
+        assert await read(live, "before") == ["before"]
+        server.kill()
+        server.wipe()
+        server.start()
+        await broker.publish("a", "after")
+        assert await read(live, "after") == ["reset epoch", "after"]
+
+
+async def test_a_paused_server_loses_nothing(server: NatsServer, monkeypatch: Any) -> None:
+    monkeypatch.setattr(jetstream, "ANSWER", 0.5)
+    monkeypatch.setattr(back_end, "ANSWER", 0.5)
+    monkeypatch.setattr(back_end, "_SILENCE", 1.5)
+    async with Broker(server.url, publish_timeout=30) as one, Broker(server.url) as two:
+        live = two.subscribe("a")
+        await one.publish("a", "0")
+        server.pause()
+        try:
+            publishing = [asyncio.ensure_future(one.publish("a", str(number))) for number in range(1, 10)]
+            await eventually(lambda: one.statistics().state == two.statistics().state == "disconnected")
+        finally:
+            server.resume()
+        await asyncio.gather(*publishing)
+        await one.publish("a", "end")
+        assert await read(live, "end") == [*map(str, range(10)), "end"]
+
+
+async def test_a_broker_is_closed_while_its_server_is_paused(server: NatsServer) -> None:
+    broker = Broker(server.url, publish_timeout=None)
+    async with broker:
+        await broker.publish("a", "x")
+        server.pause()
+        publishing = [asyncio.ensure_future(broker.publish("a", "x" * 500_000)) for _ in range(30)]
+        await asyncio.sleep(0.1)
+        loop = asyncio.get_running_loop()
+        closed = loop.time()
+    assert loop.time() - closed < 5
+    server.resume()
+    for result in await asyncio.gather(*publishing, return_exceptions=True):
+        assert isinstance(result, BrokerError)
+    assert broker.statistics().state == "closed"
+    async with broker:
+        await broker.publish("a", "x")
+
+
+async def test_a_consumer_that_is_gone_is_made_anew(server: NatsServer) -> None:
+    async with Broker(server.url, prefix="p") as broker, raw(server) as js:
+        live = broker.subscribe("a")
+        for consumer in await js.consumers_info("SSE_p"):
+            await js.delete_consumer("SSE_p", consumer.name)
+        await broker.publish("a", "x")
+        assert await read(live, "x") == ["x"]
+        assert broker.statistics().state == "connected"
+        assert broker.statistics().reconnects == broker.statistics().restarts == 0
+
+
+async def test_an_acknowledgement_that_was_lost_for_long_makes_no_second_event(
+    server: NatsServer, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(back_end, "_WINDOW", 0.2)
+    monkeypatch.setattr(back_end, "ANSWER", 0.3)
+    async with raw(server) as js:
+        await js.add_stream(name="SSE_p", subjects=["sse.p.>"], duplicate_window=0.1)
+        async with Broker(server.url, prefix="p") as broker:
+            live = broker.subscribe("a")
+            ask, deaf = jetstream.JetStream.ask, [True]
+
+            async def ask_and_hear_nothing(self: Any, subject: str, *rest: Any) -> Any:
+                answer = await ask(self, subject, *rest)
+                if subject.startswith("sse.") and deaf.pop():
+                    return asyncio.get_running_loop().create_future()
+                return answer
+
+            monkeypatch.setattr(jetstream.JetStream, "ask", ask_and_hear_nothing)
+            assert (await broker.publish("a", "once")).endswith("-1")
+            deaf.append(False)
+            await broker.publish("a", "end")
+            assert await read(live, "end") == ["once", "end"]
+
+
+# What others write, and what the server refuses
+
+
+async def test_what_is_no_event_of_a_broker_is_left_out(server: NatsServer, caplog: Any) -> None:
+    async with Broker(server.url, prefix="p") as broker, raw(server) as js:
+        live = broker.subscribe("**")
+        for payload in (
+            b"",
+            b"\xff",
+            b"[]",
+            b'{"data":[],"end":1}',
+            b'{"x":1}',
+            b'{"data":"a","event":"a\\nb"}',
+            b"[" * 100_000,
+        ):
+            await js.publish("sse.p.a", payload)
+        await js.publish("sse.p.!control", b'{"data":"x"}')
+        await js.publish("sse.p.sch\u00f6n", b'{"data":"x"}')
+        await js.publish("sse.p.a", b'{"data":"good"}', headers={"Status": "100", "Nats-Last-Consumer": "9"})
+        assert await read(live, "good") == ["good"]
+        assert broker.statistics().reconnects == 0
+    assert len([record for record in caplog.records if "left out" in record.message]) == 8
+
+
+async def test_what_is_too_large_is_refused_alone(tmp_path: Path) -> None:
+    config = tmp_path / "server.conf"
+    config.write_text("max_payload: 2000")
+    server = NatsServer(tmp_path, "-c", str(config))
+    server.start()
+    try:
+        async with Broker(server.url, prefix="p") as broker, raw(server) as js:
+            live = broker.subscribe("a")
+            sizes = [10, 1500, *range(1800, 2000, 5), 3000, 100_000, 20]
+            results = await asyncio.gather(*(broker.publish("a", "x" * size) for size in sizes), return_exceptions=True)
+            refused = [size for size, result in zip(sizes, results, strict=True) if isinstance(result, BrokerError)]
+            assert {3000, 100_000} < set(refused)
+            assert min(refused) > 1800
+            assert all(isinstance(result, str | BrokerError) for result in results)
+            await broker.publish("a", "end")
+            found = await read(live, "end")
+            assert [len(each) for each in found[:-1]] == [size for size in sizes if size not in refused]
+            assert broker.statistics().published == len(found)
+            assert broker.statistics().reconnects == 0
+            await js.update_stream(name="SSE_p", subjects=["sse.p.>"], max_msg_size=500)
+            results = await asyncio.gather(
+                *(broker.publish("a", "x" * size) for size in (10, 1000, 20)), return_exceptions=True
+            )
+            assert [type(result) for result in results] == [str, BrokerError, str]
+    finally:
+        server.kill()
+
+
+async def test_nobody_answers(tmp_path: Path) -> None:
+    server = NatsServer(tmp_path)
+    with pytest.raises(BrokerError, match=r"cannot connect to nats://127\.0\.0\.1:"):
+        await Broker(server.url).open(object())
+
+
+async def test_a_stream_that_cannot_be_made(server: NatsServer) -> None:
+    async with raw(server) as js:
+        await js.add_stream(name="other", subjects=["sse.>"])
+        with pytest.raises(BrokerError, match=r"does not make the stream SSE_p: .*overlap"):
+            await Broker(server.url, prefix="p").open(object())
+
+
+async def test_passwords_and_several_servers(tmp_path: Path) -> None:
+    server = NatsServer(tmp_path, "--user", "me", "--pass", "secret")
+    server.start()
+    try:
+        place, dead = f"127.0.0.1:{server.port}", "127.0.0.1:1"
+        for _ in range(4):
+            async with Broker(f"nats://me:secret@{dead},{place}") as broker:
+                await broker.publish("a", "x")
+                assert "secret" not in back_end_of(broker).url
+        with pytest.raises(BrokerError, match=r"(?i)authorization"):
+            await Broker(f"nats://me:wrong@{place}").open(object())
+    finally:
+        server.kill()
+
+
+@pytest.mark.parametrize(
+    ("url", "servers", "shown"),
+    [
+        ("nats://a", ["nats://a"], ["nats://a"]),
+        ("tls://u:p@a:1,b:2", ["tls://u:p@a:1", "tls://u:p@b:2"], ["tls://u:***@a:1", "tls://u:***@b:2"]),
+        ("nats://token@a, nats://b", ["nats://token@a", "nats://token@b"], ["nats://***@a", "nats://***@b"]),
+        ("ws://a:1,wss://x:y@b", ["ws://a:1", "wss://x:y@b"], ["ws://a:1", "wss://x:***@b"]),
+    ],
+)
+async def test_urls(url: str, servers: list[str], shown: list[str]) -> None:
+    assert servers_of(url) == servers
+    assert [shown_server(server) for server in servers] == shown
+
+
+async def test_a_url_without_a_server() -> None:
+    with pytest.raises(ValueError, match="names no server"):
+        Broker("nats://")
+
+
+# Runs
+
+
+async def test_a_run_is_that_of_one_process(server: NatsServer, monkeypatch: Any) -> None:
+    async with Broker(server.url) as one, Broker(server.url) as two:
+        first, second = back_end_of(one), back_end_of(two)
+        assert await second.find("r") is None
+        await one.publish("other", "x")
+        results = await asyncio.gather(*(back.claim("r", 100, 60, again=True) for back in (first, second) * 3))
+        assert sum(new for _, new in results) == 1
+        claim = results[0][0]
+        assert {each.node for each, _ in results} == {claim.node}
+        assert (claim.start, claim.epoch, claim.outcome) == (1, one._hub.log.epoch, "")
+        owner, other = (first, second) if claim.node == first._node else (second, first)
+        assert await owner.renew("r", claim)
+        assert not await other.renew("r", claim)
+        found = await other.find("r")
+        assert found == claim
+
+        ended = await owner.publish(Publication("r", ServerSentEvent("x"), end="finished", ttl=60))
+        found = await other.find("r")
+        assert found is not None
+        assert (found.outcome, found.final) == ("finished", int(ended.partition("-")[2]))
+        assert (await other.claim("r", 100, 60, again=False)) == (found, False)
+        claim, new = await other.claim("r", 100, 60, again=True)
+        assert new
+        assert (claim.node, claim.start) == (other._node, found.final)
+
+        monkeypatch.setattr(back_end, "_LEASE", -1)
+        assert await owner.find("r") is None
+        claim, new = await owner.claim("r", 100, 60, again=False)
+        assert new
+        assert claim.node == owner._node
+        assert not await other.renew("r", claim)
+
+
+async def test_who_has_got_no_answer_to_a_claim_has_it_all_the_same(server: NatsServer, monkeypatch: Any) -> None:
+    async with Broker(server.url) as broker:
+        back = back_end_of(broker)
+        write, failing = back._write, [True]
+
+        async def write_and_fail(*arguments: Any) -> bool:
+            written = await write(*arguments)
+            if failing.pop():
+                raise TimeoutError
+            return written
+
+        monkeypatch.setattr(back, "_write", write_and_fail)
+        claim, new = await back.claim("r", 100, 60, again=False)
+        assert new
+        assert claim.node == back._node
+
+
+async def test_a_run_that_ends_while_it_is_renewed_has_ended(server: NatsServer) -> None:
+    async with Broker(server.url) as one, Broker(server.url) as two:
+        back = back_end_of(one)
+        for number in range(5):
+            name = f"r{number}"
+            claim, _ = await back.claim(name, 100, 60, again=False)
+            end = Publication(name, ServerSentEvent("x"), end="finished", ttl=60)
+            await asyncio.gather(*(back.renew(name, claim) for _ in range(5)), back.publish(end))
+            found = await back_end_of(two).find(name)
+            assert found is not None
+            assert found.outcome == "finished"
+
+
+async def test_a_run_is_read_and_cancelled_from_another_process(server: NatsServer) -> None:
+    async with Broker(server.url) as one, Broker(server.url) as two:
+
+        async def source() -> AsyncIterator[str]:
+            yield "0"
+            yield "1"
+            await asyncio.Event().wait()
+
+        run = await one.run("r", source())
+        other = await two.find_run("r")
+        assert other is not None
+        reader = other.subscribe()
+        assert await read(reader, "1") == ["0", "1"]
+        other.cancel()
+        async with asyncio.timeout(10):
+            assert await other.wait() == await run.wait() == "cancelled"
