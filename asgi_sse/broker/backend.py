@@ -155,7 +155,7 @@ class Backend(ABC):
     # Runs
 
     @abstractmethod
-    async def claim(self, name: str, max_bytes: int, ttl: float, *, again: bool) -> tuple[Claim, bool]:
+    async def claim(self, name: str, max_bytes: int, ttl: float, *, again: bool, over: int) -> tuple[Claim, bool]:
         """Make the run `name` one of this process.
 
         Args:
@@ -163,6 +163,7 @@ class Backend(ABC):
             max_bytes: See `Claim`.
             ttl: See `Claim`.
             again: Whether one that has ended may be begun again.
+            over: The start of the one that was seen to end here; -1: none was.
 
         Returns:
             It, and whether it is new and of this process: else it is the one that there is.

@@ -79,7 +79,7 @@ class MemoryBackend(Backend):
         """See `Backend`."""
         return self._statistics("local")
 
-    async def claim(self, name: str, max_bytes: int, ttl: float, *, again: bool) -> tuple[Claim, bool]:  # noqa: ARG002
+    async def claim(self, name: str, max_bytes: int, ttl: float, *, again: bool, over: int) -> tuple[Claim, bool]:  # noqa: ARG002
         """See `Backend`: the runs of this process are all there are, and it knows them."""
         log = self.hub.log
         return Claim("", log.epoch, log.tail, max_bytes, ttl), True

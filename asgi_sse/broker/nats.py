@@ -586,20 +586,24 @@ class NatsBackend(RemoteBackend):
             stream = await self._js.stream(self._bucket)
         return bool(stream.config.get("allow_msg_ttl"))
 
-    async def claim(self, name: str, max_bytes: int, ttl: float, *, again: bool) -> tuple[Claim, bool]:
+    async def claim(self, name: str, max_bytes: int, ttl: float, *, again: bool, over: int) -> tuple[Claim, bool]:
         """See `Backend`."""
         token = secrets.token_hex(8)
-        claim = partial(self._claim, name, max_bytes, ttl, token, again=again)
+        claim = partial(self._claim, name, max_bytes, ttl, token, again=again, over=over)
         return await self._here(partial(self._patiently, claim))
 
-    async def _claim(self, name: str, max_bytes: int, ttl: float, token: str, *, again: bool) -> tuple[Claim, bool]:
+    async def _claim(
+        self, name: str, max_bytes: int, ttl: float, token: str, *, again: bool, over: int
+    ) -> tuple[Claim, bool]:
         log = self.hub.log
         while True:
             entry = await self._entry(name)
             if entry is not None and entry.token == token:
                 return entry.claim, True
-            if entry is not None and not entry.is_over and not (again and entry.claim.outcome):
-                return entry.claim, False
+            if entry is not None and not entry.is_over:
+                has_ended = entry.claim.outcome or entry.claim.start == over  # which is written behind its end
+                if not (again and has_ended):
+                    return entry.claim, False
             await self._sync()  # so that it begins behind the end of the one before
             with self.hub.lock:
                 claim = Claim(self._node, log.epoch, log.tail, max_bytes, ttl)
@@ -637,6 +641,8 @@ class NatsBackend(RemoteBackend):
                 entry = await self._entry(publication.channel)
                 if entry is None or entry.claim.node != self._node or entry.claim.outcome:
                     return
+                if entry.claim.start >= number:
+                    return  # it was begun again
                 ended = entry.claim
                 ended.outcome, ended.final = publication.end, number
                 if publication.ttl is not None:

@@ -26,7 +26,7 @@ def publish(
     prefix: str = "asgi_sse",
     timeout: float | None = 5.0,
 ) -> str:
-    """Publish an event to the subscribers of an app, and give its id: for Celery's tasks, cron jobs, WSGI apps, scripts.
+    """Publish an event to the subscribers of an app, and give its id: for Celery's tasks, cron jobs, WSGI, scripts.
 
     It connects, publishes, and lets go of the connection: some milliseconds. Who publishes much keeps a `Broker` open.
 

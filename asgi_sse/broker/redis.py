@@ -121,6 +121,7 @@ class RedisBackend(RemoteBackend):
         self._closers: list[Any] = []
         self._last: _Last | None = None
         self._run_id = b""
+        self._acknowledged = "", 0  # the greatest number that a publisher here has got, and its epoch
         self._skew = 0.0  # of `clock` to the engine's, in seconds
 
     # Connection
@@ -148,7 +149,12 @@ class RedisBackend(RemoteBackend):
     async def _call(self, items: list[Item], attempt: int, *, instead_of: str = "") -> list[Any]:
         """Run the script, and give its answer: epoch, number, time, start, ids."""
         keys = [self._key(name) for name in ("meta", "log", "last", f"w:{self._node}")]
-        arguments: list[Any] = [secrets.token_hex(4), instead_of, attempt, *self._limits, self._key("c:")]
+        log = self.hub.log
+        known, acknowledged = self._acknowledged
+        at_least = max(log.tail, acknowledged if known == log.epoch else 0)
+        arguments: list[Any] = [
+            secrets.token_hex(4), instead_of, attempt, *self._limits, self._key("c:"), log.epoch, at_least,
+        ]  # fmt: skip
         for item in items:
             one = item.publication
             key = one.key and self._key(f"k:{len(one.channel)}:{one.channel}:{one.key}")
@@ -353,14 +359,23 @@ class RedisBackend(RemoteBackend):
         return wire.dump(publication.event, publication.end)
 
     async def _send(self, items: list[Item], attempt: int) -> list[str]:
-        *_, ids = await self._call(items, attempt)
+        epoch, number, *_, ids = await self._call(items, attempt)
         if ids == b"stale":
             raise ResponseError("a later publication of this process came before it")
+        self._acknowledged = epoch.decode(), int(number)
         return str(ids, "ascii").split(" ")
 
     # Runs
 
-    async def claim(self, name: str, max_bytes: int, ttl: float, *, again: bool) -> tuple[Claim, bool]:
+    async def claim(
+        self,
+        name: str,
+        max_bytes: int,
+        ttl: float,
+        *,
+        again: bool,
+        over: int,  # noqa: ARG002 (that a run is over is told with its last event)
+    ) -> tuple[Claim, bool]:
         """See `Backend`."""
         token = secrets.token_hex(8)
         claim = partial(self._claim, name, max_bytes, ttl, token, again=again)

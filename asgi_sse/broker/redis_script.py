@@ -4,7 +4,8 @@ from typing import Final
 
 # KEYS: meta, log, last, w; then for each item its channel's stream and its idempotency key (or meta, without).
 # ARGV: 1 an epoch to begin; 2 the epoch that is to be replaced by it, or ''; 3 the number of the attempt; 4 history,
-# 5 channels, 6 ms for which channels are kept, or 0: or '' for what stands in meta; 7 the prefix of channels' streams;
+# 5 channels, 6 ms for which channels are kept, or 0: or '' for what stands in meta; 7 the prefix of channels' streams; 8 the
+# epoch of which this process has seen 9 the number: a server that is behind it has lost what it acknowledged;
 # then for each item: the channel, its payload, whether it has a key, '' or (of a run) the number behind which its
 # channel is kept, '' or the ms for which it is kept from now on; and at last the run's key, or '', its outcome.
 PUBLISH: Final = """
@@ -16,7 +17,7 @@ if lost then
   redis.call('DEL', meta, log, last)
   epoch, n, start = ARGV[1], 0, '0'
   redis.call('HSET', meta, 'epoch', epoch, 'n', 0, 'start', 0, 'floor', 0)
-elseif ARGV[2] == epoch then
+elseif ARGV[2] == epoch or (ARGV[8] == epoch and n < tonumber(ARGV[9])) then
   epoch, start = ARGV[1], string.format('%d', n)
   redis.call('HSET', meta, 'epoch', epoch, 'start', start)
 end
@@ -29,7 +30,7 @@ end
 local clock = redis.call('TIME')
 local ms = string.format('%d', clock[1] * 1000 + math.floor(clock[2] / 1000))
 local ids = {}
-local items = (#ARGV - 7) / 7
+local items = (#ARGV - 9) / 7
 if items > 0 then
   local before = redis.call('HMGET', memory, 'attempt', 'ids')
   if before[1] then
@@ -38,19 +39,19 @@ if items > 0 then
   end
 end
 for i = 1, items do
-  local a = 7 + (i - 1) * 7
+  local a = 9 + (i - 1) * 7
   local stream, key = KEYS[3 + 2 * i], KEYS[4 + 2 * i]
   local channel, payload, keyed, keep, ttl = ARGV[a + 1], ARGV[a + 2], ARGV[a + 3], ARGV[a + 4], ARGV[a + 5]
   local known = keyed == '1' and redis.call('GET', key)
   if known and string.sub(known, 1, #epoch + 1) == epoch .. '-' then
     ids[i] = known
   else
+    n = redis.call('HINCRBY', meta, 'n', 1)  -- the first to write, so that a full server refuses all or nothing
     local before = redis.call('ZSCORE', last, channel)
     if not before then
       redis.call('DEL', stream)
       before = redis.call('HGET', meta, 'floor')
     end
-    n = redis.call('HINCRBY', meta, 'n', 1)
     local id = string.format('%d-0', n)
     redis.call('XADD', log, 'MAXLEN', '~', math.max(1000, history), id,
       'c', channel, 'e', payload, 'l', before, 't', ms, 'x', epoch)
@@ -89,12 +90,14 @@ return {epoch, string.format('%d', n), ms, start, joined}
 # answer finds by it that the run is its own.
 CLAIM: Final = """
 local outcome = redis.call('HGET', KEYS[1], 'outcome')
-if outcome and redis.call('HGET', KEYS[1], 'token') == ARGV[6] then return {1, redis.call('HGETALL', KEYS[1])} end
-if outcome and (outcome == '' or ARGV[4] == '0') then return {0, redis.call('HGETALL', KEYS[1])} end
+local own = redis.call('HGET', KEYS[1], 'token') == ARGV[6]
+if outcome and (own or outcome == '' or ARGV[4] == '0') then
+  return {own and 1 or 0, redis.call('HGETALL', KEYS[1])}
+end
 local at = redis.call('HMGET', KEYS[2], 'epoch', 'n')
 redis.call('DEL', KEYS[1])
-redis.call('HSET', KEYS[1], 'node', ARGV[1], 'max_bytes', ARGV[2], 'ttl', ARGV[3], 'outcome', '', 'final', 0, 'token', ARGV[6],
-  'epoch', at[1] or '', 'start', at[2] or 0)
+redis.call('HSET', KEYS[1], 'node', ARGV[1], 'max_bytes', ARGV[2], 'ttl', ARGV[3], 'outcome', '', 'final', 0,
+  'token', ARGV[6], 'epoch', at[1] or '', 'start', at[2] or 0)
 redis.call('PEXPIRE', KEYS[1], ARGV[5])
 return {1, redis.call('HGETALL', KEYS[1])}
 """

@@ -120,7 +120,8 @@ class Runs(Mapping[str, Run]):
         if known is None or (known.outcome is not None and not join):
             if self._going_on() >= self._max_runs:
                 raise BrokerError(f"{self._max_runs} runs go on, the most there may be (max_runs)")
-            claim, new = await self._backend.claim(name, max_bytes, ttl, again=not join)
+            over = -1 if known is None else known.start
+            claim, new = await self._backend.claim(name, max_bytes, ttl, again=not join, over=over)
             if new:
                 run = make(name, claim, self._given_up)
                 run.pump = Pump(source, run, on_end)
@@ -244,7 +245,7 @@ class Runs(Mapping[str, Run]):
                 missing.discard(run)
 
     async def _bury(self, name: str, run: Run) -> None:
-        claim, ours = await self._backend.claim(name, run.claim.max_bytes, run.claim.ttl, again=False)
+        claim, ours = await self._backend.claim(name, run.claim.max_bytes, run.claim.ttl, again=False, over=-1)
         if ours:
             logger.warning("run %s is ended: its process has not been heard of for long", name)
             run.claim.node = claim.node

@@ -482,7 +482,7 @@ async def test_a_run_is_that_of_one_process(server: NatsServer, monkeypatch: Any
         first, second = back_end_of(one), back_end_of(two)
         assert await second.find("r") is None
         await one.publish("other", "x")
-        results = await asyncio.gather(*(back.claim("r", 100, 60, again=True) for back in (first, second) * 3))
+        results = await asyncio.gather(*(back.claim("r", 100, 60, again=True, over=-1) for back in (first, second) * 3))
         assert sum(new for _, new in results) == 1
         claim = results[0][0]
         assert {each.node for each, _ in results} == {claim.node}
@@ -497,14 +497,14 @@ async def test_a_run_is_that_of_one_process(server: NatsServer, monkeypatch: Any
         found = await other.find("r")
         assert found is not None
         assert (found.outcome, found.final) == ("finished", int(ended.partition("-")[2]))
-        assert (await other.claim("r", 100, 60, again=False)) == (found, False)
-        claim, new = await other.claim("r", 100, 60, again=True)
+        assert (await other.claim("r", 100, 60, again=False, over=-1)) == (found, False)
+        claim, new = await other.claim("r", 100, 60, again=True, over=-1)
         assert new
         assert (claim.node, claim.start) == (other._node, found.final)
 
         monkeypatch.setattr(back_end, "_LEASE", -1)
         assert await owner.find("r") is None
-        claim, new = await owner.claim("r", 100, 60, again=False)
+        claim, new = await owner.claim("r", 100, 60, again=False, over=-1)
         assert new
         assert claim.node == owner._node
         assert not await other.renew("r", claim)
@@ -522,7 +522,7 @@ async def test_who_has_got_no_answer_to_a_claim_has_it_all_the_same(server: Nats
             return written
 
         monkeypatch.setattr(back, "_write", write_and_fail)
-        claim, new = await back.claim("r", 100, 60, again=False)
+        claim, new = await back.claim("r", 100, 60, again=False, over=-1)
         assert new
         assert claim.node == back._node
 
@@ -532,7 +532,7 @@ async def test_a_run_that_ends_while_it_is_renewed_has_ended(server: NatsServer)
         back = back_end_of(one)
         for number in range(5):
             name = f"r{number}"
-            claim, _ = await back.claim(name, 100, 60, again=False)
+            claim, _ = await back.claim(name, 100, 60, again=False, over=-1)
             end = Publication(name, ServerSentEvent("x"), end="finished", ttl=60)
             await asyncio.gather(*(back.renew(name, claim) for _ in range(5)), back.publish(end))
             found = await back_end_of(two).find(name)

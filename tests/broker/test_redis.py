@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import trustme
 from engines import PATIENCE, Valkey
+from serving import free_port
 
 import asgi_sse.broker
 from asgi_sse import Broker, BrokerError, ServerSentEvent, Subscription
@@ -99,10 +100,10 @@ async def test_an_engine_that_is_not_there_or_does_not_let_us_in(tmp_path: Path)
     with Valkey(tmp_path, options=["--requirepass", "secret"]) as engine:
         async with Broker(engine.url.replace("//", "//:secret@")) as broker:
             await broker.publish("a", "x")
-        with pytest.raises(BrokerError, match="cannot connect to redis://:\\*\\*\\*@127") as refused:
+        with pytest.raises(BrokerError, match=r"cannot connect to redis://:\*\*\*@127") as refused:
             await Broker(engine.url.replace("//", "//:wrong@")).open("me")
         assert "wrong" not in str(refused.value)
-    with pytest.raises(BrokerError, match="cannot connect to redis://127"):
+    with pytest.raises(BrokerError, match=r"cannot connect to redis://127"):
         await Broker(engine.url).open("me")
     with pytest.raises(BrokerError, match="cannot connect"):
         await asyncio.to_thread(asgi_sse.broker.publish, engine.url, "a", "x")
@@ -122,7 +123,7 @@ async def test_what_the_server_refuses_is_told(valkey: Valkey, prefix: str) -> N
         with valkey.client() as client:
             client.config_set("maxmemory", "100kb")
             try:
-                with pytest.raises(BrokerError, match="did not take it: .*memory"):
+                with pytest.raises(BrokerError, match=r"did not take it: .*memory"):
                     await broker.publish("a", "x")
             finally:
                 client.config_set("maxmemory", "0")
@@ -149,7 +150,7 @@ async def test_a_cancelled_publisher_leaves_the_others_alone(valkey: Valkey, pre
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         last = await broker.publish("a", "last")
-        seen = []
+        seen: list[ServerSentEvent] = []
         while not seen or seen[-1].id != last:
             seen += await take(subscription, 1)
         numbers = [int(event.data or "") for event in seen[:-1]]
@@ -205,7 +206,8 @@ async def test_a_log_that_was_trimmed_past_us_is_filled_from_the_channels(valkey
         assert data(await take(by_pattern, 5)) == [f"b.x {number}" for number in range(5)]
         seen = data(await take(both, 10))
         assert seen == [f"{channel} {number}" for number in range(5) for channel in ("a", "b.x")]
-        told, *_ = [event for event in await take(hurt, 3) if event.event == "reset"]
+        while (told := (await take(hurt, 1))[0]).event is None:
+            pass  # the first of them may have come
         assert reason(told) == "overflow"
         last = await broker.publish("unread", "last")
         cold = broker.subscribe("unread", "a", last_event_id=first)  # what nobody read is still to be had
@@ -423,7 +425,7 @@ async def test_tls(valkey: Valkey, prefix: str, tmp_path: Path) -> None:
     async with tls_in_front_of(valkey, context) as port:
         async with Broker(f"rediss://localhost:{port}?ssl_ca_certs={tmp_path / 'ca.pem'}", prefix=prefix) as broker:
             await round_trip(broker)
-        with pytest.raises(BrokerError, match="cannot connect to rediss.*certificate"):
+        with pytest.raises(BrokerError, match=r"cannot connect to rediss.*certificate"):
             await Broker(f"rediss://localhost:{port}").open("me")
 
 
@@ -435,10 +437,10 @@ async def round_trip(broker: Broker) -> None:
 
 
 async def test_a_cluster(tmp_path: Path) -> None:
-    with Valkey(tmp_path, options=["--cluster-enabled", "yes"]) as engine:
+    with Valkey(tmp_path, options=["--cluster-enabled", "yes", "--cluster-port", str(free_port())]) as engine:
         with engine.client() as client:
             client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
-            await until(lambda: b"cluster_state:ok" in client.execute_command("CLUSTER INFO", NEVER_DECODE=True))
+            await until(lambda: client.execute_command("CLUSTER INFO")["cluster_state"] == "ok")
         url = engine.url.replace("redis://", "redis+cluster://")
         async with Broker(url) as one, Broker(url) as two:
             await round_trip(one)
