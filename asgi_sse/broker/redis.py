@@ -77,12 +77,16 @@ _MEMORY_MS: Final = 600_000
 _LEASE_MS: Final = 30_000
 """For how long a run goes on of whose process nothing is heard."""
 
+_ANY: Final = 2**53
+"""More than any number."""
+
 _CHUNK: Final = 100
 """Channels that are asked for at once."""
 
 # KEYS: meta, log, last, w; then for each item its channel's stream and its idempotency key (or meta, without).
-# ARGV: 1 an epoch to begin; 2 the epoch that is to be replaced by it, or ''; 3 the number of the attempt; 4 history,
-# 5 channels, 6 ms for which channels are kept, or 0: or '' for what stands in meta; 7 the prefix of channels' streams;
+# ARGV: 1 an epoch to begin; 2 the epoch that is to be replaced by it, if its last number is less than 8; 3 the number
+# of the attempt; 4 history, 5 channels, 6 ms for which channels are kept, or 0: or '' for what stands in meta; 7 the
+# prefix of channels' streams;
 # then for each item: the channel, its payload, whether it has a key, '' or (of a run) the number behind which its
 # channel is kept, '' or the ms for which it is kept from now on; and at last the run's key, or '', its outcome.
 _PUBLISH: Final = """
@@ -94,7 +98,7 @@ if lost then
   redis.call('DEL', meta, log, last)
   epoch, n, start = ARGV[1], 0, '0'
   redis.call('HSET', meta, 'epoch', epoch, 'n', 0, 'start', 0, 'floor', 0)
-elseif ARGV[2] == epoch then
+elseif ARGV[2] == epoch and n < tonumber(ARGV[8]) then
   epoch, start = ARGV[1], string.format('%d', n)
   redis.call('HSET', meta, 'epoch', epoch, 'start', start)
 end
@@ -107,7 +111,7 @@ end
 local clock = redis.call('TIME')
 local ms = string.format('%d', clock[1] * 1000 + math.floor(clock[2] / 1000))
 local ids = {}
-local items = (#ARGV - 7) / 7
+local items = (#ARGV - 8) / 7
 if items > 0 then
   local before = redis.call('HMGET', memory, 'attempt', 'ids')
   if before[1] then
@@ -116,7 +120,7 @@ if items > 0 then
   end
 end
 for i = 1, items do
-  local a = 7 + (i - 1) * 7
+  local a = 8 + (i - 1) * 7
   local stream, key = KEYS[3 + 2 * i], KEYS[4 + 2 * i]
   local channel, payload, keyed, keep, ttl = ARGV[a + 1], ARGV[a + 2], ARGV[a + 3], ARGV[a + 4], ARGV[a + 5]
   local known = keyed == '1' and redis.call('GET', key)
@@ -240,6 +244,7 @@ class RedisBackend(RemoteBackend):
         self._closers: list[Any] = []
         self._last: _Last | None = None
         self._run_id = b""
+        self._known: tuple[str, int] = "", 0  # the epoch and last number that the engine has had, as far as it has said
         self._skew = 0.0  # of `clock` to the engine's, in seconds
 
     # Connection
@@ -266,8 +271,9 @@ class RedisBackend(RemoteBackend):
 
     async def _call(self, items: list[Item], attempt: int, *, instead_of: str = "") -> list[Any]:
         """Run the script, and give its answer: epoch, number, time, start, ids."""
+        epoch, known = (instead_of, _ANY) if instead_of else self._what_is_known()
         keys = [self._key(name) for name in ("meta", "log", "last", f"w:{self._node}")]
-        arguments: list[Any] = [secrets.token_hex(4), instead_of, attempt, *self._limits, self._key("c:")]
+        arguments: list[Any] = [secrets.token_hex(4), epoch, attempt, *self._limits, self._key("c:"), known]
         for item in items:
             one = item.publication
             key = one.key and self._key(f"k:{len(one.channel)}:{one.channel}:{one.key}")
@@ -277,7 +283,19 @@ class RedisBackend(RemoteBackend):
             run = "" if one.end is None else self._key(f"r:{one.channel}")
             arguments += [one.channel, item.payload, int(key is not None), keep, ttl, run, one.end or ""]
         answer: list[Any] = await self._publish_script(keys=keys, args=arguments)
+        epoch, number = answer[0].decode(), int(answer[1])
+        self._known = epoch, max(number, self._known[1]) if epoch == self._known[0] else number
         return answer
+
+    def _what_is_known(self) -> tuple[str, int]:
+        """An epoch, and a number that the engine has had in it.
+
+        One that has less now has lost events. That is seen before anything is published to it, or an id that was given
+        already would be given once more, until somebody who reads sees it.
+        """
+        log = self.hub.log
+        epoch, number = self._known
+        return epoch, max(number, log.tail) if epoch == log.epoch else number
 
     async def _position(self) -> tuple[str, int]:
         epoch, number, *_ = await self._call([], 0)
