@@ -33,7 +33,7 @@ class Fault:
 
     Attributes:
         happens: It returns when it is over.
-        again: Whether publishers try again, with the same key.
+        again: Whether publishers give keys, and try again with the same one.
         resets: Whether clients may have to be told that they have missed something.
         lossy: Whether the engine may lose what it has.
         proxied: Whether it needs a proxy.
@@ -109,6 +109,7 @@ FAULTS = {
     "killed_and_restarted_with_less": Fault(kill_and_restart_with_less, again=False, resets=True, lossy=True),
     "paused_10s": Fault(pause),
     "connection_cut": Fault(cut, proxied=True),
+    "connection_cut_without_keys": Fault(cut, again=False, proxied=True),
     "history_trimmed": Fault(trim, resets=True, proxied=True),
     "flushed": Fault(flush, resets=True, lossy=True),
     "script_cache_flushed": Fault(flush_scripts, again=False),
