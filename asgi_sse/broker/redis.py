@@ -424,19 +424,24 @@ class RedisBackend(RemoteBackend):
             return
         wanted = [name.decode() for name, _ in changed if name == CONTROL.encode() or self.hub.is_read(name.decode())]
         missed = {name.decode(): int(score) for name, score in changed}
-        found: list[tuple[int, str, dict[bytes, bytes]]] = []
+        found: list[tuple[int, str, dict[bytes, bytes] | None]] = []
         for channel, entries in await self._channels(wanted, after=log.tail, until=tail):
             if entries and (int(entries[0][1][b"l"]) <= log.tail or channel == CONTROL):
                 del missed[channel]  # the one before it is here
             elif entries:
                 missed[channel] = int(entries[0][1][b"l"])
             found += [(_number(entry_id), channel, fields) for entry_id, fields in entries]
-        for channel, number in missed.items():
-            self.hub.miss(channel, number)
+        # What was missed has its place among the rest: who is told so goes on behind that, and not in front of it.
+        found += [(number, channel, None) for channel, number in missed.items()]
         found.sort(key=lambda each: each[0])
         for place, (number, channel, fields) in enumerate(found, 1):
-            self._receive(number, channel, fields)
-            self._last = _Last(number, {**fields, b"c": channel.encode()})
+            if fields is None:
+                with self.hub.lock:
+                    log.skip(number)
+                self.hub.miss(channel, number)
+            else:
+                self._receive(number, channel, fields)
+                self._last = _Last(number, {**fields, b"c": channel.encode()})
             if place % self._burst == 0:
                 await self._rest()
         if log.tail < tail:
