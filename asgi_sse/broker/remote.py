@@ -167,7 +167,7 @@ class RemoteBackend(Backend):
         except BaseException as exc:
             await self._disconnect()
             self._state, self._loop = "closed", None
-            if isinstance(exc, self.transient):
+            if self._is_transient(exc):
                 raise BrokerError(f"cannot connect to {self.url}: {_text(exc)}") from exc
             raise
         self._state, self._error = "connected", ""
@@ -242,7 +242,7 @@ class RemoteBackend(Backend):
                     logger.info("connected to %s again", self.url)
                 pauses.reset()
             except Exception as exc:
-                if not isinstance(exc, self.transient):
+                if not self._is_transient(exc):
                     logger.exception("reading from %s failed, and is tried again", self.url)
                 elif self._state == "connected":
                     logger.warning("the connection to %s is lost, and is tried again: %s", self.url, _text(exc))
@@ -316,8 +316,14 @@ class RemoteBackend(Backend):
         while True:
             try:
                 return await make()
-            except self.transient:
+            except Exception as exc:
+                if not self._is_transient(exc):
+                    raise
                 await pauses.wait()
+
+    def _is_transient(self, exc: BaseException) -> bool:
+        # What uvloop raises where a connection is written to that was lost a moment ago; asyncio lets it pass.
+        return isinstance(exc, self.transient) or (isinstance(exc, RuntimeError) and "handler is closed" in str(exc))
 
     # Publishing
 
@@ -386,7 +392,7 @@ class RemoteBackend(Backend):
                     self._refuse(item, BrokerError(f"{self.url} was closed; this may have been published"))
                 raise
             except Exception as exc:
-                if isinstance(exc, self.transient):
+                if self._is_transient(exc):
                     self._error = self._error or _text(exc)
                     await pauses.wait()
                     continue
