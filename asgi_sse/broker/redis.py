@@ -324,7 +324,7 @@ class RedisBackend(RemoteBackend):
         known: list[tuple[str, int]] = []
         floor = start
         if first:
-            known, floor = await self._survey()
+            known, floor = await self._survey(tail)
         else:  # what was published since this epoch began follows
             tail = start
         await self._restart(epoch, tail, known, floor)
@@ -335,13 +335,14 @@ class RedisBackend(RemoteBackend):
         self.hub.restart(epoch, tail, known, floor=floor)
         self._restarted()
 
-    async def _survey(self) -> tuple[list[tuple[str, int]], int]:
-        """The last number of each channel, and that of those that were forgotten."""
+    async def _survey(self, tail: int) -> tuple[list[tuple[str, int]], int]:
+        """The last number of each channel, and that of those that were forgotten, as of `tail`."""
         pipeline = self._client.pipeline(transaction=False)
         pipeline.zrange(self._key("last"), 0, -1, withscores=True)
         pipeline.hget(self._key("meta"), "floor")
         known, floor = await pipeline.execute()
-        return [(name.decode(), int(score)) for name, score in known if name != CONTROL.encode()], int(floor or 0)
+        numbers = [(name.decode(), min(int(score), tail)) for name, score in known if name != CONTROL.encode()]
+        return numbers, min(int(floor or 0), tail)
 
     async def _find_run_id(self) -> bytes:
         try:
@@ -420,7 +421,7 @@ class RedisBackend(RemoteBackend):
         tail = max([tail, *(int(score) for _, score in changed)])  # as of then
         if int(floor or 0) > log.tail:
             # Channels were forgotten meanwhile, and nobody knows which ones.
-            await self._restart(log.epoch, tail, *await self._survey())
+            await self._restart(log.epoch, tail, *await self._survey(tail))
             return
         wanted = [name.decode() for name, _ in changed if name == CONTROL.encode() or self.hub.is_read(name.decode())]
         missed = {name.decode(): int(score) for name, score in changed}
