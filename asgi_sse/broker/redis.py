@@ -62,6 +62,9 @@ _COUNT: Final = 256
 _LEASE_MS: Final = 30_000
 """For how long a run goes on of whose process nothing is heard."""
 
+_ANY: Final = 2**53
+"""More than any number."""
+
 _CHUNK: Final = 100
 """Channels that are asked for at once."""
 
@@ -121,7 +124,7 @@ class RedisBackend(RemoteBackend):
         self._closers: list[Any] = []
         self._last: _Last | None = None
         self._run_id = b""
-        self._acknowledged = "", 0  # the greatest number that a publisher here has got, and its epoch
+        self._known: tuple[str, int] = "", 0  # the epoch and last number that the engine has had, as far as it has said
         self._skew = 0.0  # of `clock` to the engine's, in seconds
 
     # Connection
@@ -148,13 +151,9 @@ class RedisBackend(RemoteBackend):
 
     async def _call(self, items: list[Item], attempt: int, *, instead_of: str = "") -> list[Any]:
         """Run the script, and give its answer: epoch, number, time, start, ids."""
+        epoch, known = (instead_of, _ANY) if instead_of else self._what_is_known()
         keys = [self._key(name) for name in ("meta", "log", "last", f"w:{self._node}")]
-        log = self.hub.log
-        known, acknowledged = self._acknowledged
-        at_least = max(log.tail, acknowledged if known == log.epoch else 0)
-        arguments: list[Any] = [
-            secrets.token_hex(4), instead_of, attempt, *self._limits, self._key("c:"), log.epoch, at_least,
-        ]  # fmt: skip
+        arguments: list[Any] = [secrets.token_hex(4), epoch, attempt, *self._limits, self._key("c:"), known]
         for item in items:
             one = item.publication
             key = one.key and self._key(f"k:{len(one.channel)}:{one.channel}:{one.key}")
@@ -164,7 +163,19 @@ class RedisBackend(RemoteBackend):
             run = "" if one.end is None else self._key(f"r:{one.channel}")
             arguments += [one.channel, item.payload, int(key is not None), keep, ttl, run, one.end or ""]
         answer: list[Any] = await self._publish_script(keys=keys, args=arguments)
+        epoch, number = answer[0].decode(), int(answer[1])
+        self._known = epoch, max(number, self._known[1]) if epoch == self._known[0] else number
         return answer
+
+    def _what_is_known(self) -> tuple[str, int]:
+        """An epoch, and a number that the engine has had in it.
+
+        One that has less now has lost events. That is seen before anything is published to it, or an id that was given
+        already would be given once more, until somebody who reads sees it.
+        """
+        log = self.hub.log
+        epoch, number = self._known
+        return epoch, max(number, log.tail) if epoch == log.epoch else number
 
     async def _position(self) -> tuple[str, int]:
         epoch, number, *_ = await self._call([], 0)
@@ -193,27 +204,25 @@ class RedisBackend(RemoteBackend):
         known: list[tuple[str, int]] = []
         floor = start
         if first:
-            known, floor = await self._survey()
+            known, floor = await self._survey(tail)
         else:  # what was published since this epoch began follows
             tail = start
         await self._restart(epoch, tail, known, floor)
 
     async def _restart(self, epoch: str, tail: int, known: list[tuple[str, int]], floor: int) -> None:
-        # What was asked for later may know of more: that is still to be read.
-        known = [(channel, min(last, tail)) for channel, last in known]
-        floor = min(floor, tail)
         found = await self._client.xrange(self._key("log"), f"{tail}-0", f"{tail}-0")
         self._last = _Last(tail, found[0][1]) if found else None
         self.hub.restart(epoch, tail, known, floor=floor)
         self._restarted()
 
-    async def _survey(self) -> tuple[list[tuple[str, int]], int]:
-        """The last number of each channel, and that of those that were forgotten."""
+    async def _survey(self, tail: int) -> tuple[list[tuple[str, int]], int]:
+        """The last number of each channel, and that of those that were forgotten, as of `tail`."""
         pipeline = self._client.pipeline(transaction=False)
         pipeline.zrange(self._key("last"), 0, -1, withscores=True)
         pipeline.hget(self._key("meta"), "floor")
         known, floor = await pipeline.execute()
-        return [(name.decode(), int(score)) for name, score in known if name != CONTROL.encode()], int(floor or 0)
+        numbers = [(name.decode(), min(int(score), tail)) for name, score in known if name != CONTROL.encode()]
+        return numbers, min(int(floor or 0), tail)
 
     async def _find_run_id(self) -> bytes:
         try:
@@ -292,23 +301,28 @@ class RedisBackend(RemoteBackend):
         tail = max([tail, *(int(score) for _, score in changed)])  # as of then
         if int(floor or 0) > log.tail:
             # Channels were forgotten meanwhile, and nobody knows which ones.
-            await self._restart(log.epoch, tail, *await self._survey())
+            await self._restart(log.epoch, tail, *await self._survey(tail))
             return
         wanted = [name.decode() for name, _ in changed if name == CONTROL.encode() or self.hub.is_read(name.decode())]
         missed = {name.decode(): int(score) for name, score in changed}
-        found: list[tuple[int, str, dict[bytes, bytes]]] = []
+        found: list[tuple[int, str, dict[bytes, bytes] | None]] = []
         for channel, entries in await self._channels(wanted, after=log.tail, until=tail):
             if entries and (int(entries[0][1][b"l"]) <= log.tail or channel == CONTROL):
                 del missed[channel]  # the one before it is here
             elif entries:
                 missed[channel] = int(entries[0][1][b"l"])
             found += [(_number(entry_id), channel, fields) for entry_id, fields in entries]
-        for channel, number in missed.items():
-            self.hub.miss(channel, number)
+        # What was missed has its place among the rest: who is told so goes on behind that, and not in front of it.
+        found += [(number, channel, None) for channel, number in missed.items()]
         found.sort(key=lambda each: each[0])
         for place, (number, channel, fields) in enumerate(found, 1):
-            self._receive(number, channel, fields)
-            self._last = _Last(number, {**fields, b"c": channel.encode()})
+            if fields is None:
+                with self.hub.lock:
+                    log.skip(number)
+                self.hub.miss(channel, number)
+            else:
+                self._receive(number, channel, fields)
+                self._last = _Last(number, {**fields, b"c": channel.encode()})
             if place % self._burst == 0:
                 await self._rest()
         if log.tail < tail:
@@ -359,10 +373,9 @@ class RedisBackend(RemoteBackend):
         return wire.dump(publication.event, publication.end)
 
     async def _send(self, items: list[Item], attempt: int) -> list[str]:
-        epoch, number, *_, ids = await self._call(items, attempt)
+        *_, ids = await self._call(items, attempt)
         if ids == b"stale":
             raise ResponseError("a later publication of this process came before it")
-        self._acknowledged = epoch.decode(), int(number)
         return str(ids, "ascii").split(" ")
 
     # Runs

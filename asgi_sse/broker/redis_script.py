@@ -3,11 +3,11 @@
 from typing import Final
 
 # KEYS: meta, log, last, w; then for each item its channel's stream and its idempotency key (or meta, without).
-# ARGV: 1 an epoch to begin; 2 the epoch that is to be replaced by it, or ''; 3 the number of the attempt; 4 history,
-# 5 channels, 6 ms for which channels are kept, or 0: or '' for what stands in meta; 7 the prefix of channels' streams; 8 the
-# epoch of which this process has seen 9 the number: a server that is behind it has lost what it acknowledged;
-# then for each item: the channel, its payload, whether it has a key, '' or (of a run) the number behind which its
-# channel is kept, '' or the ms for which it is kept from now on; and at last the run's key, or '', its outcome.
+# ARGV: 1 an epoch to begin; 2 the epoch that is to be replaced by it, if its last number is less than 8; 3 the number
+# of the attempt; 4 history, 5 channels, 6 ms for which channels are kept, or 0: or '' for what stands in meta; 7 the
+# prefix of channels' streams; then for each item: the channel, its payload, whether it has a key, '' or (of a run) the
+# number behind which its channel is kept, '' or the ms for which it is kept from now on; and at last the run's key, or
+# '', its outcome.
 PUBLISH: Final = """
 local meta, log, last, memory = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local found = redis.call('HMGET', meta, 'epoch', 'n', 'history', 'channels', 'age', 'start')
@@ -17,7 +17,7 @@ if lost then
   redis.call('DEL', meta, log, last)
   epoch, n, start = ARGV[1], 0, '0'
   redis.call('HSET', meta, 'epoch', epoch, 'n', 0, 'start', 0, 'floor', 0)
-elseif ARGV[2] == epoch or (ARGV[8] == epoch and n < tonumber(ARGV[9])) then
+elseif ARGV[2] == epoch and n < tonumber(ARGV[8]) then
   epoch, start = ARGV[1], string.format('%d', n)
   redis.call('HSET', meta, 'epoch', epoch, 'start', start)
 end
@@ -30,7 +30,7 @@ end
 local clock = redis.call('TIME')
 local ms = string.format('%d', clock[1] * 1000 + math.floor(clock[2] / 1000))
 local ids = {}
-local items = (#ARGV - 9) / 7
+local items = (#ARGV - 8) / 7
 if items > 0 then
   local before = redis.call('HMGET', memory, 'attempt', 'ids')
   if before[1] then
@@ -39,7 +39,7 @@ if items > 0 then
   end
 end
 for i = 1, items do
-  local a = 9 + (i - 1) * 7
+  local a = 8 + (i - 1) * 7
   local stream, key = KEYS[3 + 2 * i], KEYS[4 + 2 * i]
   local channel, payload, keyed, keep, ttl = ARGV[a + 1], ARGV[a + 2], ARGV[a + 3], ARGV[a + 4], ARGV[a + 5]
   local known = keyed == '1' and redis.call('GET', key)

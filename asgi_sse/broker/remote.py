@@ -202,8 +202,6 @@ class RemoteBackend(Backend):
                 task.cancel()
             _, tasks = await asyncio.wait(tasks, timeout=_CANCEL_AGAIN)
         await self._disconnect()
-        self._refuse(self._queue, f"{self.url} was closed before this was published")
-        self._queue.clear()
         self._state, self._loop = "closed", None
         self._progress.set()
 
@@ -252,7 +250,7 @@ class RemoteBackend(Backend):
                     logger.info("connected to %s again", self.url)
                 pauses.reset()
             except Exception as exc:
-                if not isinstance(exc, self.transient):
+                if not self._is_transient(exc):
                     logger.exception("reading from %s failed, and is tried again", self.url)
                 elif self._state == "connected":
                     logger.warning("the connection to %s is lost, and is tried again: %s", self.url, _text(exc))
@@ -326,8 +324,14 @@ class RemoteBackend(Backend):
         while True:
             try:
                 return await make()
-            except self.transient:
+            except Exception as exc:
+                if not self._is_transient(exc):
+                    raise
                 await pauses.wait()
+
+    def _is_transient(self, exc: BaseException) -> bool:
+        # What uvloop raises where a connection is written to that was lost a moment ago; asyncio lets it pass.
+        return isinstance(exc, self.transient) or (isinstance(exc, RuntimeError) and "handler is closed" in str(exc))
 
     # Publishing
 
@@ -343,7 +347,7 @@ class RemoteBackend(Backend):
 
     def _enqueue(self, publication: Publication) -> Item:
         loop = self._loop
-        if loop is None:
+        if loop is None or not self._tasks or self._tasks[0].done():  # by who ends the event loop without closing us
             raise BrokerError(f"{self.url} was closed")
         item = Item(publication, self._payload(publication), loop.create_future())
         self._queue.append(item)
@@ -370,6 +374,13 @@ class RemoteBackend(Backend):
             ) from None
 
     async def _publish_all(self) -> None:
+        try:
+            await self._publish_batches()
+        finally:
+            self._refuse(self._queue, f"{self.url} was closed before this was published")
+            self._queue.clear()
+
+    async def _publish_batches(self) -> None:
         while True:
             await self._queued.wait()
             batch: list[Item] = []
@@ -394,11 +405,12 @@ class RemoteBackend(Backend):
             except asyncio.CancelledError:
                 self._refuse(batch, f"{self.url} was closed; this may have been published")
                 raise
-            except self.transient as exc:
-                self._error = self._error or _text(exc)
-                await pauses.wait()
             except Exception as exc:
-                self._refuse(batch, f"{self.url} did not take it: {_text(exc)}")
+                if self._is_transient(exc):
+                    self._error = self._error or _text(exc)
+                    await pauses.wait()
+                else:
+                    self._refuse(batch, f"{self.url} did not take it: {_text(exc)}")
             else:
                 self._acknowledge(batch, ids)
 

@@ -324,7 +324,7 @@ class Cluster:
             self._stack.enter_context(proxy)
         for node in self.nodes:
             self._stack.callback(node.stop)
-            await asyncio.to_thread(node.start)
+        await asyncio.gather(*(asyncio.to_thread(node.start) for node in self.nodes))
         self._tasks = [asyncio.create_task(client.come_and_go()) for client in self.clients]
         await self.until("connect", lambda client: bool(client.first_id))
         return self

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 FULL = os.environ.get("ASGI_SSE_FAULTS") == "full"
 CLIENTS, RATE = (200, 500) if FULL else (20, 100)
-SECONDS = 3.0 if FULL else 1.0  # before the fault, and after it
+SECONDS = 3.0 if FULL else 0.5  # before the fault, and after it
+DOWN = 1.0 if FULL else 0.3
 LIMIT = 100.0  # MB: a history of 1,000 events of ten channels, and what waits for an engine that stands still
 
 
@@ -33,7 +34,7 @@ class Fault:
 
     Attributes:
         happens: It returns when it is over.
-        again: Whether publishers try again, with the same key.
+        again: Whether publishers give keys, and try again with the same one.
         resets: Whether clients may have to be told that they have missed something.
         lossy: Whether the engine may lose what it has.
         proxied: Whether it needs a proxy.
@@ -48,7 +49,7 @@ class Fault:
 
 async def kill_and_restart(cluster: Cluster, *, empty: bool = False) -> None:
     await asyncio.to_thread(cluster.engine.kill)
-    await asyncio.sleep(1)
+    await asyncio.sleep(DOWN)
     await asyncio.to_thread(cluster.engine.restart, empty=empty)
 
 
@@ -60,7 +61,7 @@ async def kill_and_restart_with_less(cluster: Cluster) -> None:
     await asyncio.to_thread(cluster.engine.save)
     await asyncio.sleep(0.5)
     await asyncio.to_thread(cluster.engine.kill)
-    await asyncio.sleep(1)
+    await asyncio.sleep(DOWN)
     await asyncio.to_thread(cluster.engine.restart, saved=True)
 
 
@@ -109,6 +110,7 @@ FAULTS = {
     "killed_and_restarted_with_less": Fault(kill_and_restart_with_less, again=False, resets=True, lossy=True),
     "paused_10s": Fault(pause),
     "connection_cut": Fault(cut, proxied=True),
+    "connection_cut_without_keys": Fault(cut, again=False, proxied=True),
     "history_trimmed": Fault(trim, resets=True, proxied=True),
     "flushed": Fault(flush, resets=True, lossy=True),
     "script_cache_flushed": Fault(flush_scripts, again=False),

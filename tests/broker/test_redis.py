@@ -86,7 +86,7 @@ async def test_a_lost_connection_is_seen_and_made_again(tmp_path: Path, caplog: 
             waiting = asyncio.ensure_future(patient.publish("a", "1"))
             await asyncio.to_thread(engine.start)
             place = await asyncio.wait_for(waiting, PATIENCE)
-            await until(lambda: broker.statistics().state == "connected")
+            await until(lambda: broker.statistics().state == patient.statistics().state == "connected")
             assert (broker.statistics().reconnects, broker.statistics().restarts) == (1, 0)
             seen = data(await take(subscription, 2))
             assert seen == ["0", "1"] or [*seen, *data(await take(subscription, 1))] == ["0", "lost", "1"]

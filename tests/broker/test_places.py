@@ -1,0 +1,92 @@
+"""Where a subscription begins whose broker is a part of a log on another machine: what faults of engines have found."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+
+from asgi_sse import Broker, ServerSentEvent
+
+if TYPE_CHECKING:
+    from asgi_sse.broker.hub import Hub
+
+pytestmark = pytest.mark.anyio
+
+
+class Upstream:
+    """A log that has nothing which is not here, and tells how far it is when the test says so."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.hub: Hub = broker._hub
+        self.hub.upstream = self
+        self.asked = anyio.Event()
+        self.answers = anyio.Event()
+
+    async def sync(self) -> None:
+        self.asked.set()
+        await self.answers.wait()
+
+    async def recall(self, channels: list[str]) -> None:
+        pass
+
+    def bring(self, *numbers: int) -> None:
+        for number in numbers:
+            self.hub.publish("c.x", ServerSentEvent(str(number)), number=number)
+
+
+@pytest.mark.parametrize("name", ["c.x", "c.*"])
+async def test_an_id_of_the_next_log_is_no_reset_when_that_comes(name: str) -> None:
+    broker = Broker()
+    upstream = Upstream(broker)
+    upstream.bring(1, 2, 3)
+    reader = broker.subscribe(name, last_event_id="next-2")  # of another process, which is there already
+    events: list[ServerSentEvent] = []
+
+    async def read() -> None:
+        events.extend([await anext(reader), await anext(reader)])
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(read)
+            await upstream.asked.wait()
+            upstream.hub.restart("next", 0, floor=0)
+            upstream.bring(1, 2, 3, 4)
+            upstream.answers.set()
+    assert [event.id for event in events] == ["next-3", "next-4"]
+
+
+async def test_an_id_of_the_log_before_is_a_reset_though_it_is_asked_for_while_the_next_one_comes() -> None:
+    broker = Broker()
+    upstream = Upstream(broker)
+    reader = broker.subscribe("c.x", last_event_id=f"{upstream.hub.log.epoch}-2")  # ahead of this process
+    events: list[ServerSentEvent] = []
+
+    async def read() -> None:
+        events.append(await anext(reader))
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(read)
+            await upstream.asked.wait()
+            upstream.hub.restart("next", 0, floor=0)
+            upstream.bring(1, 2, 3)
+            upstream.answers.set()
+    assert [(event.event, event.id) for event in events] == [("reset", "next-3")]
+    assert json.loads(events[0].data or "") == {"reason": "epoch"}
+
+
+async def test_a_pattern_knows_of_a_channel_of_which_all_was_missed() -> None:
+    broker = Broker()
+    upstream = Upstream(broker)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(anext, broker.subscribe("c.*"))  # the pattern is known before the channel
+        await anyio.sleep(0.1)
+        upstream.hub.miss("c.new", 5)
+        upstream.hub.log.skip(5)
+        reader = broker.subscribe("c.*", last_event_id=upstream.hub.log.id_of(2))
+        with anyio.fail_after(5):
+            assert (await anext(reader)).event == "reset"
+        tasks.cancel_scope.cancel()
