@@ -343,7 +343,13 @@ class RemoteBackend(Backend):
         """See `Backend`."""
         loop = self._loop
         if loop is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(lambda: self._enqueue(publication))
+            loop.call_soon_threadsafe(self._post, publication)
+
+    def _post(self, publication: Publication) -> None:
+        try:
+            self._enqueue(publication)
+        except BrokerError as exc:
+            logger.warning("what was to go to channel %s was not published: %s", publication.channel, exc)
 
     def _enqueue(self, publication: Publication) -> Item:
         loop = self._loop
