@@ -63,7 +63,7 @@ def test_the_readme_names_each_default(readme: str) -> None:
 @pytest.mark.real_time
 async def test_the_readme_runs(readme: str) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
 
     async def load_state(channel: str) -> str:
         return f"the state of {channel}"
