@@ -43,21 +43,18 @@ Publish = Callable[[str], Awaitable[Any]]
 Read = Callable[[], AsyncIterator[Any]]
 
 
-def asgi_sse(url: str) -> AbstractAsyncContextManager[tuple[Publish, Read]]:
+@asynccontextmanager
+async def asgi_sse(url: str) -> AsyncIterator[tuple[Publish, Read]]:
     from asgi_sse import Broker  # noqa: PLC0415
 
-    @asynccontextmanager
-    async def opened() -> AsyncIterator[tuple[Publish, Read]]:
-        async with Broker(url, history=HISTORY, prefix="bench") as broker:
+    async with Broker(url, history=HISTORY, prefix="bench") as broker:
 
-            async def read() -> AsyncIterator[Any]:
-                async for event in broker.subscribe(CHANNEL):
-                    if event.event is None:  # no reset
-                        yield event.data
+        async def read() -> AsyncIterator[Any]:
+            async for event in broker.subscribe(CHANNEL):
+                if event.event is None:  # no reset
+                    yield event.data
 
-            yield partial(broker.publish, CHANNEL), read
-
-    return opened()
+        yield partial(broker.publish, CHANNEL), read
 
 
 @asynccontextmanager
