@@ -5,8 +5,9 @@ from typing import Final
 # KEYS: meta, log, last, w; then for each item its channel's stream, and its idempotency key if it has one.
 # ARGV: 1 an epoch to begin; 2 the epoch that is to be replaced by it, if its last number is less than 8; 3 the number
 # of the attempt; 4 history, 5 channels, 6 ms for which channels are kept, or 0: or '' for what stands in meta; 7 the
-# prefix of channels' streams; then for each item: its payload, and '' or '+'. Behind a '+': '1' if it has a key; '' or (of a run) the number behind
-# which its channel is kept; '' or the ms for which it is kept from now on; the run's key, or ''; its outcome.
+# prefix of channels' streams; then for each item: its payload, and '' or '+'. Behind a '+': '1' if it has a key; '' or
+# (of a run) the number behind which its channel is kept; '' or the ms for which it is kept from now on; the run's key,
+# or ''; its outcome.
 # Most items are plain: what redis-py does with each string is most of what publishing many at once costs.
 PUBLISH: Final = """
 local meta, log, last, memory = KEYS[1], KEYS[2], KEYS[3], KEYS[4]

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import ssl
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import trustme
 from engines import PATIENCE, Valkey
-from serving import free_port
+from serving import environment, free_port
 
 import asgi_sse.broker
 from asgi_sse import Broker, BrokerError, ServerSentEvent, Subscription
@@ -322,29 +323,49 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(redis_backend, "_LEASE_MS", 300)
 
 
+OWNER = """
+import asyncio, sys
+import asgi_sse.broker.redis
+from asgi_sse import Broker
+
+asgi_sse.broker.redis._LEASE_MS = 300
+
+
+async def source():
+    yield "first"
+    print("begun", flush=True)
+    await asyncio.Event().wait()
+
+
+async def main():
+    async with Broker(sys.argv[1], prefix=sys.argv[2]) as broker:
+        await (await broker.run("r", source())).wait()
+
+
+asyncio.run(main())
+"""
+
+
 @pytest.mark.usefixtures("hurried")
 async def test_a_run_whose_process_is_gone_is_ended_by_another_one(valkey: Valkey, prefix: str) -> None:
     async with Broker(valkey.url, prefix=prefix) as two, Broker(valkey.url, prefix=prefix) as three:
-        gone = threading.Event()
-
-        async def owner() -> None:
-            broker = Broker(valkey.url, prefix=prefix)
-            await broker.open("me")
-            await broker.run("r", endless())
-            gone.set()  # its event loop ends here, as if it was killed
-
-        thread = threading.Thread(target=lambda: asyncio.run(owner()))
-        thread.start()
-        await asyncio.to_thread(gone.wait, PATIENCE)
+        owner = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", OWNER, valkey.url, prefix, env=environment(), stdout=asyncio.subprocess.PIPE
+        )
+        assert owner.stdout is not None
+        assert await asyncio.wait_for(owner.stdout.readline(), PATIENCE) == b"begun\n"
         found = [await node.find_run("r") for node in (two, three)]
-        await asyncio.to_thread(thread.join, PATIENCE)
+        owner.kill()
+        await owner.wait()
         for run in found:
             assert run is not None
             async with asyncio.timeout(PATIENCE):
-                assert await run.wait() in {"lost", "cancelled"}
+                assert await run.wait() == "lost"
                 seen = [event async for event in run.subscribe()]
-            assert [event.event for event in seen].count("end") == 1
-            assert seen[-1].event == "end"
+            assert data(seen) == ["first", '{"reason":"lost"}']
+        async with asyncio.timeout(PATIENCE):
+            again = await three.run("r", endless())
+        assert again.outcome is None
 
 
 @pytest.mark.usefixtures("hurried")
