@@ -107,9 +107,11 @@ async def test_the_readme_runs(readme: str) -> None:
         assert [event.data async for event in stream][:2] == ["a", "b"]
     async with open_stream(apps[5], "/runs?channel=chat/42", headers={"Last-Event-ID": last}) as stream:
         assert stream.status == 204
-    async with open_stream(apps[6], "/ticks") as stream:
+    async with open_stream(apps[6], "/news") as stream:  # in memory, as long as there is no URL
+        assert stream.status == 200
+    async with open_stream(apps[7], "/ticks") as stream:
         assert (await stream.receive()).id == "1"
-        apps[6].registry.begin_drain()
+        apps[7].registry.begin_drain()
         assert [event async for event in stream] == []
         assert stream.complete
     names["app"] = apps[0]
