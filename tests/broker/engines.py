@@ -36,16 +36,18 @@ class Engine(ABC):
         sync: Whether it says yes only to what is on the disk. Without, what it has acknowledged outlives its process,
             but maybe not the machine.
         options: More of its command line.
+        settings: More of its configuration, of NATS.
     """
 
     name: ClassVar[str]
     scheme: ClassVar[str]
 
-    def __init__(self, directory: Path, *, sync: bool = True, options: Sequence[str] = ()) -> None:
+    def __init__(self, directory: Path, *, sync: bool = True, options: Sequence[str] = (), settings: str = "") -> None:
         self.port = free_port()
         self.url = f"{self.scheme}://127.0.0.1:{self.port}"
         self.sync = sync
         self._options = options
+        self._settings = settings
         self._directory = directory
         self._data = directory / "data"
         self._saved = directory / "saved"
@@ -220,6 +222,7 @@ class Nats(Engine):
 
     name = "NATS"
     scheme = "nats"
+    login = ""  # USER:PASSWORD, if it is to ask for one
 
     @classmethod
     def binary(cls) -> Path | None:
@@ -234,8 +237,10 @@ class Nats(Engine):
     def _arguments(self) -> list[str]:
         config = self._directory / "nats.conf"
         interval = "always" if self.sync else '"2m"'
-        config.write_text(f'jetstream {{ store_dir: "{self._data}", sync_interval: {interval} }}\n')
-        return ["--addr", "127.0.0.1", "--port", str(self.port), "--config", str(config)]
+        config.write_text(f'jetstream {{ store_dir: "{self._data}", sync_interval: {interval} }}\n{self._settings}\n')
+        user, _, password = self.login.partition(":")
+        login = ["--user", user, "--pass", password] if user else []
+        return ["--addr", "127.0.0.1", "--port", str(self.port), "--config", str(config), *login]
 
     def call(self, what: Callable[[Any], Coroutine[Any, Any, None]]) -> None:
         """Do something with JetStream. In no event loop."""
@@ -244,7 +249,8 @@ class Nats(Engine):
     async def _call(self, what: Callable[[Any], Coroutine[Any, Any, None]]) -> None:
         import nats
 
-        client = await nats.connect(self.url, allow_reconnect=False, connect_timeout=1, error_cb=_ignore)
+        url = self.url.replace("//", f"//{self.login}@") if self.login else self.url
+        client = await nats.connect(url, allow_reconnect=False, connect_timeout=1, error_cb=_ignore)
         try:
             await what(client.jetstream())
         finally:

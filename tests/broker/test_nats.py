@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("nats")
 
 import nats
-from nats_server import NatsServer, find_server
+from engines import Nats
 
 from asgi_sse import Broker, BrokerError, ServerSentEvent
 from asgi_sse.broker import jetstream
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 pytestmark = [
     pytest.mark.anyio,
     pytest.mark.real_time,
-    pytest.mark.skipif(find_server() is None, reason="there is no nats-server"),
+    pytest.mark.skipif(not Nats.available(), reason="NATS is not installed"),
 ]
 
 
@@ -39,15 +39,13 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[NatsServer]:
-    server = NatsServer(tmp_path)
-    server.start()
-    yield server
-    server.kill()
+def server(tmp_path: Path) -> Iterator[Nats]:
+    with Nats(tmp_path, sync=False) as server:
+        yield server
 
 
 @asynccontextmanager
-async def raw(server: NatsServer) -> AsyncIterator[Any]:
+async def raw(server: Nats) -> AsyncIterator[Any]:
     """JetStream, as anybody else has it."""
     client = await nats.connect(server.url, allow_reconnect=False)
     try:
@@ -88,7 +86,7 @@ async def synced(broker: Broker) -> None:
 # The stream
 
 
-async def test_the_stream_is_made_with_the_limits_of_the_broker(server: NatsServer) -> None:
+async def test_the_stream_is_made_with_the_limits_of_the_broker(server: Nats) -> None:
     async with Broker(server.url, prefix="p", history=2000, max_age=600) as broker, raw(server) as js:
         first = await broker.publish("a.b:c/@+=,~-_", "x")
         info = await js.stream_info("SSE_p")
@@ -98,7 +96,7 @@ async def test_the_stream_is_made_with_the_limits_of_the_broker(server: NatsServ
         assert first == f"{broker._hub.log.epoch}-1"
 
 
-async def test_a_stream_that_is_there_has_its_own_limits(server: NatsServer) -> None:
+async def test_a_stream_that_is_there_has_its_own_limits(server: Nats) -> None:
     async with raw(server) as js:
         await js.add_stream(name="SSE_p", subjects=["sse.p.>"], max_msgs=5)
         async with Broker(server.url, prefix="p") as broker:
@@ -110,7 +108,7 @@ async def test_a_stream_that_is_there_has_its_own_limits(server: NatsServer) -> 
             assert await read(old, "reset expired") == ["reset expired"]
 
 
-async def test_a_later_process_has_all_at_once_and_no_limit_of_a_channel(server: NatsServer) -> None:
+async def test_a_later_process_has_all_at_once_and_no_limit_of_a_channel(server: Nats) -> None:
     async with Broker(server.url, history=3) as one:
         ids = [await one.publish("a", str(number)) for number in range(20)]
         async with Broker(server.url, history=3) as two:
@@ -119,7 +117,7 @@ async def test_a_later_process_has_all_at_once_and_no_limit_of_a_channel(server:
             assert await two.publish("a", "x", idempotency_key="k") == await one.publish("a", "y", idempotency_key="k")
 
 
-async def test_memory_is_bounded_by_what_all_channels_have(server: NatsServer, monkeypatch: Any) -> None:
+async def test_memory_is_bounded_by_what_all_channels_have(server: Nats, monkeypatch: Any) -> None:
     monkeypatch.setattr(back_end, "_LIMIT", 10)
     monkeypatch.setattr(back_end, "_CHECK", 0.05)
     async with Broker(server.url) as broker:
@@ -134,7 +132,7 @@ async def test_memory_is_bounded_by_what_all_channels_have(server: NatsServer, m
         assert await read(broker.subscribe("c1", last_event_id=ids[39]), "49") == ["40", "43", "46", "49"]
 
 
-async def test_a_purge_takes_what_was_read_from_those_who_come_back(server: NatsServer, monkeypatch: Any) -> None:
+async def test_a_purge_takes_what_was_read_from_those_who_come_back(server: Nats, monkeypatch: Any) -> None:
     monkeypatch.setattr(back_end, "_CHECK", 0.05)
     async with Broker(server.url, prefix="p") as broker, raw(server) as js:
         live = broker.subscribe("a")
@@ -147,7 +145,7 @@ async def test_a_purge_takes_what_was_read_from_those_who_come_back(server: Nats
         assert await read(broker.subscribe("a", last_event_id=ids[0]), "reset expired") == ["reset expired"]
 
 
-async def test_what_the_limits_took_before_it_was_read_is_told(server: NatsServer, monkeypatch: Any) -> None:
+async def test_what_the_limits_took_before_it_was_read_is_told(server: Nats, monkeypatch: Any) -> None:
     async with raw(server) as js:
         await js.add_stream(name="SSE_p", subjects=["sse.p.>"], max_msgs=5)
         async with Broker(server.url, prefix="p") as one, Broker(server.url, prefix="p") as two:
@@ -170,7 +168,7 @@ async def test_what_the_limits_took_before_it_was_read_is_told(server: NatsServe
             assert two.statistics().reconnects == 1
 
 
-async def test_deleted_messages_are_no_gap(server: NatsServer, monkeypatch: Any) -> None:
+async def test_deleted_messages_are_no_gap(server: Nats, monkeypatch: Any) -> None:
     monkeypatch.setattr(back_end, "_CHECK", 0.05)
     async with raw(server) as js:
         async with Broker(server.url, prefix="p") as broker:
@@ -189,7 +187,7 @@ async def test_deleted_messages_are_no_gap(server: NatsServer, monkeypatch: Any)
             assert broker.statistics().restarts == 0
 
 
-async def test_many_deleted_messages_are_asked_for_together(server: NatsServer, monkeypatch: Any) -> None:
+async def test_many_deleted_messages_are_asked_for_together(server: Nats, monkeypatch: Any) -> None:
     async with raw(server) as js:
         async with Broker(server.url, prefix="p") as broker:
             first = await broker.publish("a", "0")
@@ -208,7 +206,7 @@ async def test_many_deleted_messages_are_asked_for_together(server: NatsServer, 
             assert len(jumps) < 50
 
 
-async def test_a_deleted_stream_is_made_anew_and_readers_are_told(server: NatsServer) -> None:
+async def test_a_deleted_stream_is_made_anew_and_readers_are_told(server: Nats) -> None:
     async with (
         Broker(server.url, prefix="p") as one,
         Broker(server.url, prefix="p") as two,
@@ -229,17 +227,15 @@ async def test_a_deleted_stream_is_made_anew_and_readers_are_told(server: NatsSe
 # Servers that fail
 
 
-async def test_a_server_that_came_back_with_less_gets_another_epoch(server: NatsServer, tmp_path: Path) -> None:
+async def test_a_server_that_came_back_with_less_gets_another_epoch(server: Nats) -> None:
     async with Broker(server.url) as one, Broker(server.url) as two:
         readers = [one.subscribe("a"), two.subscribe("a")]
         kept = await one.publish("a", "kept")
-        server.save(tmp_path / "saved")
+        server.save()
         lost = await one.publish("a", "lost")
         for reader in readers:
             assert await read(reader, "lost") == ["kept", "lost"]
-        server.kill()
-        server.restore(tmp_path / "saved")
-        server.start()
+        await asyncio.to_thread(server.restart, saved=True)
         new = await one.publish("a", "new")
         assert new.partition("-")[0] != lost.partition("-")[0]
         for reader in readers:
@@ -253,16 +249,14 @@ async def test_a_server_that_came_back_with_less_gets_another_epoch(server: Nats
         assert await read(three.subscribe("a", last_event_id=f"{three._hub.log.epoch}-1"), "new") == ["new"]
 
 
-async def test_what_was_lost_is_missed_even_if_as_much_came_since(server: NatsServer, tmp_path: Path) -> None:
+async def test_what_was_lost_is_missed_even_if_as_much_came_since(server: Nats) -> None:
     async with Broker(server.url) as one:
         live = one.subscribe("a")
         await one.publish("a", "kept")
-        server.save(tmp_path / "saved")
+        server.save()
         await one.publish("a", "lost")
         assert await read(live, "lost") == ["kept", "lost"]
-        server.kill()
-        server.restore(tmp_path / "saved")
-        server.start()
+        await asyncio.to_thread(server.restart, saved=True)
         async with raw(server) as js:
             for number in range(3):
                 await js.publish("sse.asgi_sse.a", json.dumps({"data": str(number)}).encode())
@@ -270,7 +264,7 @@ async def test_what_was_lost_is_missed_even_if_as_much_came_since(server: NatsSe
         assert (await read(live, "new"))[0] == "reset epoch"
 
 
-async def test_a_server_that_was_killed_goes_on_without_gap_or_duplicate(server: NatsServer) -> None:
+async def test_a_server_that_was_killed_goes_on_without_gap_or_duplicate(server: Nats) -> None:
     async with Broker(server.url, publish_timeout=30) as one, Broker(server.url) as two:
         live = two.subscribe("**")
 
@@ -280,7 +274,7 @@ async def test_a_server_that_was_killed_goes_on_without_gap_or_duplicate(server:
 
         async def kill() -> None:
             await eventually(lambda: one.statistics().published > 150)
-            server.restart()
+            await asyncio.to_thread(server.restart)
 
         await asyncio.gather(*(publish(f"c{number}") for number in range(4)), kill())
         await one.publish("end", "end")
@@ -292,19 +286,17 @@ async def test_a_server_that_was_killed_goes_on_without_gap_or_duplicate(server:
         assert two.statistics().reconnects == 1
 
 
-async def test_a_server_that_was_emptied_tells_readers(server: NatsServer) -> None:
+async def test_a_server_that_was_emptied_tells_readers(server: Nats) -> None:
     async with Broker(server.url, publish_timeout=30) as broker:
         live = broker.subscribe("a")
         await broker.publish("a", "before")
         assert await read(live, "before") == ["before"]
-        server.kill()
-        server.wipe()
-        server.start()
+        await asyncio.to_thread(server.restart, empty=True)
         await broker.publish("a", "after")
         assert await read(live, "after") == ["reset epoch", "after"]
 
 
-async def test_a_paused_server_loses_nothing(server: NatsServer, monkeypatch: Any) -> None:
+async def test_a_paused_server_loses_nothing(server: Nats, monkeypatch: Any) -> None:
     monkeypatch.setattr(jetstream, "ANSWER", 0.5)
     monkeypatch.setattr(back_end, "ANSWER", 0.5)
     monkeypatch.setattr(back_end, "_SILENCE", 1.5)
@@ -322,7 +314,7 @@ async def test_a_paused_server_loses_nothing(server: NatsServer, monkeypatch: An
         assert await read(live, "end") == [*map(str, range(10)), "end"]
 
 
-async def test_a_broker_is_closed_while_its_server_is_paused(server: NatsServer) -> None:
+async def test_a_broker_is_closed_while_its_server_is_paused(server: Nats) -> None:
     broker = Broker(server.url, publish_timeout=None)
     async with broker:
         await broker.publish("a", "x")
@@ -340,7 +332,7 @@ async def test_a_broker_is_closed_while_its_server_is_paused(server: NatsServer)
         await broker.publish("a", "x")
 
 
-async def test_a_consumer_that_is_gone_is_made_anew(server: NatsServer) -> None:
+async def test_a_consumer_that_is_gone_is_made_anew(server: Nats) -> None:
     async with Broker(server.url, prefix="p") as broker, raw(server) as js:
         live = broker.subscribe("a")
         for consumer in await js.consumers_info("SSE_p"):
@@ -351,9 +343,7 @@ async def test_a_consumer_that_is_gone_is_made_anew(server: NatsServer) -> None:
         assert broker.statistics().reconnects == broker.statistics().restarts == 0
 
 
-async def test_an_acknowledgement_that_was_lost_for_long_makes_no_second_event(
-    server: NatsServer, monkeypatch: Any
-) -> None:
+async def test_an_acknowledgement_that_was_lost_for_long_makes_no_second_event(server: Nats, monkeypatch: Any) -> None:
     monkeypatch.setattr(back_end, "_WINDOW", 0.2)
     monkeypatch.setattr(back_end, "ANSWER", 0.3)
     async with raw(server) as js:
@@ -378,7 +368,7 @@ async def test_an_acknowledgement_that_was_lost_for_long_makes_no_second_event(
 # What others write, and what the server refuses
 
 
-async def test_what_is_no_event_of_a_broker_is_left_out(server: NatsServer, caplog: Any) -> None:
+async def test_what_is_no_event_of_a_broker_is_left_out(server: Nats, caplog: Any) -> None:
     async with Broker(server.url, prefix="p") as broker, raw(server) as js:
         live = broker.subscribe("**")
         for payload in (
@@ -400,10 +390,8 @@ async def test_what_is_no_event_of_a_broker_is_left_out(server: NatsServer, capl
 
 
 async def test_what_is_too_large_is_refused_alone(tmp_path: Path) -> None:
-    config = tmp_path / "server.conf"
-    config.write_text("max_payload: 2000")
-    server = NatsServer(tmp_path, "-c", str(config))
-    server.start()
+    server = Nats(tmp_path, settings="max_payload: 2000")
+    await asyncio.to_thread(server.start)
     try:
         async with Broker(server.url, prefix="p") as broker, raw(server) as js:
             live = broker.subscribe("a")
@@ -428,12 +416,12 @@ async def test_what_is_too_large_is_refused_alone(tmp_path: Path) -> None:
 
 
 async def test_nobody_answers(tmp_path: Path) -> None:
-    server = NatsServer(tmp_path)
+    server = Nats(tmp_path)
     with pytest.raises(BrokerError, match=r"cannot connect to nats://127\.0\.0\.1:"):
         await Broker(server.url).open(object())
 
 
-async def test_a_stream_that_cannot_be_made(server: NatsServer) -> None:
+async def test_a_stream_that_cannot_be_made(server: Nats) -> None:
     async with raw(server) as js:
         await js.add_stream(name="other", subjects=["sse.>"])
         with pytest.raises(BrokerError, match=r"does not make the stream SSE_p: .*overlap"):
@@ -441,8 +429,9 @@ async def test_a_stream_that_cannot_be_made(server: NatsServer) -> None:
 
 
 async def test_passwords_and_several_servers(tmp_path: Path) -> None:
-    server = NatsServer(tmp_path, "--user", "me", "--pass", "secret")
-    server.start()
+    server = Nats(tmp_path)
+    server.login = "me:secret"
+    await asyncio.to_thread(server.start)
     try:
         place, dead = f"127.0.0.1:{server.port}", "127.0.0.1:1"
         for _ in range(4):
@@ -477,7 +466,7 @@ async def test_a_url_without_a_server() -> None:
 # Runs
 
 
-async def test_a_run_is_that_of_one_process(server: NatsServer, monkeypatch: Any) -> None:
+async def test_a_run_is_that_of_one_process(server: Nats, monkeypatch: Any) -> None:
     async with Broker(server.url) as one, Broker(server.url) as two:
         first, second = back_end_of(one), back_end_of(two)
         assert await second.find("r") is None
@@ -510,7 +499,7 @@ async def test_a_run_is_that_of_one_process(server: NatsServer, monkeypatch: Any
         assert not await other.renew("r", claim)
 
 
-async def test_who_has_got_no_answer_to_a_claim_has_it_all_the_same(server: NatsServer, monkeypatch: Any) -> None:
+async def test_who_has_got_no_answer_to_a_claim_has_it_all_the_same(server: Nats, monkeypatch: Any) -> None:
     async with Broker(server.url) as broker:
         back = back_end_of(broker)
         write, failing = back._write, [True]
@@ -527,7 +516,7 @@ async def test_who_has_got_no_answer_to_a_claim_has_it_all_the_same(server: Nats
         assert claim.node == back._node
 
 
-async def test_a_run_that_ends_while_it_is_renewed_has_ended(server: NatsServer) -> None:
+async def test_a_run_that_ends_while_it_is_renewed_has_ended(server: Nats) -> None:
     async with Broker(server.url) as one, Broker(server.url) as two:
         back = back_end_of(one)
         for number in range(5):
@@ -540,7 +529,7 @@ async def test_a_run_that_ends_while_it_is_renewed_has_ended(server: NatsServer)
             assert found.outcome == "finished"
 
 
-async def test_a_run_is_read_and_cancelled_from_another_process(server: NatsServer) -> None:
+async def test_a_run_is_read_and_cancelled_from_another_process(server: Nats) -> None:
     async with Broker(server.url) as one, Broker(server.url) as two:
 
         async def source() -> AsyncIterator[str]:
