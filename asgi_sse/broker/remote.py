@@ -321,13 +321,14 @@ class RemoteBackend(Backend):
 
     async def _patiently(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         pauses = Pauses()
-        while True:
+        while self._loop is not None:
             try:
                 return await make()
             except Exception as exc:
                 if not self._is_transient(exc):
                     raise
                 await pauses.wait()
+        raise BrokerError(f"{self.url} was closed")
 
     def _is_transient(self, exc: BaseException) -> bool:
         # What uvloop raises where a connection is written to that was lost a moment ago; asyncio lets it pass.

@@ -172,16 +172,18 @@ class Subscription(Cursor):
             raise StreamClosedError("this subscription is read by a response; subscribe once for each reader")
         if self._loop is None and not self._closed:
             self._begin()
+        has_waited = False
         while not self._closed:
             if self._lost is None:
                 await self.prepare()
-            if not self._batch:
+            if not self._batch and not has_waited:
                 await anyio.lowlevel.checkpoint()  # once a batch, or who publishes as fast would starve all others
             event = self._next()
             if event is not None:
                 return event
             if not self._closed:
                 await self._change()
+                has_waited = True
         raise StopAsyncIteration
 
     def _next(self) -> ServerSentEvent | None:
