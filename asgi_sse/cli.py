@@ -151,7 +151,9 @@ def _publish(options: argparse.Namespace) -> int:
     from .errors import SSEError  # noqa: PLC0415
 
     try:
-        data = sys.stdin.buffer.read() if options.data is None else options.data
+        data = options.data
+        if data is None:
+            data = sys.stdin.buffer.read().removesuffix(b"\n")  # that of the shell's echo
         event_id = publish(
             options.url,
             options.channel,

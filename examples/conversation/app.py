@@ -1,5 +1,6 @@
 """Answers of a language model that go on when the page is closed, and are all there when it comes back."""
 
+import os
 import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from asgi_sse import Broker, HTTPError, Request, ServerSentEvent, create_app
 
 PAGE = HTMLResponse(Path(__file__).with_name("index.html").read_text())
 
-broker = Broker(run_grace=1)
+broker = Broker(os.environ.get("BROKER_URL", "memory://"), run_grace=1)
 
 
 async def generate(prompt: str) -> AsyncIterator[ServerSentEvent]:
@@ -35,7 +36,7 @@ async def ask(request: Request) -> JSONResponse:
 
 
 async def cancel(request: Request) -> JSONResponse:
-    run = broker.runs.get(request.query.get("channel", ""))
+    run = await broker.find_run(request.query.get("channel", "none"))
     if run is None:
         raise HTTPError(404, "there is no such answer")
     run.cancel()

@@ -64,7 +64,7 @@ def test_all_workers_have_what_one_of_them_publishes(engine: Engine, tmp_path: P
         command = [sys.executable, "-m", "asgi_sse", "publish", engine.url, "news", "--prefix=workers"]
         ids += [
             subprocess.run(
-                command, input=b"four", env=environment(), stdout=subprocess.PIPE, check=True
+                command, input=b"four\n", env=environment(), stdout=subprocess.PIPE, check=True
             ).stdout.decode()
         ]
         everybody = [client for those in clients.values() for client in those]
