@@ -369,7 +369,7 @@ class RedisBackend(RemoteBackend):
                 if log.epoch != epoch:
                     return
                 trimmed = int(entries[0][1][b"l"]) if entries else min(scores[channel], tail)
-                log.fill(channel, made, trimmed)
+                log.fill(channel, made, trimmed, tail)
 
     # Publishing
 
