@@ -64,8 +64,8 @@ class Broker:
         max_runs: Runs that may go on at once; and those that are kept after their end.
         run_grace: Seconds for which runs may go on when the server stops, or the broker is closed.
         prefix: Of the engine's keys, or its stream: brokers with the same one share their channels.
-        publish_timeout: Seconds that publishing may wait for the engine, before it raises; ``None``: as long as it
-            takes.
+        publish_timeout: Seconds that publishing, and to begin or find a run, may wait for the engine, before it raises;
+            ``None``: as long as it takes.
 
     Raises:
         ModuleNotFoundError: The engine's client is not installed.
@@ -356,7 +356,8 @@ class Broker:
             on_end: Makes the final event, of how it ended and what the source raised. Sync or async.
 
         Raises:
-            BrokerError: A run of that name goes on, there are as many as there may be, or the broker was closed.
+            BrokerError: A run of that name goes on, there are as many as there may be, the broker was closed, or the
+                engine does not answer (as an answer to a request: 503).
             TypeError: `source` is none, or an argument is of a wrong kind.
             ValueError: The name is none, or an argument is out of range.
         """
@@ -382,6 +383,7 @@ class Broker:
         """The run of that name, in whichever process: it goes on, or has ended less than its ``ttl`` ago.
 
         Raises:
+            BrokerError: The engine does not answer (as an answer to a request: 503).
             ValueError: The name is none.
         """
         return await self._runs.find(check_name(name), self._make_run)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 clock: Final = time.monotonic
 
 _RETRY_AFTER: Final = 5
-"""Seconds after which a client may try again that has found a channel full."""
+"""Seconds after which a client may try again that has found a channel full, or the engine silent."""
 
 
 def unnumbered(item: Any) -> ServerSentEvent:
@@ -73,6 +73,13 @@ class FullError(BrokerError, HTTPError):
 
     def __init__(self, channel: str, number: int) -> None:
         detail = f"{channel} has {number} subscribers already, the most there may be"
+        super().__init__(503, detail, {"retry-after": str(_RETRY_AFTER)})
+
+
+class UnavailableError(BrokerError, HTTPError):
+    """The engine does not say what has to be known first. As the answer to a request: 503."""
+
+    def __init__(self, detail: str) -> None:
         super().__init__(503, detail, {"retry-after": str(_RETRY_AFTER)})
 
 

@@ -396,7 +396,7 @@ class RedisBackend(RemoteBackend):
         """See `Backend`."""
         token = secrets.token_hex(8)
         claim = partial(self._claim, name, max_bytes, ttl, token, again=again)
-        return await self._here(partial(self._patiently, claim))
+        return await self._here(partial(self._in_time, claim))
 
     async def _claim(self, name: str, max_bytes: int, ttl: float, token: str, *, again: bool) -> tuple[Claim, bool]:
         await self._sync()  # to know of the epoch
@@ -409,7 +409,7 @@ class RedisBackend(RemoteBackend):
 
     async def find(self, name: str) -> Claim | None:
         """See `Backend`."""
-        return await self._here(partial(self._patiently, partial(self._find, name)))
+        return await self._here(partial(self._in_time, partial(self._question, partial(self._find, name))))
 
     async def _find(self, name: str) -> Claim | None:
         fields = await self._client.hgetall(self._key(f"r:{name}"))

@@ -22,6 +22,7 @@ from ..event import ServerSentEvent
 from ..outbox import current_flusher
 from . import wire
 from .backend import Backend, BrokerStatistics, Publication, State
+from .hub import UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
@@ -40,6 +41,9 @@ _OPENING: Final = 30.0
 
 _CANCEL_AGAIN: Final = 0.5
 """Seconds after which a task that was cancelled is cancelled again."""
+
+_QUESTIONS: Final = 16
+"""Of readers and requests, under way together: when all clients come back at once, each has one."""
 
 _BATCH: Final = 64
 """Publications that are under way together."""
@@ -87,7 +91,7 @@ class RemoteBackend(Backend):
     Args:
         hub: Where events go.
         url: The engine, for messages: without a password.
-        timeout: Seconds that publishing may take; ``None``: as long as it takes.
+        timeout: Seconds that publishing may take, and to find or claim a run; ``None``: as long as it takes.
         burst: Events after which the streams of the event loop are let to take what came.
     """
 
@@ -108,6 +112,7 @@ class RemoteBackend(Backend):
         self._attempts = count(1)
         self._progress = asyncio.Event()
         self._recalls: dict[str, asyncio.Future[None]] = {}
+        self._questions = asyncio.Semaphore(_QUESTIONS)
         self._state: State = "closed"
         self._error = ""
         self._received = 0
@@ -170,6 +175,7 @@ class RemoteBackend(Backend):
             raise BrokerError(f"{self.url} needs asyncio: its client knows no other event loop") from None
         self._node = secrets.token_hex(4)
         self._queued, self._progress = asyncio.Event(), asyncio.Event()
+        self._questions = asyncio.Semaphore(_QUESTIONS)
         self._state = "connecting"
         try:
             async with asyncio.timeout(_OPENING):
@@ -295,7 +301,7 @@ class RemoteBackend(Backend):
     async def _sync(self) -> None:
         log = self.hub.log
         while True:
-            epoch, tail = await self._patiently(self._position)
+            epoch, tail = await self._patiently(partial(self._question, self._position))
             restarts = self._restarts
             while self._restarts == restarts:
                 if log.epoch == epoch and log.tail >= tail:
@@ -313,13 +319,13 @@ class RemoteBackend(Backend):
         wanted = [name for name in channels if name not in self._recalls]
         others = [self._recalls[name] for name in channels if name in self._recalls]
         if wanted:
-            task = asyncio.ensure_future(self._patiently(partial(self._recall, wanted)))
+            task = asyncio.ensure_future(self._patiently(partial(self._question, partial(self._recall, wanted))))
             self._recalls.update(dict.fromkeys(wanted, task))
             task.add_done_callback(lambda _: [self._recalls.pop(name, None) for name in wanted])
             others.append(task)
         await asyncio.gather(*map(asyncio.shield, others))
 
-    async def _patiently(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    async def _patiently(self, make: Callable[[], Coroutine[Any, Any, T]], limit: asyncio.Timeout | None = None) -> T:
         pauses = Pauses()
         while True:
             try:
@@ -327,7 +333,24 @@ class RemoteBackend(Backend):
             except Exception as exc:
                 if not self._is_transient(exc):
                     raise
+                if limit is not None and limit.expired():  # redis-py on Python 3.11 may have lost the cancellation
+                    raise TimeoutError from exc
                 await pauses.wait()
+                if self._state == "closed":
+                    raise BrokerError(f"{self.url} was closed") from exc
+
+    async def _question(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        async with self._questions:
+            return await make()
+
+    async def _in_time(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Try it as long as a publisher would: a request that waits for ever holds its server when that stops."""
+        try:
+            async with asyncio.timeout(self._timeout) as limit:
+                return await self._patiently(make, limit)
+        except TimeoutError:
+            why = f" ({self._error})" if self._error else ""
+            raise UnavailableError(f"{self.url} did not answer within {self._timeout:g} s{why}") from None
 
     def _is_transient(self, exc: BaseException) -> bool:
         # What uvloop raises where a connection is written to that was lost a moment ago; asyncio lets it pass.

@@ -224,25 +224,34 @@ class Runs(Mapping[str, Run]):
         missing: set[Run] = set()
         while True:
             await anyio.sleep(_WATCH)
+            missing.intersection_update(self._all.values())
             for name, run in list(self._all.items()):
                 if run.outcome is not None:
                     continue
-                if run.pump is not None:
-                    if not await self._backend.renew(name, run.claim):
-                        logger.warning("run %s is ended: another process has taken it for lost", name)
-                        run.pump.stop("lost")
-                    continue
-                claim = await self._backend.find(name)
-                if claim is None and run in missing:
-                    await self._bury(name, run)
-                elif claim is None:
-                    missing.add(run)  # who has it may have been cut off, as we were
-                    continue
-                elif claim.start != run.start or claim.outcome:
-                    with self._hub.lock:
-                        if run.outcome is None:
-                            self._set_ended(run, claim.final or claim.start, claim.outcome or "lost")
-                missing.discard(run)
+                try:
+                    await self._look_after(name, run, missing)
+                except BrokerError as exc:
+                    logger.debug("run %s could not be looked after, and is again: %s", name, exc)
+                except Exception:
+                    logger.exception("run %s could not be looked after, and is again", name)
+
+    async def _look_after(self, name: str, run: Run, missing: set[Run]) -> None:
+        if run.pump is not None:
+            if not await self._backend.renew(name, run.claim):
+                logger.warning("run %s is ended: another process has taken it for lost", name)
+                run.pump.stop("lost")
+            return
+        claim = await self._backend.find(name)
+        if claim is None and run not in missing:
+            missing.add(run)  # who has it may have been cut off, as we were
+            return
+        missing.discard(run)
+        if claim is None:
+            await self._bury(name, run)
+        elif claim.start != run.start or claim.outcome:
+            with self._hub.lock:
+                if run.outcome is None:
+                    self._set_ended(run, claim.final or claim.start, claim.outcome or "lost")
 
     async def _bury(self, name: str, run: Run) -> None:
         claim, ours = await self._backend.claim(name, run.claim.max_bytes, run.claim.ttl, again=False, over=-1)
@@ -262,8 +271,6 @@ class Runs(Mapping[str, Run]):
     async def _keep_watching(self) -> None:
         try:
             await self._watch_others()
-        except BrokerError:
-            pass  # closed
         except anyio.get_cancelled_exc_class():
             pass
         except BaseException:

@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis.exceptions
 import trustme
 from engines import PATIENCE, Valkey
 from serving import environment, free_port
 
 import asgi_sse.broker
-from asgi_sse import Broker, BrokerError, ServerSentEvent, Subscription
+from asgi_sse import Broker, BrokerError, HTTPError, ServerSentEvent, Subscription
 from asgi_sse.broker import redis as redis_backend
 from asgi_sse.broker import runs
+from asgi_sse.broker.redis import RedisBackend
+from asgi_sse.testing import open_stream
 
 pytestmark = [
     pytest.mark.anyio,
@@ -315,6 +318,55 @@ async def test_what_is_no_event_is_left_out(valkey: Valkey, prefix: str, caplog:
 async def endless() -> AsyncIterator[str]:
     yield "first"
     await asyncio.Event().wait()
+
+
+async def test_who_asks_for_a_channel_while_the_server_stands_still_is_told_to_come_back(
+    valkey: Valkey, prefix: str
+) -> None:
+    async with Broker(valkey.url, prefix=prefix, publish_timeout=0.3) as broker:
+        valkey.pause()
+        try:
+            async with asyncio.timeout(PATIENCE):
+                with pytest.raises(BrokerError, match=r"did not answer within 0\.3 s") as told:
+                    await broker.find_run("a")
+                assert isinstance(told.value, HTTPError)
+                with pytest.raises(BrokerError, match="did not answer"):
+                    await broker.run("a", endless())
+                for app in (broker.channel("a"), broker.endpoint("a"), broker.endpoint("a", runs=True)):
+                    async with open_stream(app) as stream:  # not for ever, or its server could not stop
+                        assert [event async for event in stream] == []
+                        assert stream.retry is not None
+        finally:
+            valkey.resume()
+
+
+async def test_as_many_requests_as_there_may_be_take_few_connections(valkey: Valkey, prefix: str) -> None:
+    async with Broker(valkey.url, prefix=prefix) as broker:
+        await asyncio.gather(*(broker.find_run(f"r{number}") for number in range(500)))
+        with valkey.client() as client:
+            assert int(client.info("clients")["connected_clients"]) < 30
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_runs_are_renewed_whatever_went_wrong_once(
+    valkey: Valkey, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
+        run = await one.run("r", endless())
+        renew = RedisBackend.renew
+        failed: list[object] = []
+
+        async def fail_once(self: RedisBackend, name: str, claim: Any) -> bool:
+            if not failed:
+                failed.append(name)
+                raise redis.exceptions.ResponseError("NOPERM")
+            return await renew(self, name, claim)
+
+        monkeypatch.setattr(RedisBackend, "renew", fail_once)
+        await until(lambda: bool(failed))
+        await asyncio.sleep(0.6)  # two leases
+        assert await two.find_run("r") is not None
+        run.cancel()
 
 
 @pytest.fixture
