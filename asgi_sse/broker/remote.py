@@ -39,6 +39,9 @@ CONTROL: Final = "!control"
 _OPENING: Final = 30.0
 """Seconds in which a broker has to be connected, before its app's startup fails."""
 
+_LAST_ANSWERS: Final = 1.0
+"""Seconds for which a broker that is closed waits for what it has sent to be acknowledged."""
+
 _CANCEL_AGAIN: Final = 0.5
 """Seconds after which a task that was cancelled is cancelled again."""
 
@@ -109,6 +112,7 @@ class RemoteBackend(Backend):
         self._tasks: list[asyncio.Task[None]] = []
         self._queue: deque[Item] = deque()
         self._queued = asyncio.Event()
+        self._batch: list[Item] = []  # under way
         self._attempts = count(1)
         self._progress = asyncio.Event()
         self._recalls: dict[str, asyncio.Future[None]] = {}
@@ -203,6 +207,10 @@ class RemoteBackend(Backend):
 
     async def _close(self) -> None:
         tasks, self._tasks = set(self._tasks), []
+        # The end of a run may be here, and be acknowledged only now.
+        under_way = [item.answer for item in (*self._batch, *self._queue) if not item.answer.done()]
+        if under_way and self._state == "connected":
+            await asyncio.wait(under_way, timeout=_LAST_ANSWERS)
         while tasks:  # redis-py on Python 3.11 loses a cancellation now and then
             for task in tasks:
                 task.cancel()
@@ -422,7 +430,9 @@ class RemoteBackend(Backend):
             if not self._queue:
                 self._queued.clear()
             if batch:
+                self._batch = batch
                 await self._publish_batch(batch)
+                self._batch = []
 
     async def _publish_batch(self, batch: list[Item]) -> None:
         pauses, attempt = Pauses(), next(self._attempts)
