@@ -440,6 +440,10 @@ class EventLog:
         self._ring_of(channel).keep(max_bytes)
         self._order.pop(channel, None)
 
+    def is_kept(self, channel: str) -> bool:
+        """Whether all events of `channel` are."""
+        return channel in self._kept
+
     def release(self, channel: str) -> None:
         """Drop what was kept of `channel`."""
         if self._kept.pop(channel, None) is not None:

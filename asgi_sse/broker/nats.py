@@ -627,7 +627,8 @@ class NatsBackend(RemoteBackend):
                     return False
                 if entry.claim.outcome:
                     return True
-                claim = entry.claim
+                if entry.claim.epoch == claim.epoch:
+                    claim = entry.claim
             token, revision = ("", 0) if entry is None else (entry.token, entry.revision)
             if await self._write(name, claim, token, revision):
                 return True
@@ -641,7 +642,7 @@ class NatsBackend(RemoteBackend):
                 entry = await self._entry(publication.channel)
                 if entry is None or entry.claim.node != self._node or entry.claim.outcome:
                     return
-                if entry.claim.start >= number:
+                if entry.claim.start >= number and entry.claim.epoch == self.hub.log.epoch:
                     return  # it was begun again
                 ended = entry.claim
                 ended.outcome, ended.final = publication.end, number

@@ -307,7 +307,7 @@ class RedisBackend(RemoteBackend):
             # Channels were forgotten meanwhile, and nobody knows which ones.
             await self._restart(log.epoch, tail, *await self._survey(tail))
             return
-        wanted = [name.decode() for name, _ in changed if name == CONTROL.encode() or self.hub.is_read(name.decode())]
+        wanted = [name.decode() for name, _ in changed if name == CONTROL.encode() or self.hub.is_wanted(name.decode())]
         missed = {name.decode(): int(score) for name, score in changed}
         found: list[tuple[int, str, dict[bytes, bytes] | None]] = []
         for channel, entries in await self._channels(wanted, after=log.tail, until=tail):
@@ -420,7 +420,7 @@ class RedisBackend(RemoteBackend):
         return await self._here(partial(self._patiently, partial(self._renew, name, claim)))
 
     async def _renew(self, name: str, claim: Claim) -> bool:
-        arguments = [self._node, _LEASE_MS]
+        arguments = [self._node, _LEASE_MS, claim.epoch]
         for field in ("max_bytes", "ttl", "outcome", "final", "epoch", "start"):
             arguments += [field, getattr(claim, field)]
         return bool(await self._renew_script(keys=[self._key(f"r:{name}")], args=arguments))

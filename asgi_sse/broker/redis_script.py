@@ -111,11 +111,14 @@ redis.call('PEXPIRE', KEYS[1], ARGV[5])
 return {1, redis.call('HGETALL', KEYS[1])}
 """
 
-# KEYS: run. ARGV: node, ms, and the fields of the run, to put it back if it is gone.
+# KEYS: run. ARGV: node, ms, the epoch, and the fields of the run, to put it back if it is gone, or of an earlier epoch.
 RENEW: Final = """
 local node = redis.call('HGET', KEYS[1], 'node')
 if node and node ~= ARGV[1] then return 0 end
-if not node then redis.call('HSET', KEYS[1], 'node', ARGV[1], unpack(ARGV, 3)) end
+local known = redis.call('HMGET', KEYS[1], 'epoch', 'outcome')
+if not node or (known[1] ~= ARGV[3] and known[2] == '') then
+  redis.call('HSET', KEYS[1], 'node', ARGV[1], unpack(ARGV, 4))
+end
 if redis.call('HGET', KEYS[1], 'outcome') == '' then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
 return 1
 """

@@ -469,6 +469,77 @@ async def test_a_run_goes_on_in_a_log_that_is_another_one(valkey: Valkey, prefix
             assert await run.wait() == await found.wait() == "finished"
 
 
+@pytest.mark.usefixtures("hurried")
+async def test_a_run_that_goes_on_is_not_taken_for_lost_since_the_log_is_another_one(
+    valkey: Valkey, prefix: str
+) -> None:
+    release = asyncio.Event()
+
+    async def source() -> AsyncIterator[str]:
+        yield "before"
+        await release.wait()
+        yield "after"
+
+    async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
+        for _ in range(20):
+            await one.publish("a", "x")  # so that the run begins behind where the next log ends
+        run = await one.run("r", source())
+        found = await two.find_run("r")
+        assert found is not None
+        with valkey.client() as client:
+            client.delete(*client.keys(f"\\{{{prefix}}}:*"))
+        await until(lambda: one.statistics().restarts == two.statistics().restarts == 1)
+        await asyncio.sleep(0.5)  # ten looks
+        assert found.outcome is None
+        async with Broker(valkey.url, prefix=prefix) as three:
+            late = await three.find_run("r")
+            assert late is not None
+            release.set()
+            async with asyncio.timeout(PATIENCE):
+                assert data([event async for event in late.subscribe()]) == ["after", '{"reason":"finished"}']
+                assert await run.wait() == await found.wait() == "finished"
+
+
+async def test_who_begins_one_run_at_once_in_a_process_gets_one(valkey: Valkey, prefix: str) -> None:
+    async with Broker(valkey.url, prefix=prefix) as broker:
+        for number in range(50):
+            runs_ = await asyncio.gather(*(broker.run(f"r{number}", ["x"], join=True) for _ in range(5)))
+            assert len(set(map(id, runs_))) == 1
+            async with asyncio.timeout(PATIENCE):
+                await runs_[0].wait()
+
+
+async def test_a_run_stays_whole_when_its_process_has_missed_what_others_published(valkey: Valkey, prefix: str) -> None:
+    events: asyncio.Queue[str] = asyncio.Queue()
+
+    async def source() -> AsyncIterator[str]:
+        while True:
+            yield await events.get()
+
+    async with Broker(valkey.url, prefix=prefix, run_grace=0) as one, Broker(valkey.url, prefix=prefix) as two:
+        run = await one.run("r", source())
+        for number in range(400):
+            events.put_nowait(str(number))
+        await until(lambda: two.statistics().received == 400)
+        held, xread = asyncio.Event(), one._backend._client.xread  # type: ignore[attr-defined]
+
+        async def wait_and_read(*args: Any, **options: Any) -> Any:
+            await held.wait()
+            return await xread(*args, **options)
+
+        one._backend._client.xread = wait_and_read  # type: ignore[attr-defined]
+        await asyncio.sleep(1.2)  # longer than a read takes
+        for _ in range(30):
+            await asyncio.gather(*(two.publish("a", "x") for _ in range(64)))
+        held.set()
+        await until(lambda: one.statistics().tail == two.statistics().tail)
+        events.put_nowait("400")
+        await until(lambda: two.statistics().received == 400 + 30 * 64 + 1)
+        with valkey.client() as client:
+            assert client.xlen(f"{{{prefix}}}:c:r") == 401
+        run.cancel()
+
+
 # The ways to it
 
 
