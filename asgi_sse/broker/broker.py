@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+import anyio
+
 from ..errors import BrokerError
 from ..log import EventLog, check_name
 from ..outbox import current_flusher
@@ -154,10 +156,13 @@ class Broker:
         if self._openers:
             return
         self._hub.close()
-        await self._runs.close(self._run_grace)
-        if self._presence is not None:
-            await self._presence.wait()
-        await self._backend.close()
+        try:
+            await self._runs.close(self._run_grace)
+            if self._presence is not None:
+                await self._presence.wait()
+        finally:
+            with anyio.CancelScope(shield=True):  # within a scope that was cancelled, nothing would be let go of
+                await self._backend.close()
 
     def begin_close(self, within: float, by: object) -> None:
         """A server stops, and its streams end in so many seconds. From any thread, and as often as may be.

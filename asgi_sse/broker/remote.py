@@ -209,15 +209,19 @@ class RemoteBackend(Backend):
         tasks, self._tasks = set(self._tasks), []
         # The end of a run may be here, and be acknowledged only now.
         under_way = [item.answer for item in (*self._batch, *self._queue) if not item.answer.done()]
-        if under_way and self._state == "connected":
-            await asyncio.wait(under_way, timeout=_LAST_ANSWERS)
-        while tasks:  # redis-py on Python 3.11 loses a cancellation now and then
-            for task in tasks:
+        try:
+            if under_way and self._state == "connected":
+                await asyncio.wait(under_way, timeout=_LAST_ANSWERS)
+            while tasks:  # redis-py on Python 3.11 loses a cancellation now and then
+                for task in tasks:
+                    task.cancel()
+                _, tasks = await asyncio.wait(tasks, timeout=_CANCEL_AGAIN)
+            await self._disconnect()
+        finally:
+            for task in tasks:  # where we were cancelled ourselves
                 task.cancel()
-            _, tasks = await asyncio.wait(tasks, timeout=_CANCEL_AGAIN)
-        await self._disconnect()
-        self._state, self._loop = "closed", None
-        self._progress.set()
+            self._state, self._loop = "closed", None
+            self._progress.set()
 
     def check_open(self) -> asyncio.AbstractEventLoop:
         """See `Backend`."""

@@ -12,6 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 import redis.exceptions
 import trustme
@@ -21,7 +22,7 @@ from serving import environment, free_port
 import asgi_sse.broker
 from asgi_sse import Broker, BrokerError, HTTPError, ServerSentEvent, Subscription
 from asgi_sse.broker import redis as redis_backend
-from asgi_sse.broker import runs
+from asgi_sse.broker import redis_client, runs
 from asgi_sse.broker.redis import RedisBackend
 from asgi_sse.testing import open_stream
 
@@ -310,6 +311,35 @@ async def test_what_is_no_event_is_left_out(valkey: Valkey, prefix: str, caplog:
         await broker.publish("a", "1")
         assert data(await take(subscription, 2)) == ["0", "1"]
     assert sum("is left out" in record.getMessage() for record in caplog.records) == 5
+
+
+async def test_a_broker_is_closed_within_a_scope_that_was_cancelled(valkey: Valkey, prefix: str) -> None:
+    broker = Broker(valkey.url, prefix=prefix)
+    with anyio.move_on_after(0.1):
+        async with broker:
+            await anyio.sleep(PATIENCE)
+    assert broker.statistics().state == "closed"
+    async with broker:
+        assert await broker.publish("a", "1")
+
+
+async def test_a_broker_is_closed_soon_while_its_server_stands_still(valkey: Valkey, prefix: str) -> None:
+    broker = Broker(valkey.url, prefix=prefix, run_grace=0)
+    try:
+        async with broker:
+            run = await broker.run("r", endless())
+            await until(lambda: broker.statistics().received == 1)
+            valkey.pause()
+            begun = asyncio.get_running_loop().time()
+        assert asyncio.get_running_loop().time() - begun < 6
+        assert run.outcome == "drained"
+    finally:
+        valkey.resume()
+
+
+async def test_a_url_is_shown_without_its_passwords() -> None:
+    url = "redis+sentinel://:one@a,b/mymaster/0?sentinel_password=two"
+    assert redis_client.shown_url(url) == "redis+sentinel://:***@a,b/mymaster/0"
 
 
 # Runs whose process is gone
