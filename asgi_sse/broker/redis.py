@@ -3,14 +3,14 @@
 Its keys, with the prefix in braces, so that a cluster has them on one node:
 
 - ``{p}:meta``, a hash: the ``epoch``, ``n`` (the last number), ``start`` (the number at which the epoch began),
-  ``floor`` (the last number of the channels that were forgotten), ``history``, ``channels`` and ``age`` (the limits,
-  for who has none).
+  ``root`` (the first epoch of these numbers, for what is not lost with an epoch), ``floor`` (the last number of the
+  channels that were forgotten), ``history``, ``channels`` and ``age`` (the limits, for who has none).
 - ``{p}:log``, a stream that every process reads: each event as ``n-0``, with its channel ``c``, its payload ``e``, the
   number ``l`` of the one before it in its channel, the time ``t`` in ms and the epoch ``x``.
 - ``{p}:c:CHANNEL``, a stream: the same events under the same ids, for who resumes behind what a process has in memory.
 - ``{p}:last``, a sorted set: the last number of each channel.
 - ``{p}:w:NODE``: what a process has published last, so that it may try again when it has got no answer.
-- ``{p}:k:…``: the id of each idempotency key.
+- ``{p}:k:…``: the root and number of each idempotency key.
 - ``{p}:r:RUN``, a hash: a run, see `Claim`.
 
 Who reads the log looks at each number and epoch: an entry that is not the next one means that there was more than the

@@ -276,7 +276,7 @@ async def test_a_server_that_has_lost_what_it_acknowledged_gets_another_epoch(tm
     with Valkey(tmp_path) as engine:
         async with Broker(engine.url) as one, Broker(engine.url) as two:
             subscriptions = [node.subscribe("a") for node in (one, two)]
-            kept = [await one.publish("a", str(number)) for number in range(3)]
+            kept = [await one.publish("a", str(number), idempotency_key=str(number)) for number in range(3)]
             await asyncio.to_thread(engine.save)
             lost = [await one.publish("a", f"lost {number}") for number in range(3)]
             for subscription in subscriptions:
@@ -290,6 +290,8 @@ async def test_a_server_that_has_lost_what_it_acknowledged_gets_another_epoch(tm
                 assert [event.id for event in events] == ids
                 (told,) = await take(node.subscribe("a", last_event_id=lost[1]), 1)
                 assert reason(told) == "epoch"
+            again = await one.publish("a", "2", idempotency_key="2")  # it was not lost, and stands there once
+            assert again.partition("-")[::2] == (ids[0].partition("-")[0], kept[2].partition("-")[2])
 
 
 async def test_what_is_no_event_is_left_out(valkey: Valkey, prefix: str, caplog: pytest.LogCaptureFixture) -> None:
