@@ -325,6 +325,26 @@ async def test_a_broker_is_closed_within_a_scope_that_was_cancelled(valkey: Valk
         assert await broker.publish("a", "1")
 
 
+async def test_those_who_open_a_broker_at_once_all_find_it_open(valkey: Valkey, prefix: str) -> None:
+    broker = Broker(valkey.url, prefix=prefix, run_grace=0.3)
+
+    async def one(name: str) -> str:
+        await broker.open(name)
+        try:
+            return await broker.publish("a", name)
+        finally:
+            await broker.close(name)
+
+    assert len(set(await asyncio.gather(*map(one, "abc")))) == 3
+    await broker.open("d")
+    await broker.run("r", endless())
+    closing = asyncio.create_task(broker.close("d"))
+    await asyncio.sleep(0.1)
+    assert await one("e")
+    await closing
+    assert broker.statistics().state == "closed"
+
+
 async def test_a_broker_is_closed_soon_while_its_server_stands_still(valkey: Valkey, prefix: str) -> None:
     broker = Broker(valkey.url, prefix=prefix, run_grace=0)
     try:
