@@ -57,7 +57,7 @@ _BLOCK_MS: Final = 1000
 """How long a read waits for something to come, before it is asked whether the log is still the same."""
 
 _COUNT: Final = 256
-"""Entries that one read takes."""
+"""Entries that one read takes, at the most."""
 
 _LEASE_MS: Final = 30_000
 """For how long a run goes on of whose process nothing is heard."""
@@ -124,6 +124,7 @@ class RedisBackend(RemoteBackend):
         self._closers: list[Any] = []
         self._last: _Last | None = None
         self._run_id = b""
+        self._count = _COUNT  # entries that the next read takes
         self._known: tuple[str, int] = "", 0  # the epoch and last number that the engine has had, as far as it has said
         self._skew = 0.0  # of `clock` to the engine's, in seconds
 
@@ -254,7 +255,12 @@ class RedisBackend(RemoteBackend):
     async def _read(self) -> None:
         log, key = self.hub.log, self._key("log")
         while True:
-            answer = await self._client.xread({key: f"{log.tail}-0"}, count=_COUNT, block=_BLOCK_MS)
+            try:
+                answer = await self._client.xread({key: f"{log.tail}-0"}, count=self._count, block=_BLOCK_MS)
+            except RedisTimeoutError:
+                self._count = max(1, self._count // 4)  # so many large ones may not come in time, and never would
+                raise
+            self._count = min(_COUNT, self._count + 8)
             entries = [entry for _, batch in _pairs(answer) for entry in batch]
             for place, (entry_id, fields) in enumerate(entries, 1):
                 if fields is None or _number(entry_id) != log.tail + 1 or fields.get(b"x") != log.epoch.encode():
