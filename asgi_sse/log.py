@@ -231,8 +231,10 @@ class Ring:
         self.whole = False
         self._trim()
 
-    def fill(self, entries: Iterable[Entry], trimmed: int) -> None:
-        """Put back what was dropped, up to `trimmed`: `entries`, oldest first; those that are there already are not."""
+    def fill(self, entries: Iterable[Entry], trimmed: int, until: int) -> None:
+        """Put back what was dropped: see `EventLog.fill`. Those that are there already are not."""
+        if until < self.trimmed:
+            return  # what came meanwhile was dropped as well: there would be a hole that nobody sees
         older = [entry for entry in entries if entry.number <= self.trimmed]
         self._numbers[: self._start] = [entry.number for entry in older]
         self._entries[: self._start] = older
@@ -438,6 +440,10 @@ class EventLog:
         self._ring_of(channel).keep(max_bytes)
         self._order.pop(channel, None)
 
+    def is_kept(self, channel: str) -> bool:
+        """Whether all events of `channel` are."""
+        return channel in self._kept
+
     def release(self, channel: str) -> None:
         """Drop what was kept of `channel`."""
         if self._kept.pop(channel, None) is not None:
@@ -480,15 +486,16 @@ class EventLog:
         else:
             self._remember(channel, number)
 
-    def fill(self, channel: str, entries: Iterable[Entry], trimmed: int) -> None:
+    def fill(self, channel: str, entries: Iterable[Entry], trimmed: int, until: int) -> None:
         """Put back what is not here of a channel.
 
         Args:
             channel: Its name.
             entries: What it has, oldest first.
             trimmed: The number since which there is nothing before them.
+            until: The number up to which they are all there is. If what came behind it was dropped by now, nothing is.
         """
-        self._ring_of(channel).fill(entries, trimmed)
+        self._ring_of(channel).fill(entries, trimmed, until)
         self._forget_least_recent(channel)
 
     def missing(self, channels: Iterable[str], after: int) -> list[str]:

@@ -260,3 +260,15 @@ def test_numbers_go_on() -> None:
     assert [log.append(name, event(), 0).number for name in "abcab"] == [next(sequence) for _ in range(5)]
     assert "a" in log
     assert "z" not in log
+
+
+def test_what_is_put_back_leaves_no_hole_before_what_came_meanwhile() -> None:
+    log = EventLog(history=4, epoch="a")
+    for number in range(1, 16):
+        log.append("x", ServerSentEvent(str(number)), 0.0)
+    asked = [log.entry(number, "x", ServerSentEvent(str(number)), 0.0) for number in range(8, 16)]
+    for number in range(16, 25):
+        log.append("x", ServerSentEvent(str(number)), 0.0)
+    log.fill("x", asked, 7, until=15)
+    assert not log.is_complete(["x"], 0.0, patterns=False, after=17)
+    assert [entry.number for entry in log.entries(["x"], 20)] == [21, 22, 23, 24]

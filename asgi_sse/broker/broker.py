@@ -5,6 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+import anyio
+
+from .._eventloop import current_loop
 from ..errors import BrokerError
 from ..log import EventLog, check_name
 from ..outbox import current_flusher
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from .._eventloop import EventLoop
     from ..event import ServerSentEvent
     from ..routing import Request
     from .backend import BrokerStatistics, Claim
@@ -64,8 +68,8 @@ class Broker:
         max_runs: Runs that may go on at once; and those that are kept after their end.
         run_grace: Seconds for which runs may go on when the server stops, or the broker is closed.
         prefix: Of the engine's keys, or its stream: brokers with the same one share their channels.
-        publish_timeout: Seconds that publishing may wait for the engine, before it raises; ``None``: as long as it
-            takes.
+        publish_timeout: Seconds that publishing, and to begin or find a run, may wait for the engine, before it raises;
+            ``None``: as long as it takes.
 
     Raises:
         ModuleNotFoundError: The engine's client is not installed.
@@ -120,6 +124,8 @@ class Broker:
         self._runs = Runs(self, self._backend, max_runs)
         self._run_grace = run_grace
         self._entered: list[object] = []
+        self._is_open = False
+        self._turn: tuple[EventLoop, anyio.Lock] | None = None
         self._openers: set[object] = set()
         self._closing: set[object] = set()  # which of them have said that they stop
 
@@ -137,27 +143,44 @@ class Broker:
 
     async def open(self, by: object) -> None:
         """As ``async with``, for one of several; what it is given, `close` is to be given too."""
-        first = not self._openers
-        self._openers.add(by)
-        try:
-            if first:
+        turn = self._own_turn()
+        async with turn:  # who comes while another one opens or closes it finds it open, or opens it anew
+            if not self._is_open:
                 await self._backend.open()
-        except BaseException:
-            self._openers.discard(by)
-            raise
-        self._runs.reopen()
+                self._is_open = True
+            self._openers.add(by)
+            self._runs.reopen()
 
     async def close(self, by: object) -> None:
         """The end of what `open` has begun."""
         self._openers.discard(by)
         self._closing.discard(by)
-        if self._openers:
-            return
+        turn = self._own_turn()
+        with anyio.CancelScope(shield=True):  # within a scope that was cancelled, nothing would be let go of
+            await turn.acquire()
+        try:
+            if not self._openers:
+                await self._close()
+        finally:
+            turn.release()
+
+    async def _close(self) -> None:
         self._hub.close()
-        await self._runs.close(self._run_grace)
-        if self._presence is not None:
-            await self._presence.wait()
-        await self._backend.close()
+        try:
+            await self._runs.close(self._run_grace)
+            if self._presence is not None:
+                await self._presence.wait()
+        finally:
+            self._is_open = False
+            with anyio.CancelScope(shield=True):
+                await self._backend.close()
+
+    def _own_turn(self) -> anyio.Lock:
+        """By which those of one event loop open and close it one after the other."""
+        loop = current_loop()
+        if self._turn is None or self._turn[0] is not loop:
+            self._turn = loop, anyio.Lock()
+        return self._turn[1]
 
     def begin_close(self, within: float, by: object) -> None:
         """A server stops, and its streams end in so many seconds. From any thread, and as often as may be.
@@ -356,7 +379,8 @@ class Broker:
             on_end: Makes the final event, of how it ended and what the source raised. Sync or async.
 
         Raises:
-            BrokerError: A run of that name goes on, there are as many as there may be, or the broker was closed.
+            BrokerError: A run of that name goes on, there are as many as there may be, the broker was closed, or the
+                engine does not answer (as an answer to a request: 503).
             TypeError: `source` is none, or an argument is of a wrong kind.
             ValueError: The name is none, or an argument is out of range.
         """
@@ -382,6 +406,7 @@ class Broker:
         """The run of that name, in whichever process: it goes on, or has ended less than its ``ttl`` ago.
 
         Raises:
+            BrokerError: The engine does not answer (as an answer to a request: 503).
             ValueError: The name is none.
         """
         return await self._runs.find(check_name(name), self._make_run)

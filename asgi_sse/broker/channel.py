@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import random
+from typing import TYPE_CHECKING, Any, Final
 
+from ..event import ServerSentEvent
 from ..routing import Answering
+from .hub import UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..event import ServerSentEvent
     from ..routing import Request
     from .broker import Broker
     from .hub import Hub
     from .subscription import Subscription
+
+
+_COME_BACK: Final = (2000, 8000)
+"""Milliseconds after which a client comes back that could not be answered: at random, so that not all do at once."""
 
 
 class Channel(Answering):
@@ -65,13 +71,23 @@ class Channel(Answering):
         """How many read it now."""
         return self._broker.subscribers(self.name)
 
-    async def answer(self, request: Request) -> Subscription:
+    async def answer(self, request: Request) -> Subscription | list[ServerSentEvent]:
         """What to answer a request with: its events behind the ``Last-Event-ID``; while it is that of a run, the run.
+
+        While the engine does not say which: that the client is to come back.
 
         Raises:
             HTTPError: 204, see `Run`.
         """
-        run = await self._broker.find_run(self.name)
+        try:
+            run = await self._broker.find_run(self.name)
+        except UnavailableError:
+            return come_back()
         if run is not None:
             return await run.answer(request)
         return self.subscribe(last_event_id=request.last_event_id, info=request)
+
+
+def come_back() -> list[ServerSentEvent]:
+    """A stream that ends, for who is to ask again: a 503 would stop a browser's EventSource for good."""
+    return [ServerSentEvent(retry=random.randint(*_COME_BACK))]  # noqa: S311 (it spreads load, it guards nothing)

@@ -167,6 +167,7 @@ class Cursor(Changing):
         for entry in self._hub.log.entries(self._channels(), self._position):
             size += len(entry.chunk)
             if final is not None and entry.number > final:
+                self._position = max(self._position, final)
                 break  # of a later run of that name
             if batch and (size > limit or len(batch) >= count):
                 break
@@ -174,6 +175,8 @@ class Cursor(Changing):
             self._position = entry.number
         else:
             self._caught_up()
+            if final is not None and self._hub.log.tail >= final:
+                self._position = max(self._position, final)  # which may be no event
         return batch
 
     def _caught_up(self) -> None:

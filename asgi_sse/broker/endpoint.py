@@ -16,8 +16,9 @@ from ..errors import shown
 from ..log import check_name, check_pattern, is_pattern, pattern_test
 from ..response import EventSourceResponse
 from ..routing import Answering, HTTPError
-from .channel import Channel
+from .channel import Channel, come_back
 from .checks import check_number, name_of
+from .hub import UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -127,7 +128,10 @@ class BrokerEndpoint(Answering):
             raise HTTPError(400, "name the channels: as {channel} in the route, or as ?channel=NAME")
         if self._runs and len(names) > 1:
             raise HTTPError(400, f"{len(names)} runs; one stream carries one")
-        run = await self._broker.find_run(names[0]) if len(names) == 1 and not is_pattern(names[0]) else None
+        try:
+            run = await self._broker.find_run(names[0]) if len(names) == 1 and not is_pattern(names[0]) else None
+        except UnavailableError:
+            return EventSourceResponse(come_back())
         if run is None and self._runs:
             raise HTTPError(404, f"no run is called {', '.join(names)}: it has not begun, or its end is long past")
         if run is not None and run.was_seen_by(request.last_event_id):

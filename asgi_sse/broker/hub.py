@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 clock: Final = time.monotonic
 
 _RETRY_AFTER: Final = 5
-"""Seconds after which a client may try again that has found a channel full."""
+"""Seconds after which a client may try again that has found a channel full, or the engine silent."""
 
 
 def unnumbered(item: Any) -> ServerSentEvent:
@@ -73,6 +73,13 @@ class FullError(BrokerError, HTTPError):
 
     def __init__(self, channel: str, number: int) -> None:
         detail = f"{channel} has {number} subscribers already, the most there may be"
+        super().__init__(503, detail, {"retry-after": str(_RETRY_AFTER)})
+
+
+class UnavailableError(BrokerError, HTTPError):
+    """The engine does not say what has to be known first. As the answer to a request: 503."""
+
+    def __init__(self, detail: str) -> None:
         super().__init__(503, detail, {"retry-after": str(_RETRY_AFTER)})
 
 
@@ -226,10 +233,10 @@ class Hub:
         self._wake_all(here, there)
         return entry
 
-    def is_read(self, channel: str) -> bool:
-        """Whether anybody reads `channel`."""
+    def is_wanted(self, channel: str) -> bool:
+        """Whether anybody reads `channel`, or all of it is kept."""
         with self.lock:
-            return any(True for _ in self._readers_of(channel))
+            return self.log.is_kept(channel) or any(True for _ in self._readers_of(channel))
 
     def miss(self, channel: str, number: int) -> None:
         """`channel` had events up to a number that are not here."""
@@ -237,6 +244,12 @@ class Hub:
             self.log.miss(channel, number)
             readers = self._readers_of(channel, new=True)  # of a pattern, who comes later is to know of it
             here, there = self._by_loop([reader for reader in readers if reader.missed(channel)])
+        self._wake_all(here, there)
+
+    def look_again(self, channel: str) -> None:
+        """Have those who read `channel` see what has changed without an event."""
+        with self.lock:
+            here, there = self._by_loop([reader for reader in self._readers_of(channel) if reader.missed(channel)])
         self._wake_all(here, there)
 
     def restart(self, epoch: str, tail: int, known: Iterable[tuple[str, int]] = (), *, floor: int) -> None:

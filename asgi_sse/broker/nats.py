@@ -590,7 +590,7 @@ class NatsBackend(RemoteBackend):
         """See `Backend`."""
         token = secrets.token_hex(8)
         claim = partial(self._claim, name, max_bytes, ttl, token, again=again, over=over)
-        return await self._here(partial(self._patiently, claim))
+        return await self._here(partial(self._in_time, claim))
 
     async def _claim(
         self, name: str, max_bytes: int, ttl: float, token: str, *, again: bool, over: int
@@ -612,7 +612,7 @@ class NatsBackend(RemoteBackend):
 
     async def find(self, name: str) -> Claim | None:
         """See `Backend`."""
-        entry = await self._here(partial(self._patiently, partial(self._entry, name)))
+        entry = await self._here(partial(self._in_time, partial(self._question, partial(self._entry, name))))
         return None if entry is None or entry.is_over else entry.claim
 
     async def renew(self, name: str, claim: Claim) -> bool:
@@ -627,7 +627,8 @@ class NatsBackend(RemoteBackend):
                     return False
                 if entry.claim.outcome:
                     return True
-                claim = entry.claim
+                if entry.claim.epoch == claim.epoch:
+                    claim = entry.claim
             token, revision = ("", 0) if entry is None else (entry.token, entry.revision)
             if await self._write(name, claim, token, revision):
                 return True
@@ -641,7 +642,7 @@ class NatsBackend(RemoteBackend):
                 entry = await self._entry(publication.channel)
                 if entry is None or entry.claim.node != self._node or entry.claim.outcome:
                     return
-                if entry.claim.start >= number:
+                if entry.claim.start >= number and entry.claim.epoch == self.hub.log.epoch:
                     return  # it was begun again
                 ended = entry.claim
                 ended.outcome, ended.final = publication.end, number

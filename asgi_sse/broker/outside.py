@@ -55,12 +55,16 @@ def publish(
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(_publish(backend, publication))
+        return asyncio.run(_publish(backend, publication, timeout))
     raise BrokerError("publish() would block the event loop of this thread: await the publish() of a Broker")
 
 
-async def _publish(backend: RemoteBackend, publication: Publication) -> str:
-    await backend.open(follow=False)
+async def _publish(backend: RemoteBackend, publication: Publication, timeout: float | None) -> str:
+    try:
+        async with asyncio.timeout(timeout):
+            await backend.open(follow=False)
+    except TimeoutError:
+        raise BrokerError(f"not published: {backend.url} did not answer within {timeout:g} s") from None
     try:
         return await backend.publish(publication)
     finally:

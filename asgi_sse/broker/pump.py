@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from functools import partial
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
@@ -35,6 +36,10 @@ _CLEANUP: Final = 10.0
 
 _LAST_CALL: Final = 0.1
 """Seconds that it has to obey its second cancellation, before it is left behind."""
+
+
+_LAST_WORD: Final = 2.0
+"""Seconds for which the last event of a run waits for its engine when the broker is closed."""
 
 
 class Destination(Protocol):
@@ -177,10 +182,13 @@ class Pump:
         if outcome == "lost":  # another process has said so
             self._destination.give_up(outcome)
             return
+        event = await self._make_final_event(outcome)
         try:
-            await self._destination.put(await self._make_final_event(outcome), outcome)
-        except BrokerError:
-            logger.exception("the end of run %s could not be published", self._destination.name)
+            with anyio.fail_after(_LAST_WORD if self._stopped == "drained" else math.inf):
+                await self._destination.put(event, outcome)
+        except (BrokerError, TimeoutError) as exc:
+            why = str(exc) or f"not acknowledged within {_LAST_WORD:g} s"
+            logger.error("the end of run %s could not be published: %s", self._destination.name, why)  # noqa: TRY400
             self._destination.give_up(outcome)
 
     def _end_now(self, outcome: Outcome) -> None:

@@ -3,14 +3,14 @@
 Its keys, with the prefix in braces, so that a cluster has them on one node:
 
 - ``{p}:meta``, a hash: the ``epoch``, ``n`` (the last number), ``start`` (the number at which the epoch began),
-  ``floor`` (the last number of the channels that were forgotten), ``history``, ``channels`` and ``age`` (the limits,
-  for who has none).
+  ``root`` (the first epoch of these numbers, for what is not lost with an epoch), ``floor`` (the last number of the
+  channels that were forgotten), ``history``, ``channels`` and ``age`` (the limits, for who has none).
 - ``{p}:log``, a stream that every process reads: each event as ``n-0``, with its channel ``c``, its payload ``e``, the
   number ``l`` of the one before it in its channel, the time ``t`` in ms and the epoch ``x``.
 - ``{p}:c:CHANNEL``, a stream: the same events under the same ids, for who resumes behind what a process has in memory.
 - ``{p}:last``, a sorted set: the last number of each channel.
 - ``{p}:w:NODE``: what a process has published last, so that it may try again when it has got no answer.
-- ``{p}:k:…``: the id of each idempotency key.
+- ``{p}:k:…``: the root and number of each idempotency key.
 - ``{p}:r:RUN``, a hash: a run, see `Claim`.
 
 Who reads the log looks at each number and epoch: an entry that is not the next one means that there was more than the
@@ -57,7 +57,7 @@ _BLOCK_MS: Final = 1000
 """How long a read waits for something to come, before it is asked whether the log is still the same."""
 
 _COUNT: Final = 256
-"""Entries that one read takes."""
+"""Entries that one read takes, at the most."""
 
 _LEASE_MS: Final = 30_000
 """For how long a run goes on of whose process nothing is heard."""
@@ -124,6 +124,7 @@ class RedisBackend(RemoteBackend):
         self._closers: list[Any] = []
         self._last: _Last | None = None
         self._run_id = b""
+        self._count = _COUNT  # entries that the next read takes
         self._known: tuple[str, int] = "", 0  # the epoch and last number that the engine has had, as far as it has said
         self._skew = 0.0  # of `clock` to the engine's, in seconds
 
@@ -254,7 +255,12 @@ class RedisBackend(RemoteBackend):
     async def _read(self) -> None:
         log, key = self.hub.log, self._key("log")
         while True:
-            answer = await self._client.xread({key: f"{log.tail}-0"}, count=_COUNT, block=_BLOCK_MS)
+            try:
+                answer = await self._client.xread({key: f"{log.tail}-0"}, count=self._count, block=_BLOCK_MS)
+            except RedisTimeoutError:
+                self._count = max(1, self._count // 4)  # so many large ones may not come in time, and never would
+                raise
+            self._count = min(_COUNT, self._count + 8)
             entries = [entry for _, batch in _pairs(answer) for entry in batch]
             for place, (entry_id, fields) in enumerate(entries, 1):
                 if fields is None or _number(entry_id) != log.tail + 1 or fields.get(b"x") != log.epoch.encode():
@@ -307,7 +313,7 @@ class RedisBackend(RemoteBackend):
             # Channels were forgotten meanwhile, and nobody knows which ones.
             await self._restart(log.epoch, tail, *await self._survey(tail))
             return
-        wanted = [name.decode() for name, _ in changed if name == CONTROL.encode() or self.hub.is_read(name.decode())]
+        wanted = [name.decode() for name, _ in changed if name == CONTROL.encode() or self.hub.is_wanted(name.decode())]
         missed = {name.decode(): int(score) for name, score in changed}
         found: list[tuple[int, str, dict[bytes, bytes] | None]] = []
         for channel, entries in await self._channels(wanted, after=log.tail, until=tail):
@@ -369,7 +375,7 @@ class RedisBackend(RemoteBackend):
                 if log.epoch != epoch:
                     return
                 trimmed = int(entries[0][1][b"l"]) if entries else min(scores[channel], tail)
-                log.fill(channel, made, trimmed)
+                log.fill(channel, made, trimmed, tail)
 
     # Publishing
 
@@ -396,7 +402,7 @@ class RedisBackend(RemoteBackend):
         """See `Backend`."""
         token = secrets.token_hex(8)
         claim = partial(self._claim, name, max_bytes, ttl, token, again=again)
-        return await self._here(partial(self._patiently, claim))
+        return await self._here(partial(self._in_time, claim))
 
     async def _claim(self, name: str, max_bytes: int, ttl: float, token: str, *, again: bool) -> tuple[Claim, bool]:
         await self._sync()  # to know of the epoch
@@ -409,7 +415,7 @@ class RedisBackend(RemoteBackend):
 
     async def find(self, name: str) -> Claim | None:
         """See `Backend`."""
-        return await self._here(partial(self._patiently, partial(self._find, name)))
+        return await self._here(partial(self._in_time, partial(self._question, partial(self._find, name))))
 
     async def _find(self, name: str) -> Claim | None:
         fields = await self._client.hgetall(self._key(f"r:{name}"))
@@ -420,7 +426,7 @@ class RedisBackend(RemoteBackend):
         return await self._here(partial(self._patiently, partial(self._renew, name, claim)))
 
     async def _renew(self, name: str, claim: Claim) -> bool:
-        arguments = [self._node, _LEASE_MS]
+        arguments = [self._node, _LEASE_MS, claim.epoch]
         for field in ("max_bytes", "ttl", "outcome", "final", "epoch", "start"):
             arguments += [field, getattr(claim, field)]
         return bool(await self._renew_script(keys=[self._key(f"r:{name}")], args=arguments))

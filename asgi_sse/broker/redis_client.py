@@ -16,7 +16,8 @@ _SOCKET_TIMEOUT: Final = 5.0
 
 
 def shown_url(url: str) -> str:
-    """A URL without its password."""
+    """A URL without its passwords, which may be in its query as well."""
+    url = url.partition("?")[0]
     head, at, tail = url.rpartition("@")
     if not at:
         return url

@@ -11,13 +11,13 @@ from typing import Final
 # Most items are plain: what redis-py does with each string is most of what publishing many at once costs.
 PUBLISH: Final = """
 local meta, log, last, memory = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local found = redis.call('HMGET', meta, 'epoch', 'n', 'history', 'channels', 'age', 'start')
-local epoch, n, start = found[1], tonumber(found[2] or 0), found[6] or '0'
+local found = redis.call('HMGET', meta, 'epoch', 'n', 'history', 'channels', 'age', 'start', 'root')
+local epoch, n, start, root = found[1], tonumber(found[2] or 0), found[6] or '0', found[7] or found[1]
 local lost = not epoch or (n > 0 and redis.call('EXISTS', last) == 0 and n > tonumber(start))
 if lost then
   redis.call('DEL', meta, log, last)
-  epoch, n, start = ARGV[1], 0, '0'
-  redis.call('HSET', meta, 'epoch', epoch, 'n', 0, 'start', 0, 'floor', 0)
+  epoch, n, start, root = ARGV[1], 0, '0', ARGV[1]
+  redis.call('HSET', meta, 'epoch', epoch, 'n', 0, 'start', 0, 'floor', 0, 'root', root)
 elseif ARGV[2] == epoch and n < tonumber(ARGV[8]) then
   epoch, start = ARGV[1], string.format('%d', n)
   redis.call('HSET', meta, 'epoch', epoch, 'start', start)
@@ -51,8 +51,8 @@ while KEYS[k] do
     a = a + 5
   end
   local known = key and redis.call('GET', key)
-  if known and string.sub(known, 1, #epoch + 1) == epoch .. '-' then
-    ids[#ids + 1] = known
+  if known and string.sub(known, 1, #root + 1) == root .. '-' then
+    ids[#ids + 1] = epoch .. string.sub(known, #root + 1)
   else
     n = redis.call('HINCRBY', meta, 'n', 1)  -- the first to write, so that a full server refuses all or nothing
     local before = redis.call('ZSCORE', last, channel)
@@ -76,9 +76,9 @@ while KEYS[k] do
       redis.call('PEXPIRE', run, ttl)
     end
     redis.call('ZADD', last, n, channel)
-    local given = epoch .. '-' .. string.format('%d', n)
-    ids[#ids + 1] = given
-    if key then redis.call('SET', key, given, 'PX', 120000) end
+    local number = string.format('-%d', n)
+    ids[#ids + 1] = epoch .. number
+    if key then redis.call('SET', key, root .. number, 'PX', 120000) end  -- which other epochs of these numbers know
   end
 end
 local over = items and redis.call('ZCARD', last) - channels or 0
@@ -111,11 +111,14 @@ redis.call('PEXPIRE', KEYS[1], ARGV[5])
 return {1, redis.call('HGETALL', KEYS[1])}
 """
 
-# KEYS: run. ARGV: node, ms, and the fields of the run, to put it back if it is gone.
+# KEYS: run. ARGV: node, ms, the epoch, and the fields of the run, to put it back if it is gone, or of an earlier epoch.
 RENEW: Final = """
 local node = redis.call('HGET', KEYS[1], 'node')
 if node and node ~= ARGV[1] then return 0 end
-if not node then redis.call('HSET', KEYS[1], 'node', ARGV[1], unpack(ARGV, 3)) end
+local known = redis.call('HMGET', KEYS[1], 'epoch', 'outcome')
+if not node or (known[1] ~= ARGV[3] and known[2] == '') then
+  redis.call('HSET', KEYS[1], 'node', ARGV[1], unpack(ARGV, 4))
+end
 if redis.call('HGET', KEYS[1], 'outcome') == '' then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
 return 1
 """

@@ -22,6 +22,7 @@ from ..event import ServerSentEvent
 from ..outbox import current_flusher
 from . import wire
 from .backend import Backend, BrokerStatistics, Publication, State
+from .hub import UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
@@ -38,8 +39,17 @@ CONTROL: Final = "!control"
 _OPENING: Final = 30.0
 """Seconds in which a broker has to be connected, before its app's startup fails."""
 
+_ANSWER: Final = 5.0
+"""Seconds that a request has for a question, where publishers have any."""
+
+_LAST_ANSWERS: Final = 1.0
+"""Seconds for which a broker that is closed waits for what it has sent to be acknowledged."""
+
 _CANCEL_AGAIN: Final = 0.5
 """Seconds after which a task that was cancelled is cancelled again."""
+
+_QUESTIONS: Final = 16
+"""Of readers and requests, under way together: when all clients come back at once, each has one."""
 
 _BATCH: Final = 64
 """Publications that are under way together."""
@@ -87,7 +97,7 @@ class RemoteBackend(Backend):
     Args:
         hub: Where events go.
         url: The engine, for messages: without a password.
-        timeout: Seconds that publishing may take; ``None``: as long as it takes.
+        timeout: Seconds that publishing may take, and to find or claim a run; ``None``: as long as it takes.
         burst: Events after which the streams of the event loop are let to take what came.
     """
 
@@ -105,9 +115,11 @@ class RemoteBackend(Backend):
         self._tasks: list[asyncio.Task[None]] = []
         self._queue: deque[Item] = deque()
         self._queued = asyncio.Event()
+        self._batch: list[Item] = []  # under way
         self._attempts = count(1)
         self._progress = asyncio.Event()
         self._recalls: dict[str, asyncio.Future[None]] = {}
+        self._questions = asyncio.Semaphore(_QUESTIONS)
         self._state: State = "closed"
         self._error = ""
         self._received = 0
@@ -170,6 +182,7 @@ class RemoteBackend(Backend):
             raise BrokerError(f"{self.url} needs asyncio: its client knows no other event loop") from None
         self._node = secrets.token_hex(4)
         self._queued, self._progress = asyncio.Event(), asyncio.Event()
+        self._questions = asyncio.Semaphore(_QUESTIONS)
         self._state = "connecting"
         try:
             async with asyncio.timeout(_OPENING):
@@ -197,13 +210,21 @@ class RemoteBackend(Backend):
 
     async def _close(self) -> None:
         tasks, self._tasks = set(self._tasks), []
-        while tasks:  # redis-py on Python 3.11 loses a cancellation now and then
-            for task in tasks:
+        # The end of a run may be here, and be acknowledged only now.
+        under_way = [item.answer for item in (*self._batch, *self._queue) if not item.answer.done()]
+        try:
+            if under_way and self._state == "connected":
+                await asyncio.wait(under_way, timeout=_LAST_ANSWERS)
+            while tasks:  # redis-py on Python 3.11 loses a cancellation now and then
+                for task in tasks:
+                    task.cancel()
+                _, tasks = await asyncio.wait(tasks, timeout=_CANCEL_AGAIN)
+            await self._disconnect()
+        finally:
+            for task in tasks:  # where we were cancelled ourselves
                 task.cancel()
-            _, tasks = await asyncio.wait(tasks, timeout=_CANCEL_AGAIN)
-        await self._disconnect()
-        self._state, self._loop = "closed", None
-        self._progress.set()
+            self._state, self._loop = "closed", None
+            self._progress.set()
 
     def check_open(self) -> asyncio.AbstractEventLoop:
         """See `Backend`."""
@@ -295,7 +316,7 @@ class RemoteBackend(Backend):
     async def _sync(self) -> None:
         log = self.hub.log
         while True:
-            epoch, tail = await self._patiently(self._position)
+            epoch, tail = await self._patiently(partial(self._question, self._position))
             restarts = self._restarts
             while self._restarts == restarts:
                 if log.epoch == epoch and log.tail >= tail:
@@ -313,13 +334,13 @@ class RemoteBackend(Backend):
         wanted = [name for name in channels if name not in self._recalls]
         others = [self._recalls[name] for name in channels if name in self._recalls]
         if wanted:
-            task = asyncio.ensure_future(self._patiently(partial(self._recall, wanted)))
+            task = asyncio.ensure_future(self._patiently(partial(self._question, partial(self._recall, wanted))))
             self._recalls.update(dict.fromkeys(wanted, task))
             task.add_done_callback(lambda _: [self._recalls.pop(name, None) for name in wanted])
             others.append(task)
         await asyncio.gather(*map(asyncio.shield, others))
 
-    async def _patiently(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    async def _patiently(self, make: Callable[[], Coroutine[Any, Any, T]], limit: asyncio.Timeout | None = None) -> T:
         pauses = Pauses()
         while self._loop is not None:
             try:
@@ -327,8 +348,24 @@ class RemoteBackend(Backend):
             except Exception as exc:
                 if not self._is_transient(exc):
                     raise
+                if limit is not None and limit.expired():  # redis-py on Python 3.11 may have lost the cancellation
+                    raise TimeoutError from exc
                 await pauses.wait()
         raise BrokerError(f"{self.url} was closed")
+
+    async def _question(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        async with self._questions:
+            return await make()
+
+    async def _in_time(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Try it as long as a publisher would: a request that waits for ever holds its server when that stops."""
+        seconds = _ANSWER if self._timeout is None else self._timeout
+        try:
+            async with asyncio.timeout(seconds) as limit:
+                return await self._patiently(make, limit)
+        except TimeoutError:
+            why = f" ({self._error})" if self._error else ""
+            raise UnavailableError(f"{self.url} did not answer within {seconds:g} s{why}") from None
 
     def _is_transient(self, exc: BaseException) -> bool:
         # What uvloop raises where a connection is written to that was lost a moment ago; asyncio lets it pass.
@@ -400,7 +437,9 @@ class RemoteBackend(Backend):
             if not self._queue:
                 self._queued.clear()
             if batch:
+                self._batch = batch
                 await self._publish_batch(batch)
+                self._batch = []
 
     async def _publish_batch(self, batch: list[Item]) -> None:
         pauses, attempt = Pauses(), next(self._attempts)

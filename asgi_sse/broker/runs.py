@@ -123,8 +123,9 @@ class Runs(Mapping[str, Run]):
             over = -1 if known is None else known.start
             claim, new = await self._backend.claim(name, max_bytes, ttl, again=not join, over=over)
             if new:
-                run = make(name, claim, self._given_up)
+                run = self._joined(name, claim) or make(name, claim, self._given_up)
                 run.pump = Pump(source, run, on_end)
+                run.loop = run.pump.loop
                 with self._hub.lock:
                     self._add(run)
                 run.pump.begin()
@@ -154,12 +155,21 @@ class Runs(Mapping[str, Run]):
             run = self._all.get(name)
             if run is None or run.start != claim.start:
                 run = make(name, claim, self._given_up)
+                if claim.epoch != self._hub.log.epoch and claim.start > self._hub.log.tail:
+                    run.start = 0  # of a log that there is no more; its process has not said so yet
                 self._add(run)
                 last = self._hub.log.last(name)
                 if last is not None and run.is_ended_by(last):
                     self._set_ended(run, last.number, last.end or "lost")
             if run.outcome is None and claim.outcome:
                 self._set_ended(run, claim.final, claim.outcome)
+        return run
+
+    def _joined(self, name: str, claim: Claim) -> Run | None:
+        """The run of a claim of ours, where another task was told of it before we were."""
+        run = self._all.get(name)
+        if run is None or run.pump is not None or run.outcome is not None or run.start != claim.start:
+            return None
         return run
 
     def _add(self, run: Run) -> None:
@@ -195,16 +205,28 @@ class Runs(Mapping[str, Run]):
 
     def _on_restart(self, tail: int) -> None:
         """The log is another one: what has ended is not in it, and the others begin with it."""
+        epoch = self._hub.log.epoch
         for name, run in list(self._all.items()):
             if run.outcome is not None:
                 self._release(name)
-            else:
-                run.start = min(run.start, tail)
+            elif run.claim.epoch != epoch:
+                run.start = run.claim.start = min(run.start, tail)  # which its process tells the engine
+                run.claim.epoch = epoch
 
     def _given_up(self, run: Run, outcome: Outcome) -> None:
         with self._hub.lock:
-            if run.outcome is None and self._all.get(run.name) is run:
-                self._set_ended(run, self._hub.log.tail, outcome)
+            ring = self._hub.log.ring(run.name)
+            final = run.start if ring is None else max(run.start, ring.newest)
+            if self._all.get(run.name) is not run:
+                return
+        self._end_without_event(run, final, outcome)
+
+    def _end_without_event(self, run: Run, final: int, outcome: str) -> None:
+        with self._hub.lock:
+            if run.outcome is not None:
+                return
+            self._set_ended(run, final, outcome)
+        self._hub.look_again(run.name)
 
     def forget(self, run: Run) -> None:
         """Its time is over."""
@@ -224,25 +246,32 @@ class Runs(Mapping[str, Run]):
         missing: set[Run] = set()
         while True:
             await anyio.sleep(_WATCH)
+            missing.intersection_update(self._all.values())
             for name, run in list(self._all.items()):
                 if run.outcome is not None:
                     continue
-                if run.pump is not None:
-                    if not await self._backend.renew(name, run.claim):
-                        logger.warning("run %s is ended: another process has taken it for lost", name)
-                        run.pump.stop("lost")
-                    continue
-                claim = await self._backend.find(name)
-                if claim is None and run in missing:
-                    await self._bury(name, run)
-                elif claim is None:
-                    missing.add(run)  # who has it may have been cut off, as we were
-                    continue
-                elif claim.start != run.start or claim.outcome:
-                    with self._hub.lock:
-                        if run.outcome is None:
-                            self._set_ended(run, claim.final or claim.start, claim.outcome or "lost")
-                missing.discard(run)
+                try:
+                    await self._look_after(name, run, missing)
+                except BrokerError as exc:
+                    logger.debug("run %s could not be looked after, and is again: %s", name, exc)
+                except Exception:
+                    logger.exception("run %s could not be looked after, and is again", name)
+
+    async def _look_after(self, name: str, run: Run, missing: set[Run]) -> None:
+        if run.pump is not None:
+            if not await self._backend.renew(name, run.claim):
+                logger.warning("run %s is ended: another process has taken it for lost", name)
+                run.pump.stop("lost")
+            return
+        claim = await self._backend.find(name)
+        if claim is None and run not in missing:
+            missing.add(run)  # who has it may have been cut off, as we were
+            return
+        missing.discard(run)
+        if claim is None:
+            await self._bury(name, run)
+        elif claim.outcome or (claim.start != run.start and claim.epoch == self._hub.log.epoch):
+            self._end_without_event(run, claim.final or claim.start, claim.outcome or "lost")
 
     async def _bury(self, name: str, run: Run) -> None:
         claim, ours = await self._backend.claim(name, run.claim.max_bytes, run.claim.ttl, again=False, over=-1)
@@ -262,8 +291,6 @@ class Runs(Mapping[str, Run]):
     async def _keep_watching(self) -> None:
         try:
             await self._watch_others()
-        except BrokerError:
-            pass  # closed
         except anyio.get_cancelled_exc_class():
             pass
         except BaseException:

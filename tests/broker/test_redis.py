@@ -12,15 +12,19 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
+import redis.exceptions
 import trustme
 from engines import PATIENCE, Valkey
 from serving import environment, free_port
 
 import asgi_sse.broker
-from asgi_sse import Broker, BrokerError, ServerSentEvent, Subscription
+from asgi_sse import Broker, BrokerError, HTTPError, ServerSentEvent, Subscription
 from asgi_sse.broker import redis as redis_backend
-from asgi_sse.broker import runs
+from asgi_sse.broker import redis_client, runs
+from asgi_sse.broker.redis import RedisBackend
+from asgi_sse.testing import open_stream
 
 pytestmark = [
     pytest.mark.anyio,
@@ -272,7 +276,7 @@ async def test_a_server_that_has_lost_what_it_acknowledged_gets_another_epoch(tm
     with Valkey(tmp_path) as engine:
         async with Broker(engine.url) as one, Broker(engine.url) as two:
             subscriptions = [node.subscribe("a") for node in (one, two)]
-            kept = [await one.publish("a", str(number)) for number in range(3)]
+            kept = [await one.publish("a", str(number), idempotency_key=str(number)) for number in range(3)]
             await asyncio.to_thread(engine.save)
             lost = [await one.publish("a", f"lost {number}") for number in range(3)]
             for subscription in subscriptions:
@@ -286,6 +290,8 @@ async def test_a_server_that_has_lost_what_it_acknowledged_gets_another_epoch(tm
                 assert [event.id for event in events] == ids
                 (told,) = await take(node.subscribe("a", last_event_id=lost[1]), 1)
                 assert reason(told) == "epoch"
+            again = await one.publish("a", "2", idempotency_key="2")  # it was not lost, and stands there once
+            assert again.partition("-")[::2] == (ids[0].partition("-")[0], kept[2].partition("-")[2])
 
 
 async def test_what_is_no_event_is_left_out(valkey: Valkey, prefix: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -309,12 +315,110 @@ async def test_what_is_no_event_is_left_out(valkey: Valkey, prefix: str, caplog:
     assert sum("is left out" in record.getMessage() for record in caplog.records) == 5
 
 
+async def test_a_broker_is_closed_within_a_scope_that_was_cancelled(valkey: Valkey, prefix: str) -> None:
+    broker = Broker(valkey.url, prefix=prefix)
+    with anyio.move_on_after(0.1):
+        async with broker:
+            await anyio.sleep(PATIENCE)
+    assert broker.statistics().state == "closed"
+    async with broker:
+        assert await broker.publish("a", "1")
+
+
+async def test_those_who_open_a_broker_at_once_all_find_it_open(valkey: Valkey, prefix: str) -> None:
+    broker = Broker(valkey.url, prefix=prefix, run_grace=0.3)
+
+    async def one(name: str) -> str:
+        await broker.open(name)
+        try:
+            return await broker.publish("a", name)
+        finally:
+            await broker.close(name)
+
+    assert len(set(await asyncio.gather(*map(one, "abc")))) == 3
+    await broker.open("d")
+    await broker.run("r", endless())
+    closing = asyncio.create_task(broker.close("d"))
+    await asyncio.sleep(0.1)
+    assert await one("e")
+    await closing
+    assert broker.statistics().state == "closed"
+
+
+async def test_a_broker_is_closed_soon_while_its_server_stands_still(valkey: Valkey, prefix: str) -> None:
+    broker = Broker(valkey.url, prefix=prefix, run_grace=0)
+    try:
+        async with broker:
+            run = await broker.run("r", endless())
+            await until(lambda: broker.statistics().received == 1)
+            valkey.pause()
+            begun = asyncio.get_running_loop().time()
+        assert asyncio.get_running_loop().time() - begun < 6
+        assert run.outcome == "drained"
+    finally:
+        valkey.resume()
+
+
+async def test_a_url_is_shown_without_its_passwords() -> None:
+    url = "redis+sentinel://:one@a,b/mymaster/0?sentinel_password=two"
+    assert redis_client.shown_url(url) == "redis+sentinel://:***@a,b/mymaster/0"
+
+
 # Runs whose process is gone
 
 
 async def endless() -> AsyncIterator[str]:
     yield "first"
     await asyncio.Event().wait()
+
+
+async def test_who_asks_for_a_channel_while_the_server_stands_still_is_told_to_come_back(
+    valkey: Valkey, prefix: str
+) -> None:
+    async with Broker(valkey.url, prefix=prefix, publish_timeout=0.3) as broker:
+        valkey.pause()
+        try:
+            async with asyncio.timeout(PATIENCE):
+                with pytest.raises(BrokerError, match=r"did not answer within 0\.3 s") as told:
+                    await broker.find_run("a")
+                assert isinstance(told.value, HTTPError)
+                with pytest.raises(BrokerError, match="did not answer"):
+                    await broker.run("a", endless())
+                for app in (broker.channel("a"), broker.endpoint("a"), broker.endpoint("a", runs=True)):
+                    async with open_stream(app) as stream:  # not for ever, or its server could not stop
+                        assert [event async for event in stream] == []
+                        assert stream.retry is not None
+        finally:
+            valkey.resume()
+
+
+async def test_as_many_requests_as_there_may_be_take_few_connections(valkey: Valkey, prefix: str) -> None:
+    async with Broker(valkey.url, prefix=prefix) as broker:
+        await asyncio.gather(*(broker.find_run(f"r{number}") for number in range(500)))
+        with valkey.client() as client:
+            assert int(client.info("clients")["connected_clients"]) < 30
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_runs_are_renewed_whatever_went_wrong_once(
+    valkey: Valkey, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
+        run = await one.run("r", endless())
+        renew = RedisBackend.renew
+        failed: list[object] = []
+
+        async def fail_once(self: RedisBackend, name: str, claim: Any) -> bool:
+            if not failed:
+                failed.append(name)
+                raise redis.exceptions.ResponseError("NOPERM")
+            return await renew(self, name, claim)
+
+        monkeypatch.setattr(RedisBackend, "renew", fail_once)
+        await until(lambda: bool(failed))
+        await asyncio.sleep(0.6)  # two leases
+        assert await two.find_run("r") is not None
+        run.cancel()
 
 
 @pytest.fixture
@@ -415,6 +519,77 @@ async def test_a_run_goes_on_in_a_log_that_is_another_one(valkey: Valkey, prefix
             assert (after.data, end.event) == ("after", "end")
         async with asyncio.timeout(PATIENCE):
             assert await run.wait() == await found.wait() == "finished"
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_a_run_that_goes_on_is_not_taken_for_lost_since_the_log_is_another_one(
+    valkey: Valkey, prefix: str
+) -> None:
+    release = asyncio.Event()
+
+    async def source() -> AsyncIterator[str]:
+        yield "before"
+        await release.wait()
+        yield "after"
+
+    async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
+        for _ in range(20):
+            await one.publish("a", "x")  # so that the run begins behind where the next log ends
+        run = await one.run("r", source())
+        found = await two.find_run("r")
+        assert found is not None
+        with valkey.client() as client:
+            client.delete(*client.keys(f"\\{{{prefix}}}:*"))
+        await until(lambda: one.statistics().restarts == two.statistics().restarts == 1)
+        await asyncio.sleep(0.5)  # ten looks
+        assert found.outcome is None
+        async with Broker(valkey.url, prefix=prefix) as three:
+            late = await three.find_run("r")
+            assert late is not None
+            release.set()
+            async with asyncio.timeout(PATIENCE):
+                assert data([event async for event in late.subscribe()]) == ["after", '{"reason":"finished"}']
+                assert await run.wait() == await found.wait() == "finished"
+
+
+async def test_who_begins_one_run_at_once_in_a_process_gets_one(valkey: Valkey, prefix: str) -> None:
+    async with Broker(valkey.url, prefix=prefix) as broker:
+        for number in range(50):
+            runs_ = await asyncio.gather(*(broker.run(f"r{number}", ["x"], join=True) for _ in range(5)))
+            assert len(set(map(id, runs_))) == 1
+            async with asyncio.timeout(PATIENCE):
+                await runs_[0].wait()
+
+
+async def test_a_run_stays_whole_when_its_process_has_missed_what_others_published(valkey: Valkey, prefix: str) -> None:
+    events: asyncio.Queue[str] = asyncio.Queue()
+
+    async def source() -> AsyncIterator[str]:
+        while True:
+            yield await events.get()
+
+    async with Broker(valkey.url, prefix=prefix, run_grace=0) as one, Broker(valkey.url, prefix=prefix) as two:
+        run = await one.run("r", source())
+        for number in range(400):
+            events.put_nowait(str(number))
+        await until(lambda: two.statistics().received == 400)
+        held, xread = asyncio.Event(), one._backend._client.xread  # type: ignore[attr-defined]
+
+        async def wait_and_read(*args: Any, **options: Any) -> Any:
+            await held.wait()
+            return await xread(*args, **options)
+
+        one._backend._client.xread = wait_and_read  # type: ignore[attr-defined]
+        await asyncio.sleep(1.2)  # longer than a read takes
+        for _ in range(30):
+            await asyncio.gather(*(two.publish("a", "x") for _ in range(64)))
+        held.set()
+        await until(lambda: one.statistics().tail == two.statistics().tail)
+        events.put_nowait("400")
+        await until(lambda: two.statistics().received == 400 + 30 * 64 + 1)
+        with valkey.client() as client:
+            assert client.xlen(f"{{{prefix}}}:c:r") == 401
+        run.cancel()
 
 
 # The ways to it
