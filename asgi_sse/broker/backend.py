@@ -58,9 +58,10 @@ class Claim:
         epoch: That of the log, when it began.
         start: The number behind which its events are.
         max_bytes: Memory that its events may take in each process.
+        ttl: Seconds for which it can be had after its end.
         outcome: How it ended; ``""``: it goes on.
         final: The number of its last event, once it has ended.
-        ttl: Seconds for which it can be had after its end.
+        whole: Whether the log has it from its first event on: it has not, if it began in an earlier one.
     """
 
     node: str
@@ -70,6 +71,7 @@ class Claim:
     ttl: float
     outcome: str = ""
     final: int = 0
+    whole: bool = True
 
 
 @dataclass(slots=True)

@@ -75,6 +75,8 @@ class Cursor(Changing):
                     self._reset(place)
             else:
                 self._position = log.tail if run is None else run.start
+                if run is not None and not run.claim.whole:
+                    self._lost = "expired"  # it goes on at what is left
                 if snapshot is None:
                     self._given = self._position
                 else:
@@ -92,7 +94,7 @@ class Cursor(Changing):
         if self._epoch != self._hub.log.epoch:
             self._reset("epoch")
         elif not self._is_complete(channels):
-            if self._hub.upstream is None or self._lost is not None:
+            if self._hub.upstream is None or (self._lost is not None and self._run is None):
                 self._reset("expired")
             else:
                 self._asked = self._hub.log.id_of(self._position)

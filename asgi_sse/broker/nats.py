@@ -23,7 +23,7 @@ import json
 import secrets
 from base64 import b32encode
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import blake2s
 from math import ceil
@@ -590,7 +590,13 @@ class NatsBackend(RemoteBackend):
         """See `Backend`."""
         token = secrets.token_hex(8)
         claim = partial(self._claim, name, max_bytes, ttl, token, again=again, over=over)
-        return await self._here(partial(self._in_time, claim))
+        return await self._claim_or_release(name, token, claim)
+
+    async def _release(self, name: str, token: str) -> None:
+        entry = await self._entry(name)
+        if entry is not None and entry.token == token:
+            over = replace(entry.claim, outcome="cancelled", ttl=0)
+            await self._write(name, over, token, entry.revision)
 
     async def _claim(
         self, name: str, max_bytes: int, ttl: float, token: str, *, again: bool, over: int
@@ -622,13 +628,14 @@ class NatsBackend(RemoteBackend):
     async def _renew(self, name: str, claim: Claim) -> bool:
         while True:
             entry = await self._entry(name)
-            if entry is not None:
+            if entry is not None and not entry.is_over:
                 if entry.claim.node != self._node:
                     return False
                 if entry.claim.outcome:
                     return True
                 if entry.claim.epoch == claim.epoch:
                     claim = entry.claim
+            claim = replace(claim, node=self._node)
             token, revision = ("", 0) if entry is None else (entry.token, entry.revision)
             if await self._write(name, claim, token, revision):
                 return True

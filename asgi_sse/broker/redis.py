@@ -102,6 +102,7 @@ class RedisBackend(RemoteBackend):
         *RemoteBackend.transient, RedisConnectionError, RedisTimeoutError, BusyLoadingError, ReadOnlyError,
         ClusterDownError, TryAgainError, SlotNotCoveredError,
     )  # fmt: skip
+    starting = (BusyLoadingError,)
 
     def __init__(
         self,
@@ -134,6 +135,7 @@ class RedisBackend(RemoteBackend):
         self._client, self._closers = self._connect_to.connect()
         self._publish_script = self._client.register_script(redis_script.PUBLISH)
         self._claim_script = self._client.register_script(redis_script.CLAIM)
+        self._release_script = self._client.register_script(redis_script.RELEASE)
         self._renew_script = self._client.register_script(redis_script.RENEW)
 
     async def _disconnect(self) -> None:
@@ -215,6 +217,8 @@ class RedisBackend(RemoteBackend):
         await self._restart(epoch, tail, known, floor)
 
     async def _restart(self, epoch: str, tail: int, known: list[tuple[str, int]], floor: int) -> None:
+        if self._state == "connecting":  # see that we may
+            await self._client.xread({self._key("log"): f"{tail}-0"}, count=1)
         found = await self._client.xrange(self._key("log"), f"{tail}-0", f"{tail}-0")
         self._last = _Last(tail, found[0][1]) if found else None
         self.hub.restart(epoch, tail, known, floor=floor)
@@ -401,8 +405,10 @@ class RedisBackend(RemoteBackend):
     ) -> tuple[Claim, bool]:
         """See `Backend`."""
         token = secrets.token_hex(8)
-        claim = partial(self._claim, name, max_bytes, ttl, token, again=again)
-        return await self._here(partial(self._in_time, claim))
+        return await self._claim_or_release(name, token, partial(self._claim, name, max_bytes, ttl, token, again=again))
+
+    async def _release(self, name: str, token: str) -> None:
+        await self._release_script(keys=[self._key(f"r:{name}")], args=[token])
 
     async def _claim(self, name: str, max_bytes: int, ttl: float, token: str, *, again: bool) -> tuple[Claim, bool]:
         await self._sync()  # to know of the epoch
@@ -429,6 +435,7 @@ class RedisBackend(RemoteBackend):
         arguments = [self._node, _LEASE_MS, claim.epoch]
         for field in ("max_bytes", "ttl", "outcome", "final", "epoch", "start"):
             arguments += [field, getattr(claim, field)]
+        arguments += ["whole", int(claim.whole)]
         return bool(await self._renew_script(keys=[self._key(f"r:{name}")], args=arguments))
 
 
@@ -442,6 +449,7 @@ def _claim_of(fields: dict[bytes, bytes]) -> Claim:
         ttl=float(text["ttl"]),
         outcome=text["outcome"],
         final=int(text["final"]),
+        whole=text["whole"] == "1",
     )
 
 

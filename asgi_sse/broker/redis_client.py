@@ -41,9 +41,10 @@ class RedisURL:
         self._options: dict[str, Any] = {
             "socket_timeout": _SOCKET_TIMEOUT,
             "socket_connect_timeout": _SOCKET_TIMEOUT,
-            "socket_keepalive": True,
             "retry": Retry(NoBackoff(), 0),  # we have our own, which knows what was published
         }
+        if scheme != "unix":
+            self._options["socket_keepalive"] = True
         if self._kind == "sentinel":
             self._parse_sentinels(tls=scheme == "rediss")
         else:

@@ -71,7 +71,10 @@ while KEYS[k] do
       redis.call('PERSIST', stream)
     end
     if ttl ~= '' then redis.call('PEXPIRE', stream, ttl) end
-    if run ~= '' then
+    if run ~= '' and redis.call('EXISTS', run) == 1 then
+      if redis.call('HGET', run, 'epoch') ~= epoch then
+        redis.call('HSET', run, 'epoch', epoch, 'start', start, 'whole', 0)
+      end
       redis.call('HSET', run, 'outcome', outcome, 'final', n)
       redis.call('PEXPIRE', run, ttl)
     end
@@ -106,7 +109,7 @@ end
 local at = redis.call('HMGET', KEYS[2], 'epoch', 'n')
 redis.call('DEL', KEYS[1])
 redis.call('HSET', KEYS[1], 'node', ARGV[1], 'max_bytes', ARGV[2], 'ttl', ARGV[3], 'outcome', '', 'final', 0,
-  'token', ARGV[6], 'epoch', at[1] or '', 'start', at[2] or 0)
+  'token', ARGV[6], 'epoch', at[1] or '', 'start', at[2] or 0, 'whole', 1)
 redis.call('PEXPIRE', KEYS[1], ARGV[5])
 return {1, redis.call('HGETALL', KEYS[1])}
 """
@@ -121,4 +124,9 @@ if not node or (known[1] ~= ARGV[3] and known[2] == '') then
 end
 if redis.call('HGET', KEYS[1], 'outcome') == '' then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
 return 1
+"""
+
+# KEYS: run. ARGV: the token of the claim that nobody has got.
+RELEASE: Final = """
+if redis.call('HGET', KEYS[1], 'token') == ARGV[1] then redis.call('DEL', KEYS[1]) end
 """

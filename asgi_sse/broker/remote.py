@@ -21,7 +21,7 @@ from ..errors import BrokerError
 from ..event import ServerSentEvent
 from ..outbox import current_flusher
 from . import wire
-from .backend import Backend, BrokerStatistics, Publication, State
+from .backend import Backend, BrokerStatistics, Claim, Publication, State
 from .hub import UnavailableError
 
 if TYPE_CHECKING:
@@ -103,6 +103,8 @@ class RemoteBackend(Backend):
 
     transient: ClassVar[tuple[type[BaseException], ...]] = (OSError, TimeoutError)
     """What is tried again."""
+    starting: ClassVar[tuple[type[BaseException], ...]] = ()
+    """What an engine says that will answer soon: then an app's startup waits."""
 
     def __init__(self, hub: Hub, url: str, *, timeout: float | None, burst: int) -> None:
         super().__init__(hub)
@@ -120,6 +122,7 @@ class RemoteBackend(Backend):
         self._progress = asyncio.Event()
         self._recalls: dict[str, asyncio.Future[None]] = {}
         self._questions = asyncio.Semaphore(_QUESTIONS)
+        self._releases: set[asyncio.Task[None]] = set()
         self._state: State = "closed"
         self._error = ""
         self._received = 0
@@ -169,6 +172,10 @@ class RemoteBackend(Backend):
         """The epoch and the last number of the engine's log."""
 
     @abstractmethod
+    async def _release(self, name: str, token: str) -> None:
+        """Undo the claim of a run that was made with this token."""
+
+    @abstractmethod
     async def _recall(self, channels: list[str]) -> None:
         """See `hub.Upstream`."""
 
@@ -187,7 +194,7 @@ class RemoteBackend(Backend):
         try:
             async with asyncio.timeout(_OPENING):
                 await self._connect()
-                await (self._catch_up(first=True) if follow else self._look_in())
+                await self._find_in(follow=follow)
         except BaseException as exc:
             await self._disconnect()
             self._state, self._loop = "closed", None
@@ -198,6 +205,16 @@ class RemoteBackend(Backend):
         self._tasks = [self._loop.create_task(self._publish_all(), name="asgi_sse publish")]
         if follow:
             self._tasks.append(self._loop.create_task(self._follow(), name="asgi_sse follow"))
+
+    async def _find_in(self, *, follow: bool) -> None:
+        pauses = Pauses()
+        while True:
+            try:
+                await (self._catch_up(first=True) if follow else self._look_in())
+            except self.starting:
+                await pauses.wait()
+            else:
+                return
 
     async def close(self) -> None:
         """See `Backend`."""
@@ -259,8 +276,9 @@ class RemoteBackend(Backend):
     # Reading
 
     async def _follow(self) -> None:
-        pauses = Pauses()
+        log, pauses = self.hub.log, Pauses()
         while True:
+            place = log.epoch, log.tail
             try:
                 if self._state == "connected":
                     await self._read()
@@ -268,7 +286,10 @@ class RemoteBackend(Backend):
                 if self._state != "connected":
                     self._state, self._error = "connected", ""
                     self._reconnects += 1
-                    logger.info("connected to %s again", self.url)
+                    logger.warning("connected to %s again", self.url)
+                elif place == (log.epoch, log.tail):
+                    await pauses.wait()  # something stands in the log that nobody here understands
+                    continue
                 pauses.reset()
             except Exception as exc:
                 if not self._is_transient(exc):
@@ -282,6 +303,7 @@ class RemoteBackend(Backend):
         """To be called where the hub was restarted."""
         if self._state != "connecting":
             self._restarts += 1
+            logger.warning("the log of %s is another one, or has lost events: readers are told by a reset", self.url)
         self._progressed()
 
     def _controlled(self, payload: bytes) -> None:
@@ -356,6 +378,27 @@ class RemoteBackend(Backend):
     async def _question(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         async with self._questions:
             return await make()
+
+    async def _claim_or_release(
+        self, name: str, token: str, claim: Callable[[], Coroutine[Any, Any, tuple[Claim, bool]]]
+    ) -> tuple[Claim, bool]:
+        try:
+            return await self._here(partial(self._in_time, claim))
+        except BaseException:  # who has asked is gone, or waits no more: nobody would run it
+            loop = self._loop
+            if loop is not None and not loop.is_closed():
+                loop.call_soon_threadsafe(self._release_soon, name, token)
+            raise
+
+    def _release_soon(self, name: str, token: str) -> None:
+        task = asyncio.ensure_future(self._patiently(partial(self._release, name, token)))
+        self._releases.add(task)
+        task.add_done_callback(self._released)
+
+    def _released(self, task: asyncio.Task[None]) -> None:
+        self._releases.discard(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            logger.debug("a claim of a run was not released: %s", exc)
 
     async def _in_time(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Try it as long as a publisher would: a request that waits for ever holds its server when that stops."""
@@ -456,7 +499,9 @@ class RemoteBackend(Backend):
                     self._error = self._error or _text(exc)
                     await pauses.wait()
                 else:
-                    self._refuse(batch, f"{self.url} did not take it: {_text(exc)}")
+                    # A script that an error has ended has done what came before it.
+                    doubt = "" if len(batch) == 1 else "; it, or what was sent with it, may have been published"
+                    self._refuse(batch, f"{self.url} did not take it: {_text(exc)}{doubt}")
             else:
                 self._acknowledge(batch, ids)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import anyio
 
 from .._eventloop import EventLoop, current_loop
+from ..errors import BrokerError
 from ..routing import HTTPError
 from .backend import Backend, Publication
 from .channel import Channel
@@ -42,7 +43,7 @@ class Run(Channel):
     """
 
     __slots__ = (
-        "__weakref__", "_backend", "_pace", "_subscription", "_waiters", "claim", "final", "given_up", "loop",
+        "__weakref__", "_backend", "_left", "_pace", "_subscription", "_waiters", "claim", "final", "given_up", "loop",
         "outcome", "pump", "start", "told_at",
     )  # fmt: skip
 
@@ -70,6 +71,7 @@ class Run(Channel):
         self._backend = backend
         self._subscription = subscription
         self._pace = pace
+        self._left = False
         self._waiters: list[tuple[EventLoop, anyio.Event]] = []
 
     @property
@@ -92,13 +94,19 @@ class Run(Channel):
             self._backend.ask_to_stop(self.name, self.claim.node)
 
     async def wait(self) -> Outcome:
-        """Wait until it has ended, and give how."""
+        """Wait until it has ended, and give how.
+
+        Raises:
+            BrokerError: The broker was closed, and it goes on in another process.
+        """
         while self.outcome is None:
+            if self._left:
+                raise BrokerError(f"the broker was closed; run {self.name} may go on in another process")
             waiter = current_loop(), anyio.Event()
             with self._hub.lock:
                 self._waiters.append(waiter)
             try:
-                if self.outcome is None:  # else who ended it may not have seen us
+                if self.outcome is None and not self._left:  # else who ended it may not have seen us
                     await waiter[1].wait()
             finally:
                 with self._hub.lock:
@@ -173,9 +181,19 @@ class Run(Channel):
             ttl=None if end is None else self.claim.ttl,
         )
 
+    def leave(self) -> None:
+        """The broker is closed: nobody will tell how it ends."""
+        with self._hub.lock:
+            if self.outcome is None:
+                self._left = True
+                self._tell()
+
     def ended(self, final: int, outcome: str) -> None:
         """Its last event is there. With the hub's lock held, from any thread."""
         self.final, self.outcome = final, cast("Outcome", outcome)
+        self._tell()
+
+    def _tell(self) -> None:
         waiters, self._waiters = self._waiters, []
         for loop, waiter in waiters:
             loop.call_threadsafe(waiter.set)

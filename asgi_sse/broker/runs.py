@@ -8,7 +8,6 @@ import math
 import weakref
 from collections.abc import Mapping
 from functools import partial
-from inspect import isawaitable
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,6 +15,7 @@ import anyio
 
 from .._eventloop import current_loop
 from ..errors import BrokerError
+from ..source import iterate
 from .hub import clock
 from .pump import Outcome, Pump, final_event
 from .run import Run
@@ -116,6 +116,7 @@ class Runs(Mapping[str, Run]):
         self._end_those_of_closed_loops()
         if self._closed:
             raise BrokerError("the broker is closed: begin runs while its server serves")
+        iterator = iterate(source)  # before anything is claimed for it
         known = self._all.get(name)
         if known is None or (known.outcome is not None and not join):
             if self._going_on() >= self._max_runs:
@@ -124,7 +125,7 @@ class Runs(Mapping[str, Run]):
             claim, new = await self._backend.claim(name, max_bytes, ttl, again=not join, over=over)
             if new:
                 run = self._joined(name, claim) or make(name, claim, self._given_up)
-                run.pump = Pump(source, run, on_end)
+                run.pump = Pump(iterator, run, on_end)
                 run.loop = run.pump.loop
                 with self._hub.lock:
                     self._add(run)
@@ -135,9 +136,9 @@ class Runs(Mapping[str, Run]):
             known = self._found(name, claim, make)
         if not join:
             raise BrokerError(f"run {name} goes on: read it by runs[{name!r}], or cancel it and wait for its end")
-        close = getattr(source, "aclose", None) or getattr(source, "close", None)
-        if close is not None and isawaitable(closing := close()):
-            await closing
+        close = getattr(iterator, "aclose", None)
+        if close is not None:
+            await close()
         return known
 
     async def find(self, name: str, make: Callable[[str, Claim, Callable[[Run, Outcome], None]], Run]) -> Run | None:
@@ -157,6 +158,7 @@ class Runs(Mapping[str, Run]):
                 run = make(name, claim, self._given_up)
                 if claim.epoch != self._hub.log.epoch and claim.start > self._hub.log.tail:
                     run.start = 0  # of a log that there is no more; its process has not said so yet
+                    run.claim.whole = False
                 self._add(run)
                 last = self._hub.log.last(name)
                 if last is not None and run.is_ended_by(last):
@@ -211,7 +213,7 @@ class Runs(Mapping[str, Run]):
                 self._release(name)
             elif run.claim.epoch != epoch:
                 run.start = run.claim.start = min(run.start, tail)  # which its process tells the engine
-                run.claim.epoch = epoch
+                run.claim.epoch, run.claim.whole = epoch, False
 
     def _given_up(self, run: Run, outcome: Outcome) -> None:
         with self._hub.lock:
@@ -274,10 +276,8 @@ class Runs(Mapping[str, Run]):
             self._end_without_event(run, claim.final or claim.start, claim.outcome or "lost")
 
     async def _bury(self, name: str, run: Run) -> None:
-        claim, ours = await self._backend.claim(name, run.claim.max_bytes, run.claim.ttl, again=False, over=-1)
-        if ours:
+        if await self._backend.renew(name, run.claim):  # as ours; another process may have been faster
             logger.warning("run %s is ended: its process has not been heard of for long", name)
-            run.claim.node = claim.node
             await run.put(final_event("lost"), "lost")
 
     # The broker's life
@@ -323,6 +323,8 @@ class Runs(Mapping[str, Run]):
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None
+        for run in list(self._all.values()):
+            run.leave()
 
     def _running(self) -> list[Run]:
         return [run for run in list(self._all.values()) if run.outcome is None and run.pump is not None]

@@ -174,7 +174,7 @@ class Subscription(Cursor):
             self._begin()
         has_waited = False
         while not self._closed:
-            if self._lost is None:
+            if self._lost is None or self._asked is not None:
                 await self.prepare()
             if not self._batch and not has_waited:
                 await anyio.lowlevel.checkpoint()  # once a batch, or who publishes as fast would starve all others

@@ -547,6 +547,56 @@ async def test_a_run_is_kept_whole_whatever_the_history(brokers: Brokers) -> Non
         assert data(await all_of(found))[:-1] == [*map(str, range(300))]
 
 
+class Refuses:
+    """A source that cannot be begun."""
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        raise RuntimeError("not today")
+
+
+async def test_a_claim_that_nobody_has_got_is_given_back(brokers: Brokers) -> None:
+    one, two = await brokers.pair()
+    with pytest.raises(RuntimeError, match="not today"):
+        await one.run("r", Refuses())
+    release = asyncio.Event()
+    release.set()
+    for _ in range(20):  # cut at each place that there is
+        for turns in range(6):
+            beginning = asyncio.ensure_future(one.run("r", words(release)))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            beginning.cancel()
+            await asyncio.gather(beginning, return_exceptions=True)
+            run = one.runs.get("r")
+            if run is not None:
+                await run.wait()
+    async with asyncio.timeout(PATIENCE):
+        while True:  # the last one is given back behind the cancellation
+            try:
+                run = await two.run("r", words(release))
+            except BrokerError:
+                await asyncio.sleep(0.01)
+            else:
+                break
+        assert await run.wait() == "finished"
+
+
+async def test_waiting_for_a_run_of_another_node_ends_with_the_broker(brokers: Brokers) -> None:
+    if brokers.engine is None:
+        pytest.skip("it has no other node")
+    one = await brokers.open()
+    run = await one.run("r", words(asyncio.Event()))
+    async with Broker(brokers.engine.url, prefix=brokers.prefix) as two:
+        found = await two.find_run("r")
+        assert found is not None
+        waiting = asyncio.ensure_future(found.wait())
+        await asyncio.sleep(0)
+    with pytest.raises(BrokerError, match="the broker was closed"):
+        await asyncio.wait_for(waiting, PATIENCE)
+    run.cancel()
+    await run.wait()
+
+
 # The engine itself
 
 

@@ -467,6 +467,10 @@ async def test_a_run_whose_process_is_gone_is_ended_by_another_one(valkey: Valke
                 assert await run.wait() == "lost"
                 seen = [event async for event in run.subscribe()]
             assert data(seen) == ["first", '{"reason":"lost"}']
+        async with Broker(valkey.url, prefix=prefix) as cold:
+            late = await cold.find_run("r")
+            assert late is not None
+            assert data(await take(late.subscribe(), 2)) == ["first", '{"reason":"lost"}']
         async with asyncio.timeout(PATIENCE):
             again = await three.run("r", endless())
         assert again.outcome is None
@@ -548,7 +552,9 @@ async def test_a_run_that_goes_on_is_not_taken_for_lost_since_the_log_is_another
             assert late is not None
             release.set()
             async with asyncio.timeout(PATIENCE):
-                assert data([event async for event in late.subscribe()]) == ["after", '{"reason":"finished"}']
+                told, *rest = [event async for event in late.subscribe()]
+                assert reason(told) == "expired"  # its beginning is lost
+                assert data(rest) == ["after", '{"reason":"finished"}']
                 assert await run.wait() == await found.wait() == "finished"
 
 
@@ -592,7 +598,65 @@ async def test_a_run_stays_whole_when_its_process_has_missed_what_others_publish
         run.cancel()
 
 
+@pytest.mark.usefixtures("hurried")
+async def test_a_run_that_has_lost_its_beginning_says_so(valkey: Valkey, prefix: str) -> None:
+    release = asyncio.Event()
+
+    async def source() -> AsyncIterator[str]:
+        yield "before"
+        await release.wait()
+        yield "after"
+
+    async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
+        run = await one.run("r", source())
+        await take(run.subscribe(), 1)
+        with valkey.client() as client:
+            client.delete(*client.keys(f"\\{{{prefix}}}:*"))
+        await until(lambda: one.statistics().restarts == two.statistics().restarts == 1)
+        release.set()
+        async with asyncio.timeout(PATIENCE):
+            while (found := await two.find_run("r")) is None:
+                await asyncio.sleep(0.01)  # until its process says so again
+        for late in (run, found):
+            told, *rest = [event async for event in late.subscribe()]
+            assert reason(told) == "expired"
+            assert [event.event for event in rest][-1] == "end"
+            assert "before" not in data(rest)
+
+
+async def test_a_run_that_ends_where_nobody_knows_of_it(valkey: Valkey, prefix: str) -> None:
+    release = asyncio.Event()
+
+    async def source() -> AsyncIterator[str]:
+        await release.wait()
+        yield "x"
+
+    async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
+        run = await one.run("r", source())
+        with valkey.client() as client:
+            client.delete(*client.keys(f"\\{{{prefix}}}:*"))
+        release.set()
+        async with asyncio.timeout(PATIENCE):
+            assert await run.wait() == "finished"
+        assert await two.find_run("r") is None
+
+
 # The ways to it
+
+
+async def test_a_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "v.sock"
+    with Valkey(tmp_path, options=["--unixsocket", str(path)]):
+        async with Broker(f"unix://{path}?db=0") as broker:
+            await round_trip(broker)
+
+
+async def test_a_user_who_may_not_read_is_told_at_once(tmp_path: Path) -> None:
+    with Valkey(tmp_path) as engine:
+        with engine.client() as client:
+            client.execute_command("ACL", "SETUSER", "half", "on", ">x", "~*", "+@all", "-xread")
+        with pytest.raises(BrokerError, match=r"cannot connect to redis://half.*xread"):
+            await Broker(engine.url.replace("//", "//half:x@")).open("me")
 
 
 @asynccontextmanager
