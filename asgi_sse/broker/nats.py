@@ -26,7 +26,7 @@ from collections import deque
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import blake2s
-from math import ceil
+from math import ceil, inf
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import nats.errors
@@ -476,10 +476,12 @@ class NatsBackend(RemoteBackend):
         epoch, tail = log.epoch, log.tail
         numbers = {place: number for place, each in enumerate(message_ids) if (number := self._doubts[each])}
         failed, is_other = self._settle(await self._ask(items, message_ids, numbers), numbers, tail)
+        last: float = inf
         if is_other or epoch != log.epoch:
-            epoch, _ = await self._position()
-        if numbers and epoch == log.epoch:
-            self._acknowledged = max(self._acknowledged, *numbers.values())
+            epoch, last = await self._position()
+        if epoch == log.epoch:
+            # But not the numbers of a stream that was deleted while this was under way.
+            self._acknowledged = max(self._acknowledged, *(number for number in numbers.values() if number <= last), 0)
         if failed is not None:
             self._doubts.update((message_ids[place], number) for place, number in numbers.items())
             self._suspect()

@@ -474,6 +474,8 @@ async def test_a_run_whose_process_is_gone_is_ended_by_another_one(valkey: Valke
         async with asyncio.timeout(PATIENCE):
             again = await three.run("r", endless())
         assert again.outcome is None
+        again.cancel()
+        await again.wait()
 
 
 @pytest.mark.usefixtures("hurried")
