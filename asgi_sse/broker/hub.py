@@ -14,7 +14,7 @@ from ..log import Entry, EventLog, is_pattern, pattern_test
 from ..routing import HTTPError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable
 
 clock: Final = time.monotonic
 
@@ -228,7 +228,8 @@ class Hub:
             if end is not None:
                 self.on_end(entry)
             before = entry.number - 1
-            to_wake = [reader for reader in self._readers_of(channel, new=True) if reader.published(channel, before)]
+            groups = self._readers_of(channel, new=True)
+            to_wake = [reader for readers in groups for reader in readers if reader.published(channel, before)]
             here, there = self._by_loop(to_wake)
         self._wake_all(here, there)
         return entry
@@ -236,20 +237,23 @@ class Hub:
     def is_wanted(self, channel: str) -> bool:
         """Whether anybody reads `channel`, or all of it is kept."""
         with self.lock:
-            return self.log.is_kept(channel) or any(True for _ in self._readers_of(channel))
+            return self.log.is_kept(channel) or any(self._readers_of(channel))
 
     def miss(self, channel: str, number: int) -> None:
         """`channel` had events up to a number that are not here."""
         with self.lock:
             self.log.miss(channel, number)
-            readers = self._readers_of(channel, new=True)  # of a pattern, who comes later is to know of it
-            here, there = self._by_loop([reader for reader in readers if reader.missed(channel)])
+            groups = self._readers_of(channel, new=True)  # of a pattern, who comes later is to know of it
+            to_wake = [reader for readers in groups for reader in readers if reader.missed(channel)]
+            here, there = self._by_loop(to_wake)
         self._wake_all(here, there)
 
     def look_again(self, channel: str) -> None:
         """Have those who read `channel` see what has changed without an event."""
         with self.lock:
-            here, there = self._by_loop([reader for reader in self._readers_of(channel) if reader.missed(channel)])
+            groups = self._readers_of(channel)
+            to_wake = [reader for readers in groups for reader in readers if reader.missed(channel)]
+            here, there = self._by_loop(to_wake)
         self._wake_all(here, there)
 
     def restart(self, epoch: str, tail: int, known: Iterable[tuple[str, int]] = (), *, floor: int) -> None:
@@ -272,12 +276,13 @@ class Hub:
             here, there = self._by_loop(lost)
         self._wake_all(here, there)
 
-    def _readers_of(self, channel: str, *, new: bool = False) -> Iterator[Reader]:
-        yield from self._exact.get(channel, ())
-        for pattern in self._by_pattern(channel):
-            if new:
+    def _readers_of(self, channel: str, *, new: bool = False) -> list[Collection[Reader]]:
+        """Those by its name, and those by each pattern: whoever publishes goes through them all."""
+        matching = self._by_pattern(channel)
+        if new:
+            for pattern in matching:
                 pattern.add(channel)
-            yield from pattern.readers
+        return [self._exact.get(channel, ()), *(pattern.readers for pattern in matching)]
 
     def _by_loop(self, readers: Iterable[Reader]) -> tuple[list[Reader], list[_Group]]:
         """Who is to be woken here, and which other event loops are to be told. With the lock held."""
