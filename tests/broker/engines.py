@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -257,6 +258,8 @@ class Nats(Engine):
             await client.close()
 
     def _answers(self) -> bool:
+        # nats-py waits two seconds behind a refused connection.
+        socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
         self.call(lambda jetstream: jetstream.account_info())
         return True
 
