@@ -48,7 +48,16 @@ class RedisURL:
         if self._kind == "sentinel":
             self._parse_sentinels(tls=scheme == "rediss")
         else:
+            self._check()
+
+    def _check(self) -> None:
+        try:
             parse_url(self._url)
+        except ValueError:  # which may quote a part of the password
+            raise ValueError(
+                f"url={shown_url(self._url)!r} is none that redis-py takes; give redis://USER:PASSWORD@HOST:PORT/0, "
+                "with / # ? @ of a password as %2F %23 %3F %40"
+            ) from None
 
     def connect(self) -> tuple[Any, list[Any]]:
         """A client, and all that is to be closed behind it."""

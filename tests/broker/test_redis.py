@@ -114,13 +114,26 @@ async def test_an_engine_that_is_not_there_or_does_not_let_us_in(tmp_path: Path)
         await asyncio.to_thread(asgi_sse.broker.publish, engine.url, "a", "x")
 
 
-@pytest.mark.parametrize("url", ["redis+sentinel://h:1", "redis://", "foo://x", "localhost", "memory:///", "nats:x"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis+sentinel://h:1",
+        "redis://",
+        "redis://:hun/ter2@h",
+        "redis://h:port",
+        "foo://x",
+        "localhost",
+        "memory:///",
+        "nats:x",
+    ],
+)
 def test_urls_that_are_none(url: str) -> None:
     if url == "redis://":
         Broker(url)  # localhost, as of redis-py
         return
-    with pytest.raises(ValueError, match="give"):
+    with pytest.raises(ValueError, match="give") as refused:
         Broker(url)
+    assert "hun" not in str(refused.value)
 
 
 async def test_what_the_server_refuses_is_told(valkey: Valkey, prefix: str) -> None:
