@@ -69,7 +69,7 @@ class Broker:
         run_grace: Seconds for which runs may go on when the server stops, or the broker is closed.
         prefix: Of the engine's keys, or its stream: brokers with the same one share their channels.
         publish_timeout: Seconds that publishing, and to begin or find a run, may wait for the engine, before it raises;
-            ``None``: as long as it takes.
+            ``None``: publishing as long as it takes, runs five.
 
     Raises:
         ModuleNotFoundError: The engine's client is not installed.
@@ -121,7 +121,7 @@ class Broker:
         self._max_bytes = max_bytes
         self._presence = Presence(on_join, on_leave) if on_join or on_leave else None
         self._open = partial(Subscription, self._hub, overflow=overflow, presence=self._presence)
-        self._runs = Runs(self, self._backend, max_runs)
+        self._runs = Runs(self._backend, max_runs)
         self._run_grace = run_grace
         self._entered: list[object] = []
         self._is_open = False

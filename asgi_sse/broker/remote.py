@@ -97,7 +97,8 @@ class RemoteBackend(Backend):
     Args:
         hub: Where events go.
         url: The engine, for messages: without a password.
-        timeout: Seconds that publishing may take, and to find or claim a run; ``None``: as long as it takes.
+        timeout: Seconds that publishing may take, and to find or claim a run; ``None``: publishing as long as it takes,
+            runs five.
         burst: Events after which the streams of the event loop are let to take what came.
     """
 

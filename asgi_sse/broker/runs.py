@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from .._eventloop import Child, EventLoop
     from ..log import Entry
     from .backend import Backend, Claim
-    from .broker import Broker
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +71,7 @@ class Runs(Mapping[str, Run]):
     Those of other processes are looked for by `find`.
     """
 
-    def __init__(self, broker: Broker, backend: Backend, max_runs: int) -> None:
-        self._broker = broker
+    def __init__(self, backend: Backend, max_runs: int) -> None:
         self._backend = backend
         self._hub = backend.hub
         self._hub.on_end = self._on_end
@@ -324,7 +322,10 @@ class Runs(Mapping[str, Run]):
             self._watch.cancel()
             self._watch = None
         for run in list(self._all.values()):
-            run.leave()
+            if run.outcome is None and run.pump is None:
+                run.leave()
+                with self._hub.lock:
+                    self._release(run.name)  # whoever opens the broker again looks for it again
 
     def _running(self) -> list[Run]:
         return [run for run in list(self._all.values()) if run.outcome is None and run.pump is not None]

@@ -593,8 +593,12 @@ async def test_waiting_for_a_run_of_another_node_ends_with_the_broker(brokers: B
         await asyncio.sleep(0)
     with pytest.raises(BrokerError, match="the broker was closed"):
         await asyncio.wait_for(waiting, PATIENCE)
-    run.cancel()
-    await run.wait()
+    async with two:  # again
+        found = await two.find_run("r")
+        assert found is not None
+        found.cancel()
+        assert await asyncio.wait_for(found.wait(), PATIENCE) == "cancelled"
+    assert await run.wait() == "cancelled"
 
 
 # The engine itself

@@ -385,6 +385,12 @@ async def endless() -> AsyncIterator[str]:
     await asyncio.Event().wait()
 
 
+async def in_two_parts(release: asyncio.Event) -> AsyncIterator[str]:
+    yield "before"
+    await release.wait()
+    yield "after"
+
+
 async def test_who_asks_for_a_channel_while_the_server_stands_still_is_told_to_come_back(
     valkey: Valkey, prefix: str
 ) -> None:
@@ -515,14 +521,8 @@ async def test_a_run_goes_on_as_long_as_its_process_does(valkey: Valkey, prefix:
 
 async def test_a_run_goes_on_in_a_log_that_is_another_one(valkey: Valkey, prefix: str) -> None:
     release = asyncio.Event()
-
-    async def source() -> AsyncIterator[str]:
-        yield "before"
-        await release.wait()
-        yield "after"
-
     async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
-        run = await one.run("r", source())
+        run = await one.run("r", in_two_parts(release))
         found = await two.find_run("r")
         assert found is not None
         readers = [run.subscribe(), found.subscribe()]
@@ -545,16 +545,10 @@ async def test_a_run_that_goes_on_is_not_taken_for_lost_since_the_log_is_another
     valkey: Valkey, prefix: str
 ) -> None:
     release = asyncio.Event()
-
-    async def source() -> AsyncIterator[str]:
-        yield "before"
-        await release.wait()
-        yield "after"
-
     async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
         for _ in range(20):
             await one.publish("a", "x")  # so that the run begins behind where the next log ends
-        run = await one.run("r", source())
+        run = await one.run("r", in_two_parts(release))
         found = await two.find_run("r")
         assert found is not None
         with valkey.client() as client:
@@ -616,14 +610,8 @@ async def test_a_run_stays_whole_when_its_process_has_missed_what_others_publish
 @pytest.mark.usefixtures("hurried")
 async def test_a_run_that_has_lost_its_beginning_says_so(valkey: Valkey, prefix: str) -> None:
     release = asyncio.Event()
-
-    async def source() -> AsyncIterator[str]:
-        yield "before"
-        await release.wait()
-        yield "after"
-
     async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
-        run = await one.run("r", source())
+        run = await one.run("r", in_two_parts(release))
         await take(run.subscribe(), 1)
         with valkey.client() as client:
             client.delete(*client.keys(f"\\{{{prefix}}}:*"))
