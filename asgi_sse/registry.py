@@ -137,6 +137,7 @@ class RegistryStatistics:
         events: Items that sources have given.
         bytes: Bytes of body handed to the server.
         longest_wait: Seconds for which the slowest client has not taken its message.
+        drains: Drains that have ended, of streams of which there was at least one.
         compressed: Streams that a middleware has ``encoded``, ``held`` or ``buffered``, by which.
     """
 
@@ -147,6 +148,7 @@ class RegistryStatistics:
     events: int
     bytes: int
     longest_wait: float
+    drains: int
     compressed: Mapping[str, int]
 
 
@@ -198,6 +200,8 @@ class StreamRegistry:
         self._lock = threading.Lock()  # for who replaces them
         self._drains: list[_Drain] = []
         self._told: list[Callable[[Server | None, float], object]] = []
+        self._told_ends: tuple[Callable[[Stream], object], ...] = ()
+        self._drained = 0
         self._opened = 0
         self._closed: dict[CloseReason, int] = {}
         self._events = 0
@@ -228,8 +232,16 @@ class StreamRegistry:
             events=self._events + sum(stream.events for stream in running),
             bytes=self._bytes + sum(stream.bytes_sent for stream in running),
             longest_wait=max((stream.waiting for stream in running), default=0.0),
+            drains=self._drained,
             compressed=dict(self._compressed),
         )
+
+    def when_ended(self, told: Callable[[Stream], object]) -> None:
+        """Call `told` with each stream that has ended, and whose ``reason`` says why.
+
+        In the task and the context of its request. What it raises is logged.
+        """
+        self._told_ends = (*self._told_ends, told)
 
     def farewell_retry(self) -> int:
         """A reconnection time in milliseconds, at random out of the range."""
@@ -296,6 +308,7 @@ class StreamRegistry:
             self._drains.remove(drain)
             seconds = loop.time() - began
             if new:
+                self._drained += 1
                 report = self._report(new, drain, seconds)
                 logger.info("drained %d stream%s (%s): %s", len(new), "s" * (len(new) != 1), cause, report)
         return self._report(streams, drain, seconds)
@@ -431,6 +444,11 @@ class StreamRegistry:
         self._bytes += stream.bytes_sent
         for drain in list(self._drains):
             drain.discard(stream)
+        for told in self._told_ends:
+            try:
+                told(stream)
+            except Exception:
+                logger.exception("%r raised, of %r that has ended", told, stream)
 
 
 _default: RunVar[StreamRegistry] = RunVar("asgi_sse default registry")

@@ -57,6 +57,29 @@ async def test_it_knows_the_running_streams() -> None:
     assert statistics.events == 1
 
 
+async def test_who_asks_is_told_of_each_stream_that_has_ended(caplog: pytest.LogCaptureFixture) -> None:
+    registry = StreamRegistry()
+    ended: list[str] = []
+
+    def tell(stream: Stream) -> None:
+        ended.append(f"{stream.path} {stream.reason} {stream.events}")
+        assert not len(registry)
+        raise LookupError("of who was told")
+
+    registry.when_ended(tell)
+    registry.when_ended(lambda stream: ended.append(stream.path))
+    async with open_stream(EventSourceResponse(["a"], registry=registry), "/some/path") as stream:
+        assert [event.data async for event in stream] == ["a"]
+    assert ended == ["/some/path finished 1", "/some/path"]
+    assert "of who was told" in caplog.text
+    assert registry.statistics().drains == 0
+    async with open_stream(EventSourceResponse(idle(), registry=registry), "/another") as stream:
+        await registry.drain()
+        await registry.drain()
+    assert ended[2:] == ["/another drained 1", "/another"]
+    assert registry.statistics().drains == 1
+
+
 async def test_a_client_that_does_not_read_shows() -> None:
     registry = StreamRegistry()
 
