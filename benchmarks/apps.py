@@ -5,8 +5,10 @@ most peers from an `asyncio.Queue` for each of them, as long as it takes. Of som
 """
 
 import asyncio
+import gc
 import json
 import os
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
@@ -21,11 +23,19 @@ START = {"type": "http.response.start", "status": 200, "headers": [(b"content-ty
 PING = float(os.environ.get("BENCHMARKS_PING", "15"))  # seconds, of those that keep idle streams alive
 
 
+def counts(streams: int | None, subscribers: int, query: str) -> dict[str, int | None]:
+    """What ``/streams`` tells; ``?blocks``: with the blocks of memory that Python has taken, garbage aside."""
+    if query == "blocks":
+        gc.collect()
+        return {"blocks": sys.getallocatedblocks()}
+    return {"streams": streams, "subscribers": subscribers}
+
+
 def answering(streams: Callable[[], int], subscribers: Callable[[], int]) -> Any:
     """An app for ``/streams``."""
 
     async def answer(scope: Any, receive: Any, send: Any) -> None:
-        body = json.dumps({"streams": streams(), "subscribers": subscribers()}).encode()
+        body = json.dumps(counts(streams(), subscribers(), scope["query_string"].decode())).encode()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
         await send({"type": "http.response.body", "body": body})
 
@@ -198,7 +208,7 @@ def on_starlette(response: Any) -> Any:
         return Response()
 
     async def streams(request: Any) -> Any:
-        return JSONResponse({"streams": None, "subscribers": len(news.queues)})  # it does not know its streams
+        return JSONResponse(counts(None, len(news.queues), request.url.query))  # it does not know its streams
 
     news = Topic()
     sources = {"/gen": gen, "/idle": idle, "/news": news.subscribe}

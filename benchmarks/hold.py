@@ -82,10 +82,11 @@ def held(peer: str, size: Size, connect: Callable[[Server], Clients]) -> Sample:
         with connected(connect(server), 20):  # warm-up
             pass
         gone(server, 0)
-        files = server.files()
+        files, blocks = server.files(), server.blocks()
         memory = Memory(server)
         base = memory.sample()
         with connected(connect(server), size.hold, memory) as clients:
+            taken = server.blocks() - blocks
             full = memory.sample()
             ramp = len(memory.samples) - 1
             figures, series = holding(
@@ -95,7 +96,7 @@ def held(peer: str, size: Size, connect: Callable[[Server], Clients]) -> Sample:
             growth = slope(memory.samples[ramp:])
             steady = memory.samples[-1][0]
         seconds = gone(server, files)
-        left = server.streams()
+        left, kept = server.streams(), server.blocks() - blocks
         rest(memory, size.hold_rest)
         after = memory.sample()
         with connected(connect(server), size.hold, memory):
@@ -109,6 +110,7 @@ def held(peer: str, size: Size, connect: Callable[[Server], Clients]) -> Sample:
             "gone s": seconds,
             "streams left": left["streams"],
             "subscribers left": left["subscribers"],
+            "blocks left %": 100 * max(kept, 0) / taken,
             "after MiB": after,
             "again MiB": again,
         }

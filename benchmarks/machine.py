@@ -32,7 +32,7 @@ def machine() -> dict[str, str]:
 
 def cpu() -> str:
     """Its model, and whether it is a virtual one."""
-    fields = {}
+    fields: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
         fields.setdefault(name.strip(), value.strip())

@@ -138,19 +138,22 @@ def of_gen200(outcome: Outcome, size: Size) -> list[str]:
 
 def of_fan(outcome: Outcome, size: Size) -> list[str]:
     slow = [peer for peer, row in outcome.rows.items() if (row["delivered %"] or 0) < 100]
-    said = "All is delivered." if not slow else f"Not all was delivered within {size.delivery:g} s by {listed(slow)}."
-    return [
-        f"{said} asgi_sse sends {size.subscribers:,} messages of up to {size.fan_events} events, the others "
-        f"{size.subscribers * size.fan_events:,} messages: that is most of the difference, and what is published with "
-        "time in between does not have it (see `pace`)."
-    ]
+    said = f"Not all was delivered within {size.delivery:g} s by {listed(slow)}." if slow else "All is delivered."
+    if OURS in outcome.rows:
+        said += (
+            f" asgi_sse sends {size.subscribers:,} messages of up to {size.fan_events} events, the others "
+            f"{size.subscribers * size.fan_events:,} messages: that is most of the difference, and what is published "
+            "with time in between does not have it (see `pace`)."
+        )
+    return [said]
 
 
 def of_pace(outcome: Outcome, size: Size) -> list[str]:
-    return [
-        "A send costs more than in `fan`, of `raw` too: a server that sleeps between its events presumably finds little "
-        "of its clients in the caches, and every send wakes the client."
-    ]
+    said = (
+        "A send costs more than in `fan`, of `raw` too: a server that sleeps between its events presumably finds "
+        "little of its clients in the caches, and every send wakes the client."
+    )
+    return [said]
 
 
 def of_storm(outcome: Outcome, size: Size) -> list[str]:
@@ -208,9 +211,10 @@ def of_hold(outcome: Outcome, size: Size) -> list[str]:
         said.append("It did not let go of all of them.")
     else:
         said.append(
-            f"{number(row['gone s'])} s after they had left, its registry had {number(row['streams left'])} streams and "
-            f"its broker {number(row['subscribers left'])} subscribers. Of the memory {number(row['after MiB'])} MiB "
-            f"stayed with the process, which had begun with {number(row['base MiB'])} MiB; as many connections again took "
+            f"{number(row['gone s'])} s after they had left, its registry had {number(row['streams left'])} streams "
+            f"and its broker {number(row['subscribers left'])} subscribers, and {number(row['blocks left %'])} % of "
+            f"what Python had taken for them was not free again. Resident were {number(row['after MiB'])} MiB, of "
+            f"{number(row['base MiB'])} at first: what is free is kept for later, and as many connections again took "
             f"it to {number(row['again MiB'])} MiB."
         )
     return said
@@ -244,13 +248,13 @@ def of_engine(outcome: Outcome, size: Size) -> list[str]:
             return " to ".join(dict.fromkeys(map(ratio, values)))
 
         said.append(
-            "What is acknowledged differs, so compare `valkey` with the streams, not with those that keep nothing. One "
-            f"event at a time takes asgi_sse {against('us/publish')} as long as the streams: its script numbers it in one "
-            "sequence for all channels, writes it to two streams and remembers what it has answered. Most of the rest is "
-            "redis-py, as much for reading the event back as for publishing it. An event takes "
-            f"{against('p50 ms')} as long to its subscribers (p50). Of many at once {against('k events/s')} as many are "
-            "acknowledged, as up to 64 go in one call. Without hiredis it would be far fewer: each event comes back as 11 "
-            "strings, and parsing them is most of its CPU time then."
+            "What is acknowledged differs, so compare `valkey` with the streams, not with those that keep nothing. "
+            f"One event at a time takes asgi_sse {against('us/publish')} as long as the streams: its script numbers "
+            "it in one sequence for all channels, writes it to two streams and remembers what it has answered. Most "
+            "of the rest is redis-py, as much for reading the event back as for publishing it. An event takes "
+            f"{against('p50 ms')} as long to its subscribers (p50). Of many at once {against('k events/s')} as many "
+            "are acknowledged, as up to 64 go in one call. Without hiredis it would be far fewer: each event comes "
+            "back as 11 strings, and parsing them is most of its CPU time then."
         )
     return said
 
@@ -283,20 +287,24 @@ HELD: Columns = {
     "end MiB": Column("at the end of the time"),
     "KiB/connection": Column(EACH, "less"),
     "slope B/s/connection": Column(
-        "bytes that memory grows in a second for each connection, while they are held: the best straight line; 0 is flat"
+        "bytes that memory grows in a second for each connection, while they are held: the best straight line; 0 is "
+        "flat"
     ),
     "gone s": Column("until the server had closed all, after all clients had"),
     "streams left": Column("that its registry knows then; no figure for who has none"),
     "subscribers left": Column("that its broker, or topic, knows then"),
-    "after MiB": Column("resident memory then: what Python and the C library keep for later"),
+    "blocks left %": Column(
+        "of the blocks of memory that Python had taken for the connections, what is still taken then: the rest is free"
+    ),
+    "after MiB": Column("resident memory then: free blocks are among it, where Python and the C library keep them"),
     "again MiB": Column(
         "when as many have connected once more: what was kept is used again, or it grows with each wave"
     ),
 }
 BROADCAST = (
-    "One channel and many subscribers: asgi_sse has its `Broker`; the others an `asyncio.Queue` without a limit for each "
-    "subscriber, as their users write it; `raw` encodes each event once for all. An event is an id and about 50 bytes of "
-    "JSON with the time of its publishing, by the clock that both processes share."
+    "One channel and many subscribers: asgi_sse has its `Broker`; the others an `asyncio.Queue` without a limit for "
+    "each subscriber, as their users write it; `raw` encodes each event once for all. An event is an id and about 50 "
+    "bytes of JSON with the time of its publishing, by the clock that both processes share."
 )
 
 MEASURES: dict[str, Measure] = {
@@ -316,10 +324,10 @@ MEASURES: dict[str, Measure] = {
     ),
     "gen": Measure(
         "One client, a source that is flat out",
-        "The source never waits. `raw` gives the loop a turn after each send, without which nobody else would have one; "
-        "it is what one send an event costs at the least, and who batches can be faster. `adapter` is the drop-in for "
-        "sse-starlette: one message an item and no source ahead of its client, as there, which costs what batching "
-        "gains.",
+        "The source never waits. `raw` gives the loop a turn after each send, without which nobody else would have "
+        "one; it is what one send an event costs at the least, and who batches can be faster. `adapter` is the "
+        "drop-in for sse-starlette: one message an item and no source ahead of its client, as there, which costs "
+        "what batching gains.",
         {"k events/s": Column("thousands of events that the client received in a second", "more"), **CPU},
         in_turn(gen),
         findings=of_gen,
@@ -412,11 +420,11 @@ MEASURES: dict[str, Measure] = {
     "engine": Measure(
         f"Publishing to an engine, and delivery from it to {engine.SUBSCRIBERS} subscribers",
         "One process that publishes and subscribes, on another core than the engine. First with one subscriber: "
-        "publishing {publishes:,} events one after the other, and {tasks} tasks with {publishes_each} events each, until "
-        f"they are acknowledged; of both the median of {{rounds}}. Then {engine.SUBSCRIBERS} subscribers of the channel "
-        "have {engine_rate} events a second for {engine_seconds} seconds. An event is 200 bytes of JSON, subscribers are "
-        "an `async for`, and all use uvloop and, on Redis, the same redis-py with hiredis. Valkey writes nothing to the "
-        "disk, NATS does not wait for it.",
+        "publishing {publishes:,} events one after the other, and {tasks} tasks with {publishes_each} events each, "
+        f"until they are acknowledged; of both the median of {{rounds}}. Then {engine.SUBSCRIBERS} subscribers of the "
+        "channel have {engine_rate} events a second for {engine_seconds} seconds. An event is 200 bytes of JSON, "
+        "subscribers are an `async for`, and all use uvloop and, on Redis, the same redis-py with hiredis. Valkey "
+        "writes nothing to the disk, NATS does not wait for it.",
         {
             "us/publish": Column("microseconds until one event is acknowledged, one after the other", "less"),
             "k events/s": Column("thousands of events acknowledged in a second, many at once", "more"),

@@ -70,14 +70,21 @@ class Server:
 
     def streams(self) -> dict[str, int | None]:
         """How many it knows of itself: running streams, and subscribers."""
-        with self.connect("/streams") as sock:
+        return self.ask("/streams")
+
+    def blocks(self) -> int:
+        """Blocks of memory that its Python has taken, without garbage."""
+        return self.ask("/streams?blocks")["blocks"] or 0
+
+    def ask(self, path: str) -> dict[str, int | None]:
+        with self.connect(path) as sock:
             answer = b""
             while data := sock.recv(65_536):
                 answer += data
                 if b"}" in data:
                     break
-        streams: dict[str, int | None] = json.loads(answer[answer.index(b"{") : answer.index(b"}") + 1])
-        return streams
+        answered: dict[str, int | None] = json.loads(answer[answer.index(b"{") : answer.index(b"}") + 1])
+        return answered
 
     def stop(self) -> None:
         self.process.kill()
