@@ -92,7 +92,8 @@ async def broadcaster(url: str, *, stream: bool) -> AsyncIterator[tuple[Publish,
 
         async def read() -> AsyncIterator[Any]:
             async with broadcast.subscribe(channel) as subscriber:
-                async for event in subscriber:
+                events: Any = subscriber  # whose type says that it may be none
+                async for event in events:
                     yield event.message
 
         yield partial(broadcast.publish, channel), read

@@ -103,6 +103,16 @@ def colour(peer: str) -> str:
     return COLOURS.get(peer, OTHER)
 
 
+def logarithmic(axis: Any) -> None:
+    """With ticks that are read without counting noughts."""
+    from matplotlib.ticker import LogLocator, NullLocator  # noqa: PLC0415
+
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+
+
 def panels(plt: Any, titles: Sequence[str], height: float) -> tuple[Any, list[Any]]:
     """Axes beside one another."""
     figure, axes = plt.subplots(1, len(titles), figsize=(4.4 * max(len(titles), 1.4), height), squeeze=False)
@@ -110,12 +120,12 @@ def panels(plt: Any, titles: Sequence[str], height: float) -> tuple[Any, list[An
         axis.set_title(title)
         axis.grid(axis="x")
         axis.tick_params(length=0)
-    figure.subplots_adjust(wspace=0.45)
+    figure.subplots_adjust(wspace=0.45 if len(titles) < 3 else 0.65)
     return figure, list(axes[0])
 
 
 def bars(axis: Any, values: dict[str, float | None], unit: str) -> None:
-    """A bar for each peer, with its figure; ours stands out."""
+    """A bar for each peer, with its figure, and a line where `raw` is."""
     known = {peer: value for peer, value in values.items() if value is not None and value > 0}
     places = range(len(known))[::-1]
     axis.barh(places, list(known.values()), color=[colour(peer) for peer in known], height=0.7)
@@ -123,8 +133,10 @@ def bars(axis: Any, values: dict[str, float | None], unit: str) -> None:
     for place, value in zip(places, known.values(), strict=True):
         axis.annotate(number(value), (value, place), xytext=(3, 0), textcoords="offset points", va="center")
     if known and max(known.values()) > FAR_APART * min(known.values()):
-        axis.set_xscale("log")
+        logarithmic(axis)
         unit += ", logarithmic"
+    if raw := known.get("raw"):  # what a send an event costs anybody
+        axis.axvline(raw, color=INK, linestyle="--", linewidth=1, alpha=0.6, zorder=0)
     axis.set_xlabel(unit)
     axis.margins(x=0.18)
 
@@ -161,7 +173,7 @@ def percentiles(plt: Any, measures: Measures) -> Any:
                 number(p50), (p50, place), xytext=(-7, 0), textcoords="offset points", va="center", ha="right"
             )
         axis.set_yticks(range(len(known))[::-1], list(known))
-        axis.set_xscale("log")
+        logarithmic(axis)
         axis.set_xlabel("ms, logarithmic: p50 (circle), p99 (diamond)")
         axis.margins(x=0.35, y=0.1)
     return figure
@@ -177,7 +189,7 @@ def distribution(plt: Any, measures: Measures) -> Any:
                 shares = [100 * step / (len(values) - 1) for step in range(len(values))]
                 (line,) = axis.plot(values, shares, color=colour(peer), linestyle=LINES.get(peer, "-"), linewidth=1.8)
                 peers.setdefault(peer, line)
-        axis.set_xscale("log")
+        logarithmic(axis)
         axis.set_xlabel("delay in ms, logarithmic")
         axis.set_ylabel("% of deliveries")
         axis.grid(axis="y")
@@ -240,7 +252,6 @@ PLOTS: dict[str, tuple[tuple[str, ...], str, Callable[[Any, Measures], Any]]] = 
 def engine_panels(plt: Any, outcome: Outcome) -> Any:
     columns = {"us/publish": "one after the other", "k events/s": "many at once", "p99 ms": "delay"}
     figure, axes = panels(plt, list(columns.values()), 0.36 * len(outcome.rows) + 0.9)
-    figure.subplots_adjust(wspace=0.7)
     for axis, column in zip(axes, columns, strict=True):
         bars(axis, {peer: row.get(column) for peer, row in outcome.rows.items()}, column)
     return figure

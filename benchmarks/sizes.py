@@ -34,7 +34,7 @@ class Size(NamedTuple):
     """
 
     rounds: int = 3
-    window: float = 2.0
+    window: float = 1.5
     clients: int = 200
     patience: float = 5.0
     idle: int = 2000
@@ -42,7 +42,7 @@ class Size(NamedTuple):
     idle_subscribers: int = 2000
     fan_events: int = 200
     pace_rate: int = 10
-    pace_seconds: int = 4
+    pace_seconds: int = 3
     storm_rate: int = 200
     storm_seconds: int = 5
     delivery: float = 30.0
@@ -55,7 +55,7 @@ class Size(NamedTuple):
     tasks: int = 50
     publishes_each: int = 100
     engine_rate: int = 500
-    engine_seconds: int = 5
+    engine_seconds: int = 4
     repeats: int = 7
 
 
