@@ -37,7 +37,9 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"report, and of {', '.join(MEASURES)}; default: all")
     known = list(dict.fromkeys(peer for one in MEASURES.values() for peer in one.peers if " " not in peer))
-    parser.add_argument("--peers", nargs="+", choices=known, help="default: all")
+    parser.add_argument(
+        "--peers", nargs="+", choices=known, metavar="PEER", help=f"of {', '.join(known)}; default: all"
+    )
     parser.add_argument("--quick", action="store_true", help="small, to see that it works; the figures say nothing")
     parser.add_argument(
         "--from", dest="saved", type=Path, metavar="JSON", help="report a run that was saved, without one"
@@ -86,7 +88,7 @@ def run(names: Sequence[str], peers: Sequence[str] | None, command: str, *, quic
         os.sched_setaffinity(0, CORES[1:2])
     began = time.perf_counter()
     if say:
-        print(wrapped(report.head(results)))
+        print(wrapped(report.where(results)))
     for name in MEASURES:
         if name not in names:
             continue

@@ -42,21 +42,16 @@ def markdown(results: Results, plots: Sequence["Plot"] = ()) -> str:
 
 def head(results: Results) -> str:
     """What was run, and where."""
-    facts = [
-        ("command", f"`{results.command}`"),
-        ("began", results.began),
-        ("took", f"{results.seconds / 60:.1f} minutes" if results.seconds >= 60 else f"{results.seconds:.0f} s"),
-        *results.machine.items(),
-        ("versions", ", ".join(f"{name} {version}" for name, version in results.versions.items())),
-    ]
-    return "\n\n".join(
-        [
-            "# Results",
-            ONE_RUN,
-            "\n".join(f"- {name}: {fact}" for name, fact in facts),
-            HOW,
-        ]
-    )
+    seconds = results.seconds
+    took = f"- took: {seconds / 60:.1f} minutes" if seconds >= 60 else f"- took: {seconds:.0f} s"
+    return "\n\n".join(["# Results", ONE_RUN, f"{where(results)}\n{took}", HOW])
+
+
+def where(results: Results) -> str:
+    """The command, and the machine."""
+    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+    facts = {"command": f"`{results.command}`", "began": results.began, **results.machine, "versions": versions}
+    return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
 
 
 def glance(results: Results) -> str:
