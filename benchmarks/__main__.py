@@ -45,7 +45,10 @@ def main(arguments: Sequence[str]) -> int:
         "--from", dest="saved", type=Path, metavar="JSON", help="report a run that was saved, without one"
     )
     parser.add_argument(
-        "--into", type=Path, metavar="DIRECTORY", help="of the report; default: benchmarks, or with --quick a new one"
+        "--into",
+        type=Path,
+        metavar="DIRECTORY",
+        help="of the report; default: benchmarks, or a new one if it is not of all",
     )
     options = parser.parse_args(arguments)
     wants_report = "report" in options.names
@@ -62,7 +65,9 @@ def main(arguments: Sequence[str]) -> int:
         command = shlex.join(["python", "-m", "benchmarks", *arguments])
         results = run(names, options.peers, command, quick=options.quick, say=not wants_report)
     if wants_report:
-        into = options.into or (Path(tempfile.mkdtemp(prefix="benchmarks-")) if options.quick else HERE)
+        # The page is of a whole run: what is only a part of one does not take its place.
+        whole = options.saved or not (options.quick or options.peers or len(names) < len(MEASURES))
+        into = options.into or (HERE if whole else Path(tempfile.mkdtemp(prefix="benchmarks-")))
         print(write(results, into))
     return 1 if any(outcome.failures for outcome in results.measures.values()) else 0
 

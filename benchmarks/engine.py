@@ -368,10 +368,10 @@ def engine(peers: list[str], size: Size) -> Outcome:
             if absent := missing(peer):
                 outcome.left_out[name] = f"there is no {absent}"
                 continue
-            if peer.engine and peer.engine not in engines:
-                engines[peer.engine] = stack.enter_context(running(peer.engine))
             gc.collect()
             try:
+                if peer.engine and peer.engine not in engines:
+                    engines[peer.engine] = stack.enter_context(running(peer.engine))
                 with asyncio.Runner(loop_factory=uvloop and uvloop.new_event_loop) as runner:
                     figures = runner.run(measure(peer, engines.get(peer.engine), size))
             except Exception as error:

@@ -61,17 +61,18 @@ class Outcome:
             for name in samples[0].figures
             if (values := [value for one in samples if (value := one.figures[name]) is not None])
         }
-        self.series[peer] = {
-            name: points
-            if len(samples) == 1
-            else list(map(median, zip(*(one.series[name] for one in samples), strict=True)))
-            for name, points in samples[0].series.items()
-        }
+        self.series[peer] = {name: middle([one.series[name] for one in samples]) for name in samples[0].series}
 
     def failed(self, peer: str, error: Exception) -> None:
         """It goes on with the others: a run takes long."""
         self.left_out[peer] = f"it failed: {error!r}"
         self.failures.append(peer)
+
+
+def middle(rounds: list[list[Any]]) -> list[Any]:
+    """Of each point the median of the rounds that have any; one round is as it is."""
+    known = [points for points in rounds if points]
+    return known[0] if len(known) == 1 else list(map(median, zip(*known, strict=True)))
 
 
 def median(values: Any) -> float | None:

@@ -202,6 +202,16 @@ def test_more_connections_than_the_machine_allows_are_refused_beforehand() -> No
         room("hold").look_for_room(10_000_000)
 
 
+def test_a_round_in_which_nothing_came_does_not_count_in_a_plot() -> None:
+    outcome = results.Outcome()
+    row = {"p50 ms": 1.0}
+    samples = [([1.0, 5.0], row), ([], {"p50 ms": None}), ([3.0, 9.0], row)]
+    outcome.add("raw", [results.Sample(figures, {"delays ms": delays}) for delays, figures in samples])
+    assert outcome.series["raw"]["delays ms"] == [2.0, 7.0]
+    assert outcome.rows["raw"]["p50 ms"] == 1.0
+    assert outcome.rounds["raw"] == 3
+
+
 def test_the_slope_is_that_of_the_line() -> None:
     assert room("hold").slope([[0.0, 1.0], [1.0, 3.0], [2.0, 5.0]]) == 2.0
     assert room("hold").slope([[0.0, 7.0], [10.0, 7.0]]) == 0.0
