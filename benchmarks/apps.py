@@ -1,10 +1,14 @@
 """Three streams as users of each peer would write them, and what publishes to the third.
 
 ``/gen`` is flat out, ``/idle`` one event and silence. ``/news`` is what ``/publish`` gives to all its subscribers: of
-most peers from an `asyncio.Queue` for each of them, as long as it takes.
+most peers from an `asyncio.Queue` for each of them, as long as it takes. Of some, ``/streams`` counts those that run.
 """
 
 import asyncio
+import gc
+import json
+import os
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
@@ -16,6 +20,26 @@ def raw() -> Any:
 
 
 START = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+PING = float(os.environ.get("BENCHMARKS_PING", "15"))  # seconds, of those that keep idle streams alive
+
+
+def counts(streams: int | None, subscribers: int, query: str) -> dict[str, int | None]:
+    """What ``/streams`` tells; ``?blocks``: with the blocks of memory that Python has taken, garbage aside."""
+    if query == "blocks":
+        gc.collect()
+        return {"blocks": sys.getallocatedblocks()}
+    return {"streams": streams, "subscribers": subscribers}
+
+
+def answering(streams: Callable[[], int], subscribers: Callable[[], int]) -> Any:
+    """An app for ``/streams``."""
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        body = json.dumps(counts(streams(), subscribers(), scope["query_string"].decode())).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
+        await send({"type": "http.response.body", "body": body})
+
+    return answer
 
 
 class Raw:
@@ -27,6 +51,7 @@ class Raw:
 
     def __init__(self) -> None:
         self.news = Topic()
+        self.running = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -39,7 +64,11 @@ class Raw:
             await send(START)
             await send({"type": "http.response.body"})
             return
+        if scope["path"] == "/streams":
+            await answering(lambda: self.running, lambda: len(self.news.queues))(scope, receive, send)
+            return
         queue = self.news.join() if scope["path"] == "/news" else None
+        self.running += 1
         await send(START)
         watcher = asyncio.create_task(self.watch(receive, asyncio.current_task()))
         number = 0
@@ -57,6 +86,7 @@ class Raw:
                 await send({"type": "http.response.body", "body": body, "more_body": True})
                 await asyncio.sleep(0)
         finally:
+            self.running -= 1
             watcher.cancel()
             self.news.queues.discard(queue)
 
@@ -114,15 +144,15 @@ class Topic:
         self.publish({"id": str(number), "data": data})
 
 
+publishers: set[Any] = set()
+
+
 def start_publishing(query: Mapping[str, str], publish: Callable[[int, str], object]) -> None:
     task = asyncio.create_task(
         publishing(publish, int(query["count"]), float(query["rate"]), "x" * int(query.get("pad", "0")))
     )
     publishers.add(task)
     task.add_done_callback(publishers.discard)
-
-
-publishers: set[Any] = set()
 
 
 async def publishing(publish: Callable[[int, str], object], count: int, rate: float, pad: str) -> None:
@@ -144,7 +174,9 @@ def asgi_sse() -> Any:
         start_publishing(dict(request.query), lambda _, data: news.publish_nowait(data))
         return EventSourceResponse([])
 
-    return create_app({"/gen": gen, "/idle": idle, "/news": news, "/publish": publish})
+    streams = answering(lambda: len(app.registry), lambda: broker.subscribers("news"))
+    app = create_app({"/gen": gen, "/idle": idle, "/news": news, "/publish": publish, "/streams": streams}, ping=PING)
+    return app
 
 
 def sse_starlette() -> Any:
@@ -162,12 +194,12 @@ def adapter() -> Any:
 
 def on_starlette(response: Any) -> Any:
     from starlette.applications import Starlette  # noqa: PLC0415
-    from starlette.responses import Response  # noqa: PLC0415
+    from starlette.responses import JSONResponse, Response  # noqa: PLC0415
     from starlette.routing import Route  # noqa: PLC0415
 
     def endpoint(source: Any) -> Any:
         async def view(request: Any) -> Any:
-            return response(source())
+            return response(source(), ping=PING)
 
         return view
 
@@ -175,10 +207,17 @@ def on_starlette(response: Any) -> Any:
         start_publishing(request.query_params, news.publish_dict)
         return Response()
 
+    async def streams(request: Any) -> Any:
+        return JSONResponse(counts(None, len(news.queues), request.url.query))  # it does not know its streams
+
     news = Topic()
     sources = {"/gen": gen, "/idle": idle, "/news": news.subscribe}
     return Starlette(
-        routes=[*(Route(path, endpoint(source)) for path, source in sources.items()), Route("/publish", publish)]
+        routes=[
+            *(Route(path, endpoint(source)) for path, source in sources.items()),
+            Route("/publish", publish),
+            Route("/streams", streams),
+        ]
     )
 
 

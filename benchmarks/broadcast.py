@@ -1,54 +1,48 @@
 """One channel and many subscribers: what each of them receives, and when."""
 
 import re
-import select
 import socket
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
+from .clients import Clients, never
+from .results import Sample
 from .server import Server, cpu_of_this_process, serving
+from .sizes import Size
 
-SUBSCRIBERS = 1000
-IDLE_SUBSCRIBERS = 2000
-FAN_EVENTS = 200
 FAN_ROUNDS = 3
-PACE = 10, 5  # events a second, seconds
-STORM = 200, 5
+LONG = 10.0  # seconds; a fan-out that takes as long is done once
 SAMPLE = 10  # one subscriber of so many tells when its events came
-PATIENCE = 120.0  # seconds; what is not delivered then is not counted
 
 EVENT = b'data: {"number": '
 TIMED_EVENT = re.compile(EVENT + rb'(\d+), "sent": (\d+),')
-LONGEST = 80  # bytes that are part of one of the two
+LONGEST = 80  # bytes that are part of one
 
 
-class Subscribers:
-    """Clients of ``/news``, in one loop over all of them, lest they be what is measured."""
+class Subscribers(Clients):
+    """Clients of ``/news``."""
 
     def __init__(self, server: Server) -> None:
-        self.server = server
-        self.epoll = select.epoll()
-        self.sockets: dict[int, socket.socket] = {}
-        self.unread: dict[int, bytes] = {}  # the end of what was read last, where an event may have begun
+        super().__init__(server, "/news", EVENT)
         self.timed: set[int] = set()
-        self.counts: dict[int, int] = {}
-        self.received = 0  # events, of all
-        self.heard: set[int] = set()  # whose response has begun
         self.delays: list[float] = []  # milliseconds, of those that are timed
         self.published: dict[int, int] = {}  # nanoseconds, by the event's number
 
     def subscribe(self, number: int) -> None:
+        self.add(number)
+        self.settle()
+
+    def add(self, number: int = 1) -> int:
+        fd = -1
         for _ in range(number):
-            sock = self.server.connect("/news")
-            sock.setblocking(False)
-            fd = sock.fileno()
-            if len(self.sockets) % SAMPLE == 0:
+            fd = super().add()
+            if len(self.sockets) % SAMPLE == 1:
                 self.timed.add(fd)
-            self.sockets[fd] = sock
-            self.unread[fd] = b""
-            self.counts[fd] = 0
-            self.epoll.register(fd, select.EPOLLIN)
+        return fd
+
+    def settle(self) -> None:
+        """Wait until all have subscribed."""
         self.run(lambda: len(self.heard) == len(self.sockets), 60)
         # Of some peers a response begins before it has subscribed. Who has the first event has done both.
         for _ in range(20):
@@ -60,65 +54,33 @@ class Subscribers:
         self.restart()
 
     def restart(self) -> None:
-        """Count from 0."""
-        self.counts = dict.fromkeys(self.counts, 0)
-        self.received = 0
+        super().restart()
         self.delays = []
         self.published = {}
 
     def publish(self, count: int, rate: float = 0, pad: int = 0) -> None:
         self.server.connect(f"/publish?count={count}&rate={rate}&pad={pad}").close()
 
-    def run(self, until: Callable[[], bool], seconds: float) -> float:
-        """Read until the condition holds, or for so many seconds. Gives how long it was."""
-        began = time.perf_counter()
-        while (elapsed := time.perf_counter() - began) < seconds and not until():
-            for fd, _ in self.epoll.poll(0.05):
-                self.read(fd)
-        return elapsed
-
-    def read(self, fd: int) -> None:
-        try:
-            data = self.sockets[fd].recv(65_536)
-        except OSError:
-            data = b""
-        if not data:
-            self.epoll.unregister(fd)
-            return
-        self.heard.add(fd)
-        data = self.unread[fd] + data
-        if fd in self.timed:
-            now = time.monotonic_ns()
-            found = list(TIMED_EVENT.finditer(data))
-            for one in found:
-                sent = int(one[2])
-                self.published[int(one[1])] = sent
-                self.delays.append((now - sent) / 1e6)
-            events = len(found)
-            self.unread[fd] = data[found[-1].end() if found else 0 :][-LONGEST:]
-        else:
-            events = data.count(EVENT)
-            self.unread[fd] = data[1 - len(EVENT) :]
-        self.counts[fd] += events
-        self.received += events
-
-    def close(self) -> None:
-        for sock in self.sockets.values():
-            sock.close()
-        self.epoll.close()
+    def count(self, fd: int, data: bytes) -> int:
+        if fd not in self.timed:
+            return super().count(fd, data)
+        now = time.monotonic_ns()
+        found = list(TIMED_EVENT.finditer(data))
+        for one in found:
+            sent = int(one[2])
+            self.published[int(one[1])] = sent
+            self.delays.append((now - sent) / 1e6)
+        self.unread[fd] = data[found[-1].end() if found else 0 :][-LONGEST:]
+        return len(found)
 
 
-def never() -> bool:
-    return False
-
-
-def delivered(subscribers: Subscribers, count: int, rate: float = 0) -> dict[str, float]:
+def delivered(subscribers: Subscribers, count: int, rate: float, patience: float) -> dict[str, float]:
     """What it costs that everyone has so many events."""
     expected = count * len(subscribers.sockets)
     subscribers.restart()
     server_cpu, client_cpu = subscribers.server.cpu(), cpu_of_this_process()
     subscribers.publish(count, rate)
-    seconds = subscribers.run(lambda: subscribers.received >= expected, PATIENCE)
+    seconds = subscribers.run(lambda: subscribers.received >= expected, (count / rate if rate else 0) + patience)
     client_cpu = cpu_of_this_process() - client_cpu
     server_cpu = subscribers.server.cpu() - server_cpu
     return {
@@ -138,45 +100,51 @@ def late(subscribers: Subscribers, rate: float) -> float:
     return max(due, default=0.0)
 
 
-def delays(subscribers: Subscribers) -> dict[str, float]:
+def delays(subscribers: Subscribers) -> dict[str, float | None]:
     """How long events took, in milliseconds."""
-    ordered = sorted(subscribers.delays) or [float("inf")]
+    ordered = sorted(subscribers.delays)
     return {
-        "p50 ms": ordered[len(ordered) // 2],
-        "p99 ms": ordered[len(ordered) * 99 // 100],
-        "max ms": ordered[-1],
+        "p50 ms": ordered[len(ordered) // 2] if ordered else None,
+        "p99 ms": ordered[len(ordered) * 99 // 100] if ordered else None,
+        "max ms": ordered[-1] if ordered else None,
     }
 
 
-def chosen(figures: dict[str, float], names: Iterable[str]) -> dict[str, float]:
+def quantiles(values: list[float], steps: int = 200) -> list[float]:
+    """So many and one, from the least to the most: what is needed to draw how they are distributed."""
+    ordered = sorted(values)
+    return [ordered[step * (len(ordered) - 1) // steps] for step in range(steps + 1)] if ordered else []
+
+
+def chosen(figures: dict[str, float | None], names: Iterable[str]) -> dict[str, float | None]:
     return {name: figures[name] for name in names}
 
 
-def fan(peer: str) -> dict[str, float]:
-    """1,000 subscribers, 200 events published in one go; the median of three."""
+def fan(peer: str, size: Size) -> Sample:
     with serving(peer) as server:
         subscribers = Subscribers(server)
-        subscribers.subscribe(SUBSCRIBERS)
-        rounds = [delivered(subscribers, FAN_EVENTS) for _ in range(FAN_ROUNDS)]
+        subscribers.subscribe(size.subscribers)
+        rounds: list[dict[str, float]] = []
+        while len(rounds) < FAN_ROUNDS and (not rounds or rounds[-1]["seconds"] < LONG):
+            rounds.append(delivered(subscribers, size.fan_events, 0, size.delivery))
         subscribers.close()
-        columns = "us/delivery", "seconds", "server CPU %", "client CPU %"
+        columns = "us/delivery", "seconds", "delivered %", "server CPU %", "client CPU %"
         figures = {column: statistics.median(one[column] for one in rounds) for column in columns}
-        figures["delivered"] = min(one["delivered"] for one in rounds)
-        return chosen(figures, ("us/delivery", "seconds", "delivered", "server CPU %", "client CPU %"))
+        return Sample(figures | {"delivered %": min(one["delivered %"] for one in rounds)})
 
 
-def timed(peer: str, rate: float, seconds: int, *, stuck: bool = False) -> dict[str, float]:
+def timed(peer: str, size: Size, rate: float, seconds: int, *, stuck: bool = False) -> Sample:
     with serving(peer) as server:
         idler = never_reading(server) if stuck else None
         subscribers = Subscribers(server)
-        subscribers.subscribe(SUBSCRIBERS)
-        figures = delivered(subscribers, round(rate * seconds), rate)
+        subscribers.subscribe(size.subscribers)
+        figures: dict[str, float | None] = {**delivered(subscribers, round(rate * seconds), rate, size.delivery)}
         figures |= delays(subscribers)
         figures["late ms"] = late(subscribers, rate)
         subscribers.close()
         if idler is not None:
             idler.close()
-        return figures
+        return Sample(figures, {"delays ms": list(quantiles(subscribers.delays))})
 
 
 def never_reading(server: Server) -> socket.socket:
@@ -193,30 +161,30 @@ def never_reading(server: Server) -> socket.socket:
     return sock
 
 
-def pace(peer: str) -> dict[str, float]:
-    """1,000 subscribers, 10 events a second for 5 seconds."""
-    figures = timed(peer, *PACE)
-    return chosen(figures, ("us/delivery", "p50 ms", "p99 ms", "delivered %", "server CPU %", "client CPU %"))
+def pace(peer: str, size: Size) -> Sample:
+    sample = timed(peer, size, size.pace_rate, size.pace_seconds)
+    columns = "us/delivery", "p50 ms", "p99 ms", "delivered %", "server CPU %", "client CPU %"
+    return Sample(chosen(dict(sample.figures), columns), sample.series)
 
 
-def storm(peer: str, *, stuck: bool = False) -> dict[str, float]:
-    """1,000 subscribers, 200 events a second for 5 seconds."""
-    figures = timed(peer, *STORM, stuck=stuck)
-    columns = "us/delivery", "p50 ms", "p99 ms", "max ms", "late ms", "delivered %", "seconds", "server CPU %"
-    return chosen(figures, (*columns, "client CPU %"))
+def storm(peer: str, size: Size) -> Sample:
+    """A peer that is called ``asgi_sse + 1 stuck`` has one more client, which reads nothing."""
+    name, _, stuck = peer.partition(" ")
+    sample = timed(name, size, size.storm_rate, size.storm_seconds, stuck=bool(stuck))
+    columns = "us/delivery", "p50 ms", "p99 ms", "max ms", "late ms", "delivered %", "seconds"
+    return Sample(chosen(dict(sample.figures), (*columns, "server CPU %", "client CPU %")), sample.series)
 
 
-def idle_sub(peer: str) -> dict[str, float]:
-    """Memory of a server whose subscribers have had one event."""
+def idle_sub(peer: str, size: Size) -> Sample:
     with serving(peer) as server:
         first, rest = Subscribers(server), Subscribers(server)
-        first.subscribe(20)
-        before = server.about.memory_info().rss
-        rest.subscribe(IDLE_SUBSCRIBERS)
+        first.subscribe(20)  # warm-up
+        before = server.memory()
+        rest.subscribe(size.idle_subscribers)
         figures = {
-            "KiB/subscriber": (server.about.memory_info().rss - before) / IDLE_SUBSCRIBERS / 1024,
+            "KiB/subscriber": (server.memory() - before) / size.idle_subscribers / 1024,
             "subscribed": len(rest.heard),
         }
         first.close()
         rest.close()
-        return figures
+        return Sample(figures)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager
 from functools import partial
@@ -22,13 +23,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .results import Outcome, Sample
 from .server import CORES, cpu_of_this_process
+from .sizes import Size
 
-ROUNDS = 3  # of publishing; the median counts
-SEQUENTIAL = 1000  # events a round
-CONCURRENT = 50, 100  # tasks, events of each
 SUBSCRIBERS = 10
-PACE = 500, 5  # events a second, seconds
+WARM_UP = 100  # events, one after the other
 SECONDS = 10.0  # that a round may take; it ends then with what it has
 PATIENCE = 10.0  # seconds for what was published to arrive
 LIMIT = 180.0  # seconds for one peer
@@ -92,7 +92,8 @@ async def broadcaster(url: str, *, stream: bool) -> AsyncIterator[tuple[Publish,
 
         async def read() -> AsyncIterator[Any]:
             async with broadcast.subscribe(channel) as subscriber:
-                async for event in subscriber:
+                events: Any = subscriber  # whose type says that it may be none
+                async for event in events:
                     yield event.message
 
         yield partial(broadcast.publish, channel), read
@@ -143,8 +144,6 @@ PEERS = {
         "the server has it, in the channel's stream, which is never trimmed; subscribers begin with what is new",
     ),
 }  # fmt: skip
-OURS = "valkey"
-RATIOS = "us/publish", "k events/s", "p50 ms", "p99 ms"
 
 
 def valkey_program() -> str | None:
@@ -290,18 +289,17 @@ async def publishing(publish: Publish, number: int) -> int:
     return number
 
 
-async def sequential(readers: Readers) -> float:
+async def sequential(readers: Readers, number: int) -> float:
     """Microseconds for one."""
     began = time.perf_counter()
-    done = await publishing(readers.publish, SEQUENTIAL)
+    done = await publishing(readers.publish, number)
     seconds = time.perf_counter() - began
     await readers.take(done)
     return seconds / done * 1e6
 
 
-async def concurrent(readers: Readers) -> float:
+async def concurrent(readers: Readers, tasks: int, each: int) -> float:
     """Thousands in a second."""
-    tasks, each = CONCURRENT
     began = time.perf_counter()
     done = sum(await asyncio.gather(*(publishing(readers.publish, each) for _ in range(tasks))))
     seconds = time.perf_counter() - began
@@ -309,9 +307,8 @@ async def concurrent(readers: Readers) -> float:
     return done / seconds / 1000
 
 
-async def paced(readers: Readers, engine: Engine | None) -> dict[str, float]:
+async def paced(readers: Readers, engine: Engine | None, rate: int, seconds: int) -> dict[str, float]:
     """How long events take to their subscribers."""
-    rate, seconds = PACE
     late = 0.0
     own_cpu, engine_cpu = cpu_of_this_process(), engine.cpu() if engine else 0.0
     began = time.perf_counter()
@@ -324,7 +321,9 @@ async def paced(readers: Readers, engine: Engine | None) -> dict[str, float]:
     took = time.perf_counter() - began
     own_cpu = cpu_of_this_process() - own_cpu
     engine_cpu = (engine.cpu() if engine else 0.0) - engine_cpu
-    delays = sorted(await readers.take(rate * seconds)) or [float("inf")]
+    delays = sorted(await readers.take(rate * seconds))
+    if not delays:
+        raise RuntimeError("nothing has arrived")
     return {
         "p50 ms": delays[len(delays) // 2],
         "p99 ms": delays[len(delays) * 99 // 100],
@@ -335,17 +334,17 @@ async def paced(readers: Readers, engine: Engine | None) -> dict[str, float]:
     }
 
 
-async def measure(peer: Peer, engine: Engine | None) -> dict[str, float]:
+async def measure(peer: Peer, engine: Engine | None, size: Size) -> dict[str, float]:
     async with asyncio.timeout(LIMIT), peer.open(engine.url if engine else "memory://") as (publish, read):
         readers = Readers(publish, read)
         try:
             await readers.add(1)
-            figures = {
-                "us/publish": statistics.median([await sequential(readers) for _ in range(ROUNDS)]),
-                "k events/s": statistics.median([await concurrent(readers) for _ in range(ROUNDS)]),
-            }
+            await sequential(readers, WARM_UP)
+            one = [await sequential(readers, size.publishes) for _ in range(size.rounds)]
+            many = [await concurrent(readers, size.tasks, size.publishes_each) for _ in range(size.rounds)]
+            figures = {"us/publish": statistics.median(one), "k events/s": statistics.median(many)}
             await readers.add(SUBSCRIBERS - 1)
-            return figures | await paced(readers, engine)
+            return figures | await paced(readers, engine, size.engine_rate, size.engine_seconds)
         finally:
             await readers.close()
 
@@ -358,23 +357,26 @@ def missing(peer: Peer) -> str:
     return ", ".join(absent)
 
 
-def engine(peers: list[str]) -> dict[str, dict[str, float]]:
-    """Publishing to an engine, and delivery from it to 10 subscribers."""
+def engine(peers: list[str], size: Size) -> Outcome:
+    """Each engine is started once, and each peer has a process' event loop of its own."""
     uvloop: Any = import_module("uvloop") if find_spec("uvloop") else None
-    rows = {}
+    outcome = Outcome()
     with ExitStack() as stack:
         engines: dict[str, Engine] = {}
         for name in peers:
             peer = PEERS[name]
             if absent := missing(peer):
-                print(f"{name} is left out: there is no {absent}")
+                outcome.left_out[name] = f"there is no {absent}"
                 continue
-            if peer.engine and peer.engine not in engines:
-                engines[peer.engine] = stack.enter_context(running(peer.engine))
             gc.collect()
-            with asyncio.Runner(loop_factory=uvloop and uvloop.new_event_loop) as runner:
-                rows[name] = runner.run(measure(peer, engines.get(peer.engine)))
-    for name in rows:
-        print(f"{name}: {PEERS[name].about}.")
-    print()
-    return rows
+            try:
+                if peer.engine and peer.engine not in engines:
+                    engines[peer.engine] = stack.enter_context(running(peer.engine))
+                with asyncio.Runner(loop_factory=uvloop and uvloop.new_event_loop) as runner:
+                    figures = runner.run(measure(peer, engines.get(peer.engine), size))
+            except Exception as error:
+                traceback.print_exc()
+                outcome.failed(name, error)
+            else:
+                outcome.add(name, [Sample(figures)])
+    return outcome
