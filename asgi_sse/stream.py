@@ -10,6 +10,7 @@ import logging
 import math
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 from functools import partial
 from inspect import isawaitable
@@ -51,6 +52,10 @@ class Keeper(Protocol):
 
     def add(self, stream: "Stream") -> None:
         """The stream has begun."""
+        ...
+
+    def ending(self, stream: "Stream") -> None:
+        """The stream's last message is about to be sent."""
         ...
 
     def discard(self, stream: "Stream") -> None:
@@ -177,8 +182,8 @@ class Stream:
     """
 
     __slots__ = (
-        "__weakref__", "_began", "_child", "_connection", "_context", "_deadline", "_draining", "_encode", "_error",
-        "_expires_at", "_farewell", "_grace_ends", "_head", "_helpers", "_inbox", "_keeper", "_lifetime_ends",
+        "__weakref__", "_around_watch", "_began", "_child", "_connection", "_context", "_deadline", "_draining",
+        "_encode", "_error", "_expires_at", "_farewell", "_grace_ends", "_head", "_helpers", "_inbox", "_keeper", "_lifetime_ends",
         "_live", "_loop", "_open_at", "_options", "_outbox", "_pending", "_pumping", "_source", "_source_done",
         "_state", "_stopped", "_wait", "abandoned", "buffer", "check_at", "client", "ended_itself", "entry", "forced",
         "path", "reason", "send_error", "server",
@@ -223,6 +228,7 @@ class Stream:
         self._context = contextvars.copy_context()
         self._outbox = Outbox(send, feed, flusher=flusher, loop=loop, owner=self, context=self._context)
         feed.attach(self._outbox.flush_now if lockstep and live is None else self._outbox.wake)
+        self._around_watch: Callable[[], AbstractContextManager[object]] = _plainly
         self._wait: Wait = loop.wait()
         self._child = child
         self._helpers: tuple[_Helper, ...] = ()
@@ -275,14 +281,14 @@ class Stream:
 
     @property
     def age(self) -> float:
-        """Seconds since the request came."""
-        return self._loop.time() - self._began
+        """Seconds since the request came; 0 if its event loop was closed under it."""
+        return 0.0 if self._loop.closed else self._loop.time() - self._began
 
     @property
     def waiting(self) -> float:
         """Seconds for which the client has not taken the message under way."""
         since = self._outbox.waiting_since
-        return 0.0 if since is None else self._loop.time() - since
+        return 0.0 if since is None or self._loop.closed else self._loop.time() - since
 
     @property
     def grace(self) -> float:
@@ -293,6 +299,16 @@ class Stream:
     def loop(self) -> EventLoop:
         """The event loop that the stream runs in."""
         return self._loop
+
+    def talk_within(self, scope: Callable[[], AbstractContextManager[object]]) -> None:
+        """Call the request's ``send`` and ``receive`` within what `scope` gives, and nothing else.
+
+        Before it runs. Each of the two has a context of its own in which it is entered; that of ``send`` is never left.
+        """
+        context = self._context.copy()
+        context.run(scope().__enter__)
+        self._outbox.send_in(context)
+        self._around_watch = scope
 
     def __repr__(self) -> str:
         return f"<Stream {self.path} {self.reason or self.state}>"
@@ -318,7 +334,7 @@ class Stream:
             self._loop.call_soon(lambda: self._loop.call_soon(self.open))
         self._keeper.arm(self, self._next_check())
         try:
-            with self._wait:
+            with self._wait, self._around_watch():
                 await self._inbox.watch()
         finally:
             # The client has left, or the server cancels the request, unless the end has begun already.
@@ -646,6 +662,10 @@ class Stream:
             self._fail(error)
             self._over("failed")
 
+    def last_message(self) -> None:
+        """See `outbox.Owner`."""
+        self._context.run(self._keeper.ending, self)  # a callback of the event loop does not have the request's
+
     def send_blocked(self) -> None:
         """See `outbox.Owner`."""
         if self._options.send_timeout:
@@ -735,6 +755,13 @@ class Stream:
         self._wait.call_off()
         if reason == "timed_out":  # then an error is the one way to tell the server that it must cut the connection
             self._fail(SendTimeoutError(f"the client of {self.path} took nothing for {self._options.send_timeout} s"))
+
+
+_PLAIN: Final = nullcontext()  # one for all: an idle stream would keep its own
+
+
+def _plainly() -> AbstractContextManager[object]:
+    return _PLAIN
 
 
 def _is_left_alone(error: BaseException) -> bool:

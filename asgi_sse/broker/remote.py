@@ -22,7 +22,7 @@ from ..event import ServerSentEvent
 from ..outbox import current_flusher
 from . import wire
 from .backend import Backend, BrokerStatistics, Claim, Publication, State
-from .hub import UnavailableError
+from .hub import UnavailableError, clock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
@@ -129,6 +129,8 @@ class RemoteBackend(Backend):
         self._received = 0
         self._reconnects = 0
         self._restarts = 0
+        self._round_trip = 0.0
+        self._under_way: tuple[int, float] | None = None  # an event that is to come back, and when it was sent
 
     # What an engine is
 
@@ -189,6 +191,7 @@ class RemoteBackend(Backend):
         except RuntimeError:
             raise BrokerError(f"{self.url} needs asyncio: its client knows no other event loop") from None
         self._node = secrets.token_hex(4)
+        self._under_way = None
         self._queued, self._progress = asyncio.Event(), asyncio.Event()
         self._questions = asyncio.Semaphore(_QUESTIONS)
         self._state = "connecting"
@@ -241,7 +244,7 @@ class RemoteBackend(Backend):
         finally:
             for task in tasks:  # where we were cancelled ourselves
                 task.cancel()
-            self._state, self._loop = "closed", None
+            self._state, self._loop, self._under_way = "closed", None, None
             self._progress.set()
 
     def check_open(self) -> asyncio.AbstractEventLoop:
@@ -266,12 +269,14 @@ class RemoteBackend(Backend):
 
     def statistics(self) -> BrokerStatistics:
         """See `Backend`."""
+        under_way = self._under_way
         return self._statistics(
             self._state,
             error=self._error,
             received=self._received,
             reconnects=self._reconnects,
             restarts=self._restarts,
+            round_trip=self._round_trip if under_way is None else max(self._round_trip, clock() - under_way[1]),
         )
 
     # Reading
@@ -302,6 +307,7 @@ class RemoteBackend(Backend):
 
     def _restarted(self) -> None:
         """To be called where the hub was restarted."""
+        self._under_way = None  # it is of a log that there is no more
         if self._state != "connecting":
             self._restarts += 1
             logger.warning("the log of %s is another one, or has lost events: readers are told by a reset", self.url)
@@ -324,8 +330,15 @@ class RemoteBackend(Backend):
         self.post(Publication(CONTROL, ServerSentEvent({"cancel": name, "node": node})))
 
     def _progressed(self) -> None:
+        self._measure()
         progress, self._progress = self._progress, asyncio.Event()
         progress.set()
+
+    def _measure(self) -> None:
+        """See whether what was sent has come back: of one event at a time, and where many have come."""
+        if self._under_way is not None and self.hub.log.tail >= self._under_way[0]:
+            self._round_trip = clock() - self._under_way[1]
+            self._under_way = None
 
     async def _rest(self) -> None:
         """To be called after each `burst` events: streams take what they can, so that none of them is overrun."""
@@ -490,6 +503,7 @@ class RemoteBackend(Backend):
         while not all(item.answer.done() for item in batch):
             for item in batch:
                 item.sent = True
+            began = clock()
             try:
                 ids = await self._send(batch, attempt)
             except asyncio.CancelledError:
@@ -505,6 +519,14 @@ class RemoteBackend(Backend):
                     self._refuse(batch, f"{self.url} did not take it: {_text(exc)}{doubt}")
             else:
                 self._acknowledge(batch, ids)
+                self._expect(ids, began)
+
+    def _expect(self, ids: list[str], sent_at: float) -> None:
+        """Measure how long the last one takes to come back, unless another one is under way, or nobody reads here."""
+        epoch, _, number = next(filter(None, reversed(ids)), "").partition("-")
+        if self._under_way is None and epoch == self.hub.log.epoch and len(self._tasks) > 1:
+            self._under_way = int(number), sent_at
+            self._measure()
 
     def _acknowledge(self, batch: list[Item], ids: list[str]) -> None:
         if self._state == "connected":
