@@ -125,7 +125,7 @@ class Sources:
                 raise TypeError(f"{shown(registry)} is no registry; give a StreamRegistry, such as app.registry")
         self._registries = _labelled("registry", {str(number): registry for number, registry in enumerate(known)})
         if isinstance(brokers, Mapping):
-            named = dict(brokers)
+            named = {str(name): broker for name, broker in brokers.items()}
         else:
             several = dict.fromkeys([brokers] if isinstance(brokers, Broker) else brokers)
             named = {str(number): broker for number, broker in enumerate(several)}

@@ -91,7 +91,11 @@ class Heartbeat:
             try:
                 self.arm(stream, stream.tick())
             except Exception:
-                logger.exception("the heartbeat of %r failed; the stream goes on without one", stream)
+                logger.exception(
+                    "the heartbeat of %r failed; the stream goes on without one",
+                    stream,
+                    extra={"sse_path": stream.path},
+                )
         self._set_timer()
 
 
@@ -310,7 +314,10 @@ class StreamRegistry:
             if new:
                 self._tally.drains += 1
                 report = self._report(new, drain, seconds)
-                logger.info("drained %d stream%s (%s): %s", len(new), "s" * (len(new) != 1), cause, report)
+                logger.info(
+                    "drained %d stream%s (%s): %s", len(new), "s" * (len(new) != 1), cause, report,
+                    extra={"sse_streams": len(new), "sse_cause": cause, "sse_seconds": seconds},
+                )  # fmt: skip
         return self._report(streams, drain, seconds)
 
     @staticmethod

@@ -183,10 +183,10 @@ class Stream:
 
     __slots__ = (
         "__weakref__", "_around_watch", "_began", "_child", "_connection", "_context", "_deadline", "_draining",
-        "_encode", "_error", "_expires_at", "_farewell", "_grace_ends", "_head", "_helpers", "_inbox", "_keeper", "_lifetime_ends",
-        "_live", "_loop", "_open_at", "_options", "_outbox", "_pending", "_pumping", "_source", "_source_done",
-        "_state", "_stopped", "_wait", "abandoned", "buffer", "check_at", "client", "ended_itself", "entry", "forced",
-        "path", "reason", "send_error", "server",
+        "_encode", "_error", "_expires_at", "_farewell", "_grace_ends", "_head", "_helpers", "_inbox", "_keeper",
+        "_lifetime_ends", "_live", "_loop", "_open_at", "_options", "_outbox", "_pending", "_pumping", "_source",
+        "_source_done", "_state", "_stopped", "_wait", "abandoned", "buffer", "check_at", "client", "ended_itself",
+        "entry", "forced", "path", "reason", "send_error", "server",
     )  # fmt: skip
 
     def __init__(
@@ -313,6 +313,11 @@ class Stream:
     def __repr__(self) -> str:
         return f"<Stream {self.path} {self.reason or self.state}>"
 
+    @property
+    def _extra(self) -> dict[str, object]:
+        """Of its log records."""
+        return {"sse_path": self.path}
+
     # The request's task
 
     async def run(self) -> None:
@@ -380,7 +385,9 @@ class Stream:
             else f"within {self._options.cleanup_timeout} s (cleanup_timeout)"
         )
         left = "was left behind" if self._has_tasks else "obeyed when it was cancelled once more"
-        logger.warning("the source of %s was not cleaned up %s and %s: %r", self.path, time, left, source)
+        logger.warning(
+            "the source of %s was not cleaned up %s and %s: %r", self.path, time, left, source, extra=self._extra
+        )
 
     async def _tell_reason(self) -> None:
         if self._options.on_close is None:
@@ -552,11 +559,13 @@ class Stream:
 
     def _fail(self, exc: BaseException) -> None:
         if self._state is _State.CLOSED:
-            logger.error("the source of %s raised after it was left behind", self.path, exc_info=exc)
+            logger.error("the source of %s raised after it was left behind", self.path, exc_info=exc, extra=self._extra)
         elif self._error is None:
             self._error = exc
         elif self._error is not exc:  # the first one is raised
-            logger.error("the source of %s raised once more, in its clean-up", self.path, exc_info=exc)
+            logger.error(
+                "the source of %s raised once more, in its clean-up", self.path, exc_info=exc, extra=self._extra
+            )
 
     # Transitions
 
@@ -637,7 +646,7 @@ class Stream:
             event = on_error(error)
             return b"" if event is None else self._encode(event, self._options.sep, self._options.json_dumps)
         except Exception:
-            logger.exception("on_error of %s raised", self.path)
+            logger.exception("on_error of %s raised", self.path, extra=self._extra)
             return b""
 
     def _over(self, reason: CloseReason) -> None:

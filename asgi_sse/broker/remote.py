@@ -111,6 +111,7 @@ class RemoteBackend(Backend):
         super().__init__(hub)
         hub.upstream = self
         self.url = url
+        self._extra: dict[str, object] = {"sse_engine": url}  # of log records
         self._timeout = timeout
         self._burst = burst
         self._node = secrets.token_hex(4)
@@ -292,16 +293,18 @@ class RemoteBackend(Backend):
                 if self._state != "connected":
                     self._state, self._error = "connected", ""
                     self._reconnects += 1
-                    logger.warning("connected to %s again", self.url)
+                    logger.warning("connected to %s again", self.url, extra=self._extra)
                 elif place == (log.epoch, log.tail):
                     await pauses.wait()  # something stands in the log that nobody here understands
                     continue
                 pauses.reset()
             except Exception as exc:
                 if not self._is_transient(exc):
-                    logger.exception("reading from %s failed, and is tried again", self.url)
+                    logger.exception("reading from %s failed, and is tried again", self.url, extra=self._extra)
                 elif self._state == "connected":
-                    logger.warning("the connection to %s is lost, and is tried again: %s", self.url, _text(exc))
+                    logger.warning(
+                        "the connection to %s is lost, and is tried again: %s", self.url, _text(exc), extra=self._extra
+                    )
                 self._state, self._error = "disconnected", _text(exc)
                 await pauses.wait()
 
@@ -310,7 +313,11 @@ class RemoteBackend(Backend):
         self._under_way = None  # it is of a log that there is no more
         if self._state != "connecting":
             self._restarts += 1
-            logger.warning("the log of %s is another one, or has lost events: readers are told by a reset", self.url)
+            logger.warning(
+                "the log of %s is another one, or has lost events: readers are told by a reset",
+                self.url,
+                extra=self._extra,
+            )
         self._progressed()
 
     def _controlled(self, payload: bytes) -> None:
@@ -320,7 +327,7 @@ class RemoteBackend(Backend):
             order: Any = json.loads(event.data or "")
             name, node = order["cancel"], order["node"]
         except Exception:  # anybody may have written it
-            logger.exception("an order that nobody understands came from %s", self.url)
+            logger.exception("an order that nobody understands came from %s", self.url, extra=self._extra)
             return
         if node == self._node:
             self.on_cancel(name)
@@ -412,7 +419,7 @@ class RemoteBackend(Backend):
     def _released(self, task: asyncio.Task[None]) -> None:
         self._releases.discard(task)
         if not task.cancelled() and (exc := task.exception()) is not None:
-            logger.debug("a claim of a run was not released: %s", exc)
+            logger.debug("a claim of a run was not released: %s", exc, extra=self._extra)
 
     async def _in_time(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Try it as long as a publisher would: a request that waits for ever holds its server when that stops."""
@@ -444,7 +451,12 @@ class RemoteBackend(Backend):
         try:
             self._enqueue(publication)
         except BrokerError as exc:
-            logger.warning("what was to go to channel %s was not published: %s", publication.channel, exc)
+            logger.warning(
+                "what was to go to channel %s was not published: %s",
+                publication.channel,
+                exc,
+                extra={**self._extra, "sse_channel": publication.channel},
+            )
 
     def _enqueue(self, publication: Publication) -> Item:
         loop = self._loop
