@@ -72,7 +72,7 @@ async def test_what_streams_do_is_seen() -> None:
         assert values["asgi_sse_events_total"] == 1
         assert values["asgi_sse_sent_bytes_total"] == len(b": stream opened\nretry: 3000\n\ndata: first\n\n")
     for seconds in (3, 100, 100_000):
-        async with open_stream(EventSourceResponse(lasting(seconds), registry=registry)) as stream:
+        async with open_stream(EventSourceResponse(lasting(seconds), registry=registry, ping=None)) as stream:
             assert [event.data async for event in stream] == ["first"]
     async with open_stream(EventSourceResponse(idle(), registry=registry)):
         await registry.drain()
