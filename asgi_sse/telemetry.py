@@ -54,8 +54,8 @@ def instrument(
     """Report streams to OpenTelemetry: their figures as metrics, and what became of each one on its request's span.
 
     A stream has no span of its own, and none for its events: the request's has attributes ``sse.events``,
-    ``sse.bytes``, ``sse.duration`` (seconds) and ``sse.close_reason``. If its source raised, whoever made the span
-    records that.
+    ``sse.bytes``, ``sse.duration`` (seconds) and ``sse.close_reason``. If its source raised, its status is an error;
+    whoever made the span records the exception.
 
     Args:
         registry: Of streams. Default: all of this process.
@@ -189,6 +189,8 @@ def _describe(stream: Stream) -> None:
                 "sse.close_reason": _reason(stream),
             }
         )
+        if stream.reason == "failed":  # a middleware between may keep the error from who has made the span
+            span.set_status(trace.StatusCode.ERROR)
 
 
 def _reason(stream: Stream) -> str:

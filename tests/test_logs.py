@@ -99,6 +99,21 @@ async def test_the_end_of_each_stream_is_a_record(caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.anyio
+async def test_a_drain_is_a_record(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "asgi_sse")
+    registry = StreamRegistry()
+    async with open_stream(EventSourceResponse(raises_when_it_is_ended(), registry=registry)) as stream:
+        await stream.receive()
+        with pytest.raises(OwnError):
+            await registry.drain()
+            await stream.receive()
+    (record,) = (record for record in caplog.records if "drained" in record.getMessage())
+    told = fields(record)
+    assert told.pop("sse_seconds") < 1
+    assert told == {"sse_streams": 1, "sse_cause": "by call"}
+
+
+@pytest.mark.anyio
 async def test_no_record_is_made_that_nobody_wants(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "asgi_sse")
     async with open_stream(EventSourceResponse(["x"])) as stream:

@@ -150,6 +150,22 @@ async def test_a_source_that_fails(telemetry: Telemetry, registry: StreamRegistr
     assert (event.name, (event.attributes or {})["exception.type"]) == ("exception", "LookupError")
 
 
+async def test_a_source_that_fails_behind_a_middleware(telemetry: Telemetry, registry: StreamRegistry) -> None:
+    """One that keeps the error, and ends the body in place of the stream, as Starlette's BaseHTTPMiddleware does."""
+    instrument(registry, meter_provider=telemetry.meter_provider)
+    inner = create_app({"/fails": fails}, registry=registry)
+
+    async def keeps_errors(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await inner(scope, receive, send)
+        except LookupError:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    await read(telemetry.around(keeps_errors), "/fails")
+    (request,) = (span for span in telemetry.spans() if span.kind is trace.SpanKind.SERVER)
+    assert request.status.status_code is trace.StatusCode.ERROR
+
+
 async def test_spans_of_the_app_stay(telemetry: Telemetry, registry: StreamRegistry) -> None:
     """What it does in its source, in its callbacks and beside its stream belongs to its request."""
     tracer = telemetry.tracer_provider.get_tracer("app")
