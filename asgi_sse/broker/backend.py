@@ -39,8 +39,8 @@ class BrokerStatistics:
         lag: Events that the subscription has not taken yet that is furthest behind. Of one that reads many channels at
             once, those of others that came meanwhile may count as well.
         round_trip: Seconds that an event which was published from here took to come back to this process, as every
-            reader gets it: a late one, of those sent together. If one has not come for longer than that: for how long.
-            0 in memory.
+            reader gets it: a late one, of those sent together. If one has not come, or was not even acknowledged, for
+            longer than that: for how long. 0 in memory.
     """
 
     state: State

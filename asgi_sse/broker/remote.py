@@ -131,6 +131,7 @@ class RemoteBackend(Backend):
         self._reconnects = 0
         self._restarts = 0
         self._round_trip = 0.0
+        self._sent_at: float | None = None  # of what is to be acknowledged
         self._under_way: tuple[int, float] | None = None  # an event that is to come back, and when it was sent
 
     # What an engine is
@@ -192,7 +193,6 @@ class RemoteBackend(Backend):
         except RuntimeError:
             raise BrokerError(f"{self.url} needs asyncio: its client knows no other event loop") from None
         self._node = secrets.token_hex(4)
-        self._under_way = None
         self._queued, self._progress = asyncio.Event(), asyncio.Event()
         self._questions = asyncio.Semaphore(_QUESTIONS)
         self._state = "connecting"
@@ -245,7 +245,8 @@ class RemoteBackend(Backend):
         finally:
             for task in tasks:  # where we were cancelled ourselves
                 task.cancel()
-            self._state, self._loop, self._under_way = "closed", None, None
+            self._state, self._loop = "closed", None
+            self._sent_at = self._under_way = None
             self._progress.set()
 
     def check_open(self) -> asyncio.AbstractEventLoop:
@@ -270,14 +271,19 @@ class RemoteBackend(Backend):
 
     def statistics(self) -> BrokerStatistics:
         """See `Backend`."""
-        under_way = self._under_way
+        now, sent_at, under_way = clock(), self._sent_at, self._under_way
+        waits = [self._round_trip]
+        if sent_at is not None:
+            waits.append(now - sent_at)
+        if under_way is not None:
+            waits.append(now - under_way[1])
         return self._statistics(
             self._state,
             error=self._error,
             received=self._received,
             reconnects=self._reconnects,
             restarts=self._restarts,
-            round_trip=self._round_trip if under_way is None else max(self._round_trip, clock() - under_way[1]),
+            round_trip=max(waits),
         )
 
     # Reading
@@ -508,14 +514,14 @@ class RemoteBackend(Backend):
             if batch:
                 self._batch = batch
                 await self._publish_batch(batch)
-                self._batch = []
+                self._batch, self._sent_at = [], None
 
     async def _publish_batch(self, batch: list[Item]) -> None:
         pauses, attempt = Pauses(), next(self._attempts)
+        self._sent_at = began = clock()
         while not all(item.answer.done() for item in batch):
             for item in batch:
                 item.sent = True
-            began = clock()
             try:
                 ids = await self._send(batch, attempt)
             except asyncio.CancelledError:
