@@ -14,13 +14,14 @@ PYTHONS = ["3.11", "3.12", "3.13"]
 # The oldest that pyproject.toml allows, with servers that go with them.
 MINIMUMS = [
     "anyio==4.8.0", "asgiref==3.8.0", "trio==0.27.0", "uvicorn==0.34.0", "hypercorn==0.17.3", "redis==5.2.0",
-    "nats-py==2.9.0",
+    "nats-py==2.9.0", "prometheus-client==0.20.0", "opentelemetry-api==1.30.0", "opentelemetry-sdk==1.30.0",
+    "opentelemetry-instrumentation-asgi==0.51b0",
 ]  # fmt: skip
 IN_PROCESS = [
     f"tests/test_{name}.py"
     for name in (
         "event", "decoder", "log", "broker", "broker_endpoint", "runs", "response", "hostile", "routing", "registry",
-        "shutdown", "healing", "compression", "cors", "floors",
+        "shutdown", "healing", "compression", "cors", "floors", "metrics", "telemetry", "logs",
     )
 ]  # fmt: skip
 ENGINES = [f"tests/broker/test_{name}.py" for name in ("contract", "places", "redis", "nats", "workers")]

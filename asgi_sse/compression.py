@@ -141,9 +141,13 @@ class Guard:
                 logger.warning(
                     "%s (%s) compresses event streams, which delays their events. %s To be rid of it, %s.",
                     compressor.name, compressor.path, self._measures(), compressor.cure,
+                    extra={"sse_middleware": compressor.name},
                 )  # fmt: skip
             elif compressor.encodes is None:
-                logger.info("%s (%s) may compress event streams, by its name", compressor.name, compressor.path)
+                logger.info(
+                    "%s (%s) may compress event streams, by its name", compressor.name, compressor.path,
+                    extra={"sse_middleware": compressor.name},
+                )  # fmt: skip
 
     def _measures(self) -> str:
         if self.bypass:
@@ -156,7 +160,7 @@ class Guard:
             try:
                 self._found = find_compressors(self._app)
             except Exception:  # an app whose parts do not like to be looked at
-                logger.debug("cannot look for compressors in %r", self._app, exc_info=True)
+                logger.debug("cannot look for compressors in a %s", type(self._app).__qualname__, exc_info=True)
         return self._found
 
     def report(self, kind: str, path: str, encoding: str = "") -> None:
@@ -171,7 +175,8 @@ class Guard:
             "held": "has sent its head, which has not left the app: something waits for the first event",
         }[kind]
         level = logging.INFO if kind == "held" else logging.WARNING  # our opening comment sets it free at once
-        logger.log(level, "the event stream %s %s. %s", path, what, self._advice())
+        extra = {"sse_path": path, "sse_compression": kind}
+        logger.log(level, "the event stream %s %s. %s", path, what, self._advice(), extra=extra)
 
     def _advice(self) -> str:
         named = [compressor for compressor in self._inside() if compressor.encodes is not False]
@@ -208,6 +213,7 @@ def _look_at_head(headers: list[tuple[bytes, bytes]], send: Send, path: str, cou
         "the event stream %s was %s-encoded on its way out. %s, around the app, does that, which delays events: put "
         "SSEMiddleware around it, or send the stream with the header 'content-encoding: identity'",
         path, encoding, name,
+        extra={"sse_path": path, "sse_compression": "encoded", "sse_middleware": name},
     )  # fmt: skip
 
 

@@ -286,6 +286,10 @@ class Owner(Protocol):
         """A send did not complete at once."""
         ...
 
+    def last_message(self) -> None:
+        """The message that ends the body is about to be sent."""
+        ...
+
     def outbox_done(self, error: BaseException | None) -> None:
         """Nothing more will be sent. With what ``send`` raised, or with ``None`` after the last message."""
         ...
@@ -381,6 +385,10 @@ class Outbox:
         self._sender.close()
         self._owner = None
 
+    def send_in(self, context: contextvars.Context) -> None:
+        """Send in another context, private as well. Before the first message."""
+        self._sender.use(context)
+
     async def wait_closed(self) -> None:
         """After `abort`: wait until what was under way is over."""
         await self._sender.wait_closed()
@@ -431,6 +439,8 @@ class Outbox:
         if not body and more_body:
             return None
         self.bytes_sent += len(body)
+        if not more_body and self._owner is not None:
+            self._owner.last_message()
         return {"type": "http.response.body", "body": body, "more_body": more_body}
 
     def _start(self, message: Message) -> bool:

@@ -5,7 +5,7 @@ import logging
 import math
 import random
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -16,9 +16,11 @@ from anyio.lowlevel import RunVar
 
 from ._eventloop import EventLoop, current_loop
 from ._types import CloseReason
+from .observer import Observer, Observers, Told
 from .server import Server
 from .shutdown import ShutdownWatch
 from .stream import Stream
+from .tally import Census, Tally
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +91,11 @@ class Heartbeat:
             try:
                 self.arm(stream, stream.tick())
             except Exception:
-                logger.exception("the heartbeat of %r failed; the stream goes on without one", stream)
+                logger.exception(
+                    "the heartbeat of %r failed; the stream goes on without one",
+                    stream,
+                    extra={"sse_path": stream.path},
+                )
         self._set_timer()
 
 
@@ -139,6 +145,9 @@ class RegistryStatistics:
         longest_wait: Seconds for which the slowest client has not taken its message.
         drains: Drains that have ended, of streams of which there was at least one.
         compressed: Streams that a middleware has ``encoded``, ``held`` or ``buffered``, by which.
+        seconds: For which the streams that have ended had lasted, all together.
+        durations: How many of them by how long that was, see `tally.Tally`.
+        draining: As of the registry.
     """
 
     open: int
@@ -150,6 +159,9 @@ class RegistryStatistics:
     longest_wait: float
     drains: int
     compressed: Mapping[str, int]
+    seconds: float
+    durations: Sequence[int]
+    draining: bool
 
 
 class _Drain:
@@ -200,13 +212,9 @@ class StreamRegistry:
         self._lock = threading.Lock()  # for who replaces them
         self._drains: list[_Drain] = []
         self._told: list[Callable[[Server | None, float], object]] = []
-        self._told_ends: tuple[Callable[[Stream], object], ...] = ()
-        self._drained = 0
-        self._opened = 0
-        self._closed: dict[CloseReason, int] = {}
-        self._events = 0
-        self._bytes = 0
-        self._compressed: dict[str, int] = {}
+        self._observers = Observers()
+        self._tally = Tally()
+        _census.enter(self, self._tally)
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -222,26 +230,22 @@ class StreamRegistry:
         )
 
     def statistics(self) -> RegistryStatistics:
-        """The figures as of now."""
-        running = list(self)
-        return RegistryStatistics(
-            open=len(running),
-            opened=self._opened,
-            closed=dict(self._closed),
-            abandoned=len(self._abandoned),
-            events=self._events + sum(stream.events for stream in running),
-            bytes=self._bytes + sum(stream.bytes_sent for stream in running),
-            longest_wait=max((stream.waiting for stream in running), default=0.0),
-            drains=self._drained,
-            compressed=dict(self._compressed),
-        )
+        """The figures as of now. From any thread."""
+        return _statistics(self._tally, list(self._streams), len(self._abandoned), draining=self.draining)
 
-    def when_ended(self, told: Callable[[Stream], object]) -> None:
+    def when_ended(self, told: Callable[[Stream], object]) -> Callable[[], None]:
         """Call `told` with each stream that has ended, and whose ``reason`` says why.
 
         In the task and the context of its request. What it raises is logged.
+
+        Returns:
+            What undoes that.
         """
-        self._told_ends = (*self._told_ends, told)
+        return self._observers.add(Told(told))
+
+    def observe(self, observer: Observer) -> Callable[[], None]:
+        """Tell `observer` of each stream, as `when_ended` does of its end alone; gives what undoes that."""
+        return self._observers.add(observer)
 
     def farewell_retry(self) -> int:
         """A reconnection time in milliseconds, at random out of the range."""
@@ -308,9 +312,12 @@ class StreamRegistry:
             self._drains.remove(drain)
             seconds = loop.time() - began
             if new:
-                self._drained += 1
+                self._tally.drains += 1
                 report = self._report(new, drain, seconds)
-                logger.info("drained %d stream%s (%s): %s", len(new), "s" * (len(new) != 1), cause, report)
+                logger.info(
+                    "drained %d stream%s (%s): %s", len(new), "s" * (len(new) != 1), cause, report,
+                    extra={"sse_streams": len(new), "sse_cause": cause, "sse_seconds": seconds},
+                )  # fmt: skip
         return self._report(streams, drain, seconds)
 
     @staticmethod
@@ -392,7 +399,7 @@ class StreamRegistry:
 
     def count_compressed(self, kind: str) -> None:
         """A middleware has encoded, held or buffered a stream."""
-        self._compressed[kind] = self._compressed.get(kind, 0) + 1
+        self._tally.compressed[kind] = self._tally.compressed.get(kind, 0) + 1
 
     def _server_stops(self, server: Server, cause: str, certain: bool) -> None:  # noqa: FBT001
         known = self.is_draining(server)
@@ -418,7 +425,8 @@ class StreamRegistry:
     def add(self, stream: Stream) -> None:
         """See `stream.Keeper`."""
         self._streams[stream] = current_heartbeat()
-        self._opened += 1
+        self._tally.opened += 1
+        self._observers.tell("begun", stream)
         if self.is_draining(stream.server):  # by another thread, since the response looked
             self._drain_streams([stream], self._drain_timeout)
 
@@ -427,6 +435,10 @@ class StreamRegistry:
         heartbeat = self._streams.get(stream)
         if heartbeat is not None:
             heartbeat.arm(stream, when)
+
+    def ending(self, stream: Stream) -> None:
+        """See `stream.Keeper`."""
+        self._observers.tell("ending", stream)
 
     def discard(self, stream: Stream) -> None:
         """See `stream.Keeper`."""
@@ -439,16 +451,60 @@ class StreamRegistry:
             return
         heartbeat.forget(stream)
         reason: CloseReason = stream.reason or "disconnected"
-        self._closed[reason] = self._closed.get(reason, 0) + 1
-        self._events += stream.events
-        self._bytes += stream.bytes_sent
+        seconds = stream.age
+        self._tally.ended(reason, seconds, stream.events, stream.bytes_sent)
+        if logger.isEnabledFor(logging.DEBUG):
+            _log_end(stream, reason, seconds)
         for drain in list(self._drains):
             drain.discard(stream)
-        for told in self._told_ends:
-            try:
-                told(stream)
-            except Exception:
-                logger.exception("%r raised, of %r that has ended", told, stream)
+        self._observers.tell("ended", stream)
+
+
+def _log_end(stream: Stream, reason: CloseReason, seconds: float) -> None:
+    logger.debug(
+        "stream %s ended: %s after %.1f s, %d events, %d bytes",
+        stream.path, reason, seconds, stream.events, stream.bytes_sent,
+        extra={
+            "sse_path": stream.path,
+            "sse_reason": reason,
+            "sse_seconds": seconds,
+            "sse_events": stream.events,
+            "sse_bytes": stream.bytes_sent,
+        },
+    )  # fmt: skip
+
+
+_census: Census[StreamRegistry] = Census()
+
+
+def statistics_of_all() -> RegistryStatistics:
+    """The figures of all registries that there have been in this process. From any thread."""
+    registries, tally = _census.take()
+    for registry in registries:
+        tally.add(registry._tally)  # noqa: SLF001 (of this class)
+    return _statistics(
+        tally,
+        [stream for registry in registries for stream in registry],
+        sum(len(registry._abandoned) for registry in registries),  # noqa: SLF001
+        draining=any(registry.draining for registry in registries),
+    )
+
+
+def _statistics(tally: Tally, running: list[Stream], abandoned: int, *, draining: bool) -> RegistryStatistics:
+    return RegistryStatistics(
+        open=len(running),
+        opened=tally.opened,
+        closed=dict(tally.closed),
+        abandoned=abandoned,
+        events=tally.events + sum(stream.events for stream in running),
+        bytes=tally.bytes + sum(stream.bytes_sent for stream in running),
+        longest_wait=max((stream.waiting for stream in running), default=0.0),
+        drains=tally.drains,
+        compressed=dict(tally.compressed),
+        seconds=tally.seconds,
+        durations=tuple(tally.durations),
+        draining=draining,
+    )
 
 
 _default: RunVar[StreamRegistry] = RunVar("asgi_sse default registry")

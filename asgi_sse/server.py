@@ -96,7 +96,7 @@ def _identify(send: Send) -> tuple[Any, Any]:
                 if config is not None:
                     return config, getattr(protocol, "server_state", None) or getattr(protocol, "context", None)
     except Exception:  # of a middleware's object that does not like to be looked at
-        logger.debug("cannot look behind %r", send, exc_info=True)
+        logger.debug("cannot look behind a %s", type(send).__qualname__, exc_info=True)
     return None, None
 
 
@@ -116,7 +116,7 @@ def abort_transport(send: Send) -> bool:
                 abort()
                 return True
     except Exception:
-        logger.debug("cannot look behind %r", send, exc_info=True)
+        logger.debug("cannot look behind a %s", type(send).__qualname__, exc_info=True)
     return False
 
 

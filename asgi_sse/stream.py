@@ -10,6 +10,7 @@ import logging
 import math
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 from functools import partial
 from inspect import isawaitable
@@ -51,6 +52,10 @@ class Keeper(Protocol):
 
     def add(self, stream: "Stream") -> None:
         """The stream has begun."""
+        ...
+
+    def ending(self, stream: "Stream") -> None:
+        """The stream's last message is about to be sent."""
         ...
 
     def discard(self, stream: "Stream") -> None:
@@ -177,11 +182,11 @@ class Stream:
     """
 
     __slots__ = (
-        "__weakref__", "_began", "_child", "_connection", "_context", "_deadline", "_draining", "_encode", "_error",
-        "_expires_at", "_farewell", "_grace_ends", "_head", "_helpers", "_inbox", "_keeper", "_lifetime_ends",
-        "_live", "_loop", "_open_at", "_options", "_outbox", "_pending", "_pumping", "_source", "_source_done",
-        "_state", "_stopped", "_wait", "abandoned", "buffer", "check_at", "client", "ended_itself", "entry", "forced",
-        "path", "reason", "send_error", "server",
+        "__weakref__", "_around_watch", "_began", "_child", "_connection", "_context", "_deadline", "_draining",
+        "_encode", "_error", "_expires_at", "_farewell", "_grace_ends", "_head", "_helpers", "_inbox", "_keeper",
+        "_lifetime_ends", "_live", "_loop", "_open_at", "_options", "_outbox", "_pending", "_pumping", "_source",
+        "_source_done", "_state", "_stopped", "_wait", "abandoned", "buffer", "check_at", "client", "ended_itself",
+        "entry", "forced", "path", "reason", "send_error", "server",
     )  # fmt: skip
 
     def __init__(
@@ -223,6 +228,7 @@ class Stream:
         self._context = contextvars.copy_context()
         self._outbox = Outbox(send, feed, flusher=flusher, loop=loop, owner=self, context=self._context)
         feed.attach(self._outbox.flush_now if lockstep and live is None else self._outbox.wake)
+        self._around_watch: Callable[[], AbstractContextManager[object]] = _plainly
         self._wait: Wait = loop.wait()
         self._child = child
         self._helpers: tuple[_Helper, ...] = ()
@@ -275,14 +281,14 @@ class Stream:
 
     @property
     def age(self) -> float:
-        """Seconds since the request came."""
-        return self._loop.time() - self._began
+        """Seconds since the request came; 0 if its event loop was closed under it."""
+        return 0.0 if self._loop.closed else self._loop.time() - self._began
 
     @property
     def waiting(self) -> float:
         """Seconds for which the client has not taken the message under way."""
         since = self._outbox.waiting_since
-        return 0.0 if since is None else self._loop.time() - since
+        return 0.0 if since is None or self._loop.closed else self._loop.time() - since
 
     @property
     def grace(self) -> float:
@@ -294,8 +300,23 @@ class Stream:
         """The event loop that the stream runs in."""
         return self._loop
 
+    def talk_within(self, scope: Callable[[], AbstractContextManager[object]]) -> None:
+        """Call the request's ``send`` and ``receive`` within what `scope` gives, and nothing else.
+
+        Before it runs. Each of the two has a context of its own in which it is entered; that of ``send`` is never left.
+        """
+        context = self._context.copy()
+        context.run(scope().__enter__)
+        self._outbox.send_in(context)
+        self._around_watch = scope
+
     def __repr__(self) -> str:
         return f"<Stream {self.path} {self.reason or self.state}>"
+
+    @property
+    def _extra(self) -> dict[str, object]:
+        """Of its log records."""
+        return {"sse_path": self.path}
 
     # The request's task
 
@@ -318,7 +339,7 @@ class Stream:
             self._loop.call_soon(lambda: self._loop.call_soon(self.open))
         self._keeper.arm(self, self._next_check())
         try:
-            with self._wait:
+            with self._wait, self._around_watch():
                 await self._inbox.watch()
         finally:
             # The client has left, or the server cancels the request, unless the end has begun already.
@@ -364,7 +385,9 @@ class Stream:
             else f"within {self._options.cleanup_timeout} s (cleanup_timeout)"
         )
         left = "was left behind" if self._has_tasks else "obeyed when it was cancelled once more"
-        logger.warning("the source of %s was not cleaned up %s and %s: %r", self.path, time, left, source)
+        logger.warning(
+            "the source of %s was not cleaned up %s and %s: %r", self.path, time, left, source, extra=self._extra
+        )
 
     async def _tell_reason(self) -> None:
         if self._options.on_close is None:
@@ -536,11 +559,13 @@ class Stream:
 
     def _fail(self, exc: BaseException) -> None:
         if self._state is _State.CLOSED:
-            logger.error("the source of %s raised after it was left behind", self.path, exc_info=exc)
+            logger.error("the source of %s raised after it was left behind", self.path, exc_info=exc, extra=self._extra)
         elif self._error is None:
             self._error = exc
         elif self._error is not exc:  # the first one is raised
-            logger.error("the source of %s raised once more, in its clean-up", self.path, exc_info=exc)
+            logger.error(
+                "the source of %s raised once more, in its clean-up", self.path, exc_info=exc, extra=self._extra
+            )
 
     # Transitions
 
@@ -621,7 +646,7 @@ class Stream:
             event = on_error(error)
             return b"" if event is None else self._encode(event, self._options.sep, self._options.json_dumps)
         except Exception:
-            logger.exception("on_error of %s raised", self.path)
+            logger.exception("on_error of %s raised", self.path, extra=self._extra)
             return b""
 
     def _over(self, reason: CloseReason) -> None:
@@ -645,6 +670,10 @@ class Stream:
         else:
             self._fail(error)
             self._over("failed")
+
+    def last_message(self) -> None:
+        """See `outbox.Owner`."""
+        self._context.run(self._keeper.ending, self)  # a callback of the event loop does not have the request's
 
     def send_blocked(self) -> None:
         """See `outbox.Owner`."""
@@ -735,6 +764,13 @@ class Stream:
         self._wait.call_off()
         if reason == "timed_out":  # then an error is the one way to tell the server that it must cut the connection
             self._fail(SendTimeoutError(f"the client of {self.path} took nothing for {self._options.send_timeout} s"))
+
+
+_PLAIN: Final = nullcontext()  # one for all: an idle stream would keep its own
+
+
+def _plainly() -> AbstractContextManager[object]:
+    return _PLAIN
 
 
 def _is_left_alone(error: BaseException) -> bool:

@@ -4,11 +4,14 @@ import math
 import threading
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from contextvars import ContextVar
+from typing import Any
 
 import anyio
 import pytest
 
 from asgi_sse import DrainReport, EventDecoder, EventSourceResponse, Request, StreamRegistry, create_app
+from asgi_sse.observer import Observer
 from asgi_sse.registry import current_heartbeat, default_registry
 from asgi_sse.stream import Stream
 from asgi_sse.testing import open_stream
@@ -78,6 +81,75 @@ async def test_who_asks_is_told_of_each_stream_that_has_ended(caplog: pytest.Log
         await registry.drain()
     assert ended[2:] == ["/another drained 1", "/another"]
     assert registry.statistics().drains == 1
+
+
+async def test_an_observer_sees_a_stream_before_its_last_message_leaves() -> None:
+    registry = StreamRegistry()
+    course: list[str] = []
+    request: ContextVar[str] = ContextVar("request")
+
+    class Course(Observer):
+        def begun(self, stream: Stream) -> None:
+            course.append(f"begun {request.get()} {stream.state}")
+
+        def ending(self, stream: Stream) -> None:
+            course.append(f"ending {request.get()} {stream.reason} {stream.events} {stream.bytes_sent}")
+
+        def ended(self, stream: Stream) -> None:
+            course.append(f"ended {request.get()} {stream.reason} {stream.state}")
+
+    async def source() -> AsyncIterator[str]:
+        course.append("source")
+        yield "x"
+        if request.get() == "/fails":
+            await anyio.sleep(1)
+            raise LookupError
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async def sends(message: Any) -> None:
+            await send(message)
+            if not message.get("more_body", True):
+                course.append("sent")
+
+        request.set(scope["path"])
+        response = EventSourceResponse(source(), registry=registry, opening_comment=False, retry=None)
+        await response(scope, receive, sends)
+
+    leave = registry.observe(Course())
+    async with open_stream(app, "/ends") as stream:
+        assert [event.data async for event in stream] == ["x"]
+    assert course == [
+        "begun /ends open", "source", "ending /ends finished 1 9", "sent", "ended /ends finished closed",
+    ]  # fmt: skip
+    course.clear()
+    with pytest.raises(LookupError):
+        async with open_stream(app, "/fails") as stream:
+            assert [event.data async for event in stream] == ["x"]
+    assert course == ["begun /fails open", "source", "ended /fails failed closed"]  # its body stays cut
+    leave()
+    leave_again = registry.when_ended(lambda stream: course.append(stream.path))
+    leave_again()
+    async with open_stream(app, "/ends") as stream:
+        assert [event.data async for event in stream] == ["x"]
+    assert course[3:] == ["source", "sent"]
+
+
+async def test_how_long_streams_have_lasted() -> None:
+    registry = StreamRegistry()
+
+    async def lasting(seconds: float) -> AsyncIterator[str]:
+        yield "x"
+        await anyio.sleep(seconds)
+
+    for seconds in (0.5, 2, 20, 30):
+        async with open_stream(EventSourceResponse(lasting(seconds), registry=registry)) as stream:
+            assert [event.data async for event in stream] == ["x"]
+    statistics = registry.statistics()
+    assert statistics.seconds == pytest.approx(52.5, abs=0.1)
+    assert statistics.durations == (1, 1, 0, 2, 0, 0, 0, 0, 0, 0)
+    assert not statistics.draining
+    registry.begin_drain()
+    assert registry.statistics().draining
 
 
 async def test_a_client_that_does_not_read_shows() -> None:

@@ -45,6 +45,10 @@ class Sender(ABC):
         """
 
     @abstractmethod
+    def use(self, context: contextvars.Context) -> None:
+        """Take another context, private as well. Before the first message."""
+
+    @abstractmethod
     def close(self) -> None:
         """Cancel what is under way; the callback is not called any more."""
 

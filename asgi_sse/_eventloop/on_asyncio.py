@@ -151,6 +151,9 @@ class AsyncioSender(Sender):
             raise error
         return True
 
+    def use(self, context: contextvars.Context) -> None:
+        self._context = context
+
     def close(self) -> None:
         self._sent = None
         if self._task is not None:

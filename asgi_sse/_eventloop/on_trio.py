@@ -173,6 +173,9 @@ class TrioSender(Sender):
             trio.lowlevel.spawn_system_task(self._run, name="asgi_sse writer", context=self._context)
         return False
 
+    def use(self, context: contextvars.Context) -> None:
+        self._context = context
+
     def close(self) -> None:
         self._sent = None
         self._scope.cancel()

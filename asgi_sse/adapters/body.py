@@ -106,7 +106,8 @@ class Body(Changing):
             if self._disconnected and isinstance(exc, anyio.get_cancelled_exc_class()):
                 pass  # the event loop ends
             elif self._disconnected:  # then nobody asks for a chunk any more, and would get it
-                logger.exception("the source of %s raised when its client had left", scope["path"])
+                path = scope["path"]
+                logger.exception("the source of %s raised when its client had left", path, extra={"sse_path": path})
             else:
                 self._error = exc
         finally:

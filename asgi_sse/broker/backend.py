@@ -36,6 +36,11 @@ class BrokerStatistics:
         subscriptions: Those that are read now.
         channels: Channels of which there are events in memory.
         tail: The id of the last event.
+        lag: Events that the subscription has not taken yet that is furthest behind. Of one that reads many channels at
+            once, those of others that came meanwhile may count as well.
+        round_trip: Seconds that an event which was published from here took to come back to this process, as every
+            reader gets it: a late one, of those sent together. If one has not come, or was not even acknowledged, for
+            longer than that: for how long. 0 in memory.
     """
 
     state: State
@@ -47,6 +52,8 @@ class BrokerStatistics:
     subscriptions: int
     channels: int
     tail: str
+    lag: int
+    round_trip: float
 
 
 @dataclass(slots=True)
@@ -191,7 +198,20 @@ class Backend(ABC):
         hub = self.hub
         with hub.lock:
             channels, tail = hub.log.kept_channels, hub.log.id_of(hub.log.tail)
-        given = {"error": "", "received": self._published, "reconnects": 0, "restarts": 0, **figures}
+        given = {
+            "error": "",
+            "received": self._published,
+            "reconnects": 0,
+            "restarts": 0,
+            "round_trip": 0.0,
+            **figures,
+        }
         return BrokerStatistics(
-            state=state, published=self._published, subscriptions=hub.readers, channels=channels, tail=tail, **given
+            state=state,
+            published=self._published,
+            subscriptions=hub.readers,
+            channels=channels,
+            tail=tail,
+            lag=hub.lag,
+            **given,
         )

@@ -156,6 +156,14 @@ class Cursor(Changing):
         self._position = before  # all before it is read, so that nothing of it can be missing
         return True
 
+    def unread(self, beyond: int) -> int:
+        """See `hub.Reader`."""
+        log = self._hub.log
+        # What is cheap to know comes first: while this is counted, nobody publishes.
+        if not self._behind or self._asked is not None or log.tail - self._position <= beyond:
+            return 0
+        return log.count(self._channels(), self._position)
+
     # The log; with the hub's lock held
 
     def _channels(self) -> set[str] | tuple[str]:

@@ -59,6 +59,10 @@ class Reader(Protocol):
         """The log is empty, and another one unless it is the `same`; as `begun` and `published`."""
         ...
 
+    def unread(self, beyond: int) -> int:
+        """How many events it has not read, about; or 0, if there are no more than `beyond`. With the lock held."""
+        ...
+
     def wake(self) -> None:
         """There is something to read. Called in its event loop."""
         ...
@@ -187,6 +191,15 @@ class Hub:
     def readers(self) -> int:
         """How many there are."""
         return len(self._groups)
+
+    @property
+    def lag(self) -> int:
+        """How many events the reader has not read, about, that has the most of them to read."""
+        lag = 0
+        with self.lock:
+            for reader in self._groups:
+                lag = max(lag, reader.unread(lag))
+        return lag
 
     def close(self) -> None:
         """Tell all readers that the server stops. Without the lock: who says so may be a signal's handler."""

@@ -249,7 +249,11 @@ class NatsBackend(RemoteBackend):
                     self._proven = self._link
                     return
                 # Somebody may hold an id of what was lost: from now on there are others. All processes agree on them.
-                logger.warning("%s has lost events that it had acknowledged: readers are told by a reset", self.url)
+                logger.warning(
+                    "%s has lost events that it had acknowledged: readers are told by a reset",
+                    self.url,
+                    extra=self._extra,
+                )
                 await self._js.begin_epoch(self._name, instead_of=stream.epoch)
             start = max(stream.floor, stream.last - _reach(stream))
             if not first:  # what was published since this epoch began follows
@@ -279,7 +283,9 @@ class NatsBackend(RemoteBackend):
 
     def _lose(self, number: int) -> None:
         """The stream has forgotten what nobody has read here."""
-        logger.warning("%s has forgotten events before they were read: readers are told by a reset", self.url)
+        logger.warning(
+            "%s has forgotten events before they were read: readers are told by a reset", self.url, extra=self._extra
+        )
         self._cut_at = number
         self.hub.restart(self.hub.log.epoch, number, floor=number)
         self._restarted()
@@ -446,7 +452,7 @@ class NatsBackend(RemoteBackend):
             check_name(channel)
             event, end = wire.load(message.data)
         except Exception:  # anybody may have written it
-            logger.exception("message %d of %s is left out", number, self.url)
+            logger.exception("message %d of %s is left out", number, self.url, extra=self._extra)
             self._skip(number)
             return
         self.hub.publish(channel, event, number=number, time=delivery.time / 1e9 + self._skew, end=end)
@@ -662,7 +668,12 @@ class NatsBackend(RemoteBackend):
         except Exception as exc:
             if isinstance(exc, self.transient):
                 raise  # to publish it again does nothing but this
-            logger.exception("that run %s has ended could not be written to %s", publication.channel, self.url)
+            logger.exception(
+                "that run %s has ended could not be written to %s",
+                publication.channel,
+                self.url,
+                extra={**self._extra, "sse_run": publication.channel},
+            )
 
 
 def _reach(stream: Stream) -> int:

@@ -59,7 +59,10 @@ class Presence:
         if scope.cancelled_caught:
             for subscription, (own, _, child) in list(self._latest.items()):
                 if own is loop:
-                    logger.warning("a hook for %r did not return within %g s and is cancelled", subscription, _PATIENCE)
+                    logger.warning(
+                        "a hook for %s did not return within %g s and is cancelled", _names(subscription), _PATIENCE,
+                        extra={"sse_channel": _names(subscription)},
+                    )  # fmt: skip
                     child.cancel()
 
     def _call(self, name: str, hook: Callable[[Subscription], Any] | None, subscription: Subscription) -> None:
@@ -71,7 +74,7 @@ class Presence:
         try:
             result = hook(subscription)
         except Exception:
-            logger.exception("%s(%r) raised", name, subscription)
+            logger.exception(*_about(name, subscription), extra={"sse_channel": _names(subscription)})
             return
         if isawaitable(result):
             self._spawn(name, lambda: result, subscription)
@@ -88,10 +91,19 @@ class Presence:
                 if isawaitable(result):
                     await result
             except Exception:
-                logger.exception("%s(%r) raised", name, subscription)
+                logger.exception(*_about(name, subscription), extra={"sse_channel": _names(subscription)})
             finally:
                 if self._latest[subscription][1] is done:
                     del self._latest[subscription]
                 done.set()
 
         self._latest[subscription] = loop, done, loop.spawn(run, f"asgi_sse {name}")
+
+
+def _names(subscription: Subscription) -> str:
+    # Not its repr, which has what its client has sent.
+    return " ".join(subscription.names)
+
+
+def _about(hook: str, subscription: Subscription) -> tuple[str, str, str]:
+    return "%s of a subscription of %s raised", hook, _names(subscription)

@@ -110,7 +110,10 @@ class Pump:
     def _insist(self) -> None:
         if not self._ending and self._child is not None:
             name = self._destination.name
-            logger.warning("the source of run %s was not cleaned up within %g s: %r", name, _CLEANUP, self._source)
+            logger.warning(
+                "the source of run %s was not cleaned up within %g s: %r", name, _CLEANUP, self._source,
+                extra={"sse_run": name},
+            )  # fmt: skip
             self._child.cancel_again()
             self.loop.call_at(self.loop.time() + _LAST_CALL, self._leave_behind)
 
@@ -172,7 +175,8 @@ class Pump:
         if isinstance(exc, self._interrupt) and told:
             return "cancelled"  # by us, or because the event loop ends
         self.error = self.error or exc
-        logger.error("the source of run %s raised", self._destination.name, exc_info=exc)
+        name = self._destination.name
+        logger.error("the source of run %s raised", name, exc_info=exc, extra={"sse_run": name})
         return "failed"
 
     # The end
@@ -188,7 +192,10 @@ class Pump:
                 await self._destination.put(event, outcome)
         except (BrokerError, TimeoutError) as exc:
             why = str(exc) or f"not acknowledged within {_LAST_WORD:g} s"
-            logger.error("the end of run %s could not be published: %s", self._destination.name, why)  # noqa: TRY400
+            name = self._destination.name
+            logger.error(  # noqa: TRY400
+                "the end of run %s could not be published: %s", name, why, extra={"sse_run": name}
+            )
             self._destination.give_up(outcome)
 
     def _end_now(self, outcome: Outcome) -> None:
@@ -208,7 +215,8 @@ class Pump:
                     made = await made
             return unnumbered(made)
         except BaseException:
-            logger.exception("on_end of run %s raised", self._destination.name)
+            name = self._destination.name
+            logger.exception("on_end of run %s raised", name, extra={"sse_run": name})
             return final_event(outcome)
 
 

@@ -144,7 +144,7 @@ class RedisBackend(RemoteBackend):
             try:
                 await client.aclose()
             except Exception as exc:
-                logger.debug("closing %s: %s", self.url, exc)
+                logger.debug("closing %s: %s", self.url, exc, extra=self._extra)
 
     def _key(self, name: str) -> str:
         return self._prefix + name
@@ -205,7 +205,9 @@ class RedisBackend(RemoteBackend):
                     await self._fill_gap(tail)
                 return
             # Somebody may hold an id of what was lost: from now on there are others. All processes agree on them.
-            logger.warning("%s has lost events that it had acknowledged: readers are told by a reset", self.url)
+            logger.warning(
+                "%s has lost events that it had acknowledged: readers are told by a reset", self.url, extra=self._extra
+            )
             await self._call([], 0, instead_of=epoch)
         self._run_id = run_id
         known: list[tuple[str, int]] = []
@@ -295,7 +297,7 @@ class RedisBackend(RemoteBackend):
         try:
             return wire.load(fields[b"e"])
         except InvalidEventError:
-            logger.exception("event %d of %s is left out", number, self.url)
+            logger.exception("event %d of %s is left out", number, self.url, extra=self._extra)
             return None
 
     def _time(self, fields: dict[bytes, bytes]) -> float:

@@ -22,7 +22,7 @@ from ..event import ServerSentEvent
 from ..outbox import current_flusher
 from . import wire
 from .backend import Backend, BrokerStatistics, Claim, Publication, State
-from .hub import UnavailableError
+from .hub import UnavailableError, clock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
@@ -111,6 +111,7 @@ class RemoteBackend(Backend):
         super().__init__(hub)
         hub.upstream = self
         self.url = url
+        self._extra: dict[str, object] = {"sse_engine": url}  # of log records
         self._timeout = timeout
         self._burst = burst
         self._node = secrets.token_hex(4)
@@ -129,6 +130,9 @@ class RemoteBackend(Backend):
         self._received = 0
         self._reconnects = 0
         self._restarts = 0
+        self._round_trip = 0.0
+        self._sent_at: float | None = None  # of what is to be acknowledged
+        self._under_way: tuple[int, float] | None = None  # an event that is to come back, and when it was sent
 
     # What an engine is
 
@@ -242,6 +246,7 @@ class RemoteBackend(Backend):
             for task in tasks:  # where we were cancelled ourselves
                 task.cancel()
             self._state, self._loop = "closed", None
+            self._sent_at = self._under_way = None
             self._progress.set()
 
     def check_open(self) -> asyncio.AbstractEventLoop:
@@ -266,12 +271,19 @@ class RemoteBackend(Backend):
 
     def statistics(self) -> BrokerStatistics:
         """See `Backend`."""
+        now, sent_at, under_way = clock(), self._sent_at, self._under_way
+        waits = [self._round_trip]
+        if sent_at is not None:
+            waits.append(now - sent_at)
+        if under_way is not None:
+            waits.append(now - under_way[1])
         return self._statistics(
             self._state,
             error=self._error,
             received=self._received,
             reconnects=self._reconnects,
             restarts=self._restarts,
+            round_trip=max(waits),
         )
 
     # Reading
@@ -287,24 +299,31 @@ class RemoteBackend(Backend):
                 if self._state != "connected":
                     self._state, self._error = "connected", ""
                     self._reconnects += 1
-                    logger.warning("connected to %s again", self.url)
+                    logger.warning("connected to %s again", self.url, extra=self._extra)
                 elif place == (log.epoch, log.tail):
                     await pauses.wait()  # something stands in the log that nobody here understands
                     continue
                 pauses.reset()
             except Exception as exc:
                 if not self._is_transient(exc):
-                    logger.exception("reading from %s failed, and is tried again", self.url)
+                    logger.exception("reading from %s failed, and is tried again", self.url, extra=self._extra)
                 elif self._state == "connected":
-                    logger.warning("the connection to %s is lost, and is tried again: %s", self.url, _text(exc))
+                    logger.warning(
+                        "the connection to %s is lost, and is tried again: %s", self.url, _text(exc), extra=self._extra
+                    )
                 self._state, self._error = "disconnected", _text(exc)
                 await pauses.wait()
 
     def _restarted(self) -> None:
         """To be called where the hub was restarted."""
+        self._under_way = None  # it is of a log that there is no more
         if self._state != "connecting":
             self._restarts += 1
-            logger.warning("the log of %s is another one, or has lost events: readers are told by a reset", self.url)
+            logger.warning(
+                "the log of %s is another one, or has lost events: readers are told by a reset",
+                self.url,
+                extra=self._extra,
+            )
         self._progressed()
 
     def _controlled(self, payload: bytes) -> None:
@@ -314,7 +333,7 @@ class RemoteBackend(Backend):
             order: Any = json.loads(event.data or "")
             name, node = order["cancel"], order["node"]
         except Exception:  # anybody may have written it
-            logger.exception("an order that nobody understands came from %s", self.url)
+            logger.exception("an order that nobody understands came from %s", self.url, extra=self._extra)
             return
         if node == self._node:
             self.on_cancel(name)
@@ -324,8 +343,15 @@ class RemoteBackend(Backend):
         self.post(Publication(CONTROL, ServerSentEvent({"cancel": name, "node": node})))
 
     def _progressed(self) -> None:
+        self._measure()
         progress, self._progress = self._progress, asyncio.Event()
         progress.set()
+
+    def _measure(self) -> None:
+        """See whether what was sent has come back: of one event at a time, and where many have come."""
+        if self._under_way is not None and self.hub.log.tail >= self._under_way[0]:
+            self._round_trip = clock() - self._under_way[1]
+            self._under_way = None
 
     async def _rest(self) -> None:
         """To be called after each `burst` events: streams take what they can, so that none of them is overrun."""
@@ -399,7 +425,7 @@ class RemoteBackend(Backend):
     def _released(self, task: asyncio.Task[None]) -> None:
         self._releases.discard(task)
         if not task.cancelled() and (exc := task.exception()) is not None:
-            logger.debug("a claim of a run was not released: %s", exc)
+            logger.debug("a claim of a run was not released: %s", exc, extra=self._extra)
 
     async def _in_time(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Try it as long as a publisher would: a request that waits for ever holds its server when that stops."""
@@ -431,7 +457,12 @@ class RemoteBackend(Backend):
         try:
             self._enqueue(publication)
         except BrokerError as exc:
-            logger.warning("what was to go to channel %s was not published: %s", publication.channel, exc)
+            logger.warning(
+                "what was to go to channel %s was not published: %s",
+                publication.channel,
+                exc,
+                extra={**self._extra, "sse_channel": publication.channel},
+            )
 
     def _enqueue(self, publication: Publication) -> Item:
         loop = self._loop
@@ -483,10 +514,11 @@ class RemoteBackend(Backend):
             if batch:
                 self._batch = batch
                 await self._publish_batch(batch)
-                self._batch = []
+                self._batch, self._sent_at = [], None
 
     async def _publish_batch(self, batch: list[Item]) -> None:
         pauses, attempt = Pauses(), next(self._attempts)
+        self._sent_at = began = clock()
         while not all(item.answer.done() for item in batch):
             for item in batch:
                 item.sent = True
@@ -505,6 +537,14 @@ class RemoteBackend(Backend):
                     self._refuse(batch, f"{self.url} did not take it: {_text(exc)}{doubt}")
             else:
                 self._acknowledge(batch, ids)
+                self._expect(ids, began)
+
+    def _expect(self, ids: list[str], sent_at: float) -> None:
+        """Measure how long the last one takes to come back, unless another one is under way, or nobody reads here."""
+        epoch, _, number = next(filter(None, reversed(ids)), "").partition("-")
+        if self._under_way is None and epoch == self.hub.log.epoch and len(self._tasks) > 1:
+            self._under_way = int(number), sent_at
+            self._measure()
 
     def _acknowledge(self, batch: list[Item], ids: list[str]) -> None:
         if self._state == "connected":

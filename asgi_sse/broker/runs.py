@@ -253,14 +253,16 @@ class Runs(Mapping[str, Run]):
                 try:
                     await self._look_after(name, run, missing)
                 except BrokerError as exc:
-                    logger.debug("run %s could not be looked after, and is again: %s", name, exc)
+                    logger.debug(
+                        "run %s could not be looked after, and is again: %s", name, exc, extra={"sse_run": name}
+                    )
                 except Exception:
-                    logger.exception("run %s could not be looked after, and is again", name)
+                    logger.exception("run %s could not be looked after, and is again", name, extra={"sse_run": name})
 
     async def _look_after(self, name: str, run: Run, missing: set[Run]) -> None:
         if run.pump is not None:
             if not await self._backend.renew(name, run.claim):
-                logger.warning("run %s is ended: another process has taken it for lost", name)
+                logger.warning("run %s is ended: another process has taken it for lost", name, extra={"sse_run": name})
                 run.pump.stop("lost")
             return
         claim = await self._backend.find(name)
@@ -275,7 +277,7 @@ class Runs(Mapping[str, Run]):
 
     async def _bury(self, name: str, run: Run) -> None:
         if await self._backend.renew(name, run.claim):  # as ours; another process may have been faster
-            logger.warning("run %s is ended: its process has not been heard of for long", name)
+            logger.warning("run %s is ended: its process has not been heard of for long", name, extra={"sse_run": name})
             await run.put(final_event("lost"), "lost")
 
     # The broker's life

@@ -90,6 +90,10 @@ class Subscription(Cursor):
     def __repr__(self) -> str:
         return f"<Subscription {' '.join(self.names)} at {self.last_event_id}>"
 
+    def unread(self, beyond: int) -> int:
+        """See `hub.Reader`."""
+        return super().unread(beyond) + len(self._batch)
+
     def wake(self) -> None:
         """See `hub.Reader`."""
         self._wake()

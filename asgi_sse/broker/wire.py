@@ -1,7 +1,8 @@
 """What an event is between processes: a JSON object of the arguments of `ServerSentEvent`, and of what a broker adds.
 
 Of any publisher that knows it, in any language: ``{"data": "…", "event": "…", "retry": …, "comment": "…"}``. What is
-read is looked at as what a source yields, since it may have been written by anybody who may write to the engine.
+read is looked at as what a source yields, since it may have been written by anybody who may write to the engine. What
+is wrong with it is told without its content: nobody but a log is told, and what was published is not for that.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
-from ..errors import InvalidEventError, shown
+from ..errors import InvalidEventError
 from ..event import ServerSentEvent
 
 _dumps: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -28,15 +29,23 @@ def load(payload: bytes) -> tuple[ServerSentEvent, str | None]:
     Raises:
         InvalidEventError: It is something else.
     """
+    what = f"a publication of {len(payload)} bytes is no event of a broker"
     try:
         fields: Any = json.loads(payload)
     except (ValueError, RecursionError) as exc:
-        raise InvalidEventError(f"{shown(payload)} is no event of a broker: it is no JSON ({exc})") from None
+        raise InvalidEventError(f"{what}: it is no JSON ({type(exc).__name__})") from None
     if not isinstance(fields, dict) or not _FIELDS.issuperset(fields):
-        raise InvalidEventError(
-            f"{shown(payload)} is no event of a broker: give an object of data, event, retry, comment"
-        )
+        raise InvalidEventError(f"{what}: give an object of data, event, retry, comment")
     end = fields.pop("end", None)
     if end is not None and not isinstance(end, str):
-        raise InvalidEventError(f"end={shown(end)} in an event of a broker; give a str")
-    return ServerSentEvent(**fields), end
+        raise InvalidEventError(f"{what}: its end is {type(end).__name__}; give a str")
+    try:
+        return ServerSentEvent(**fields), end
+    except InvalidEventError:
+        pass
+    for name, value in fields.items():  # which one it was
+        try:
+            ServerSentEvent(**{"data": "", name: value})
+        except InvalidEventError:
+            raise InvalidEventError(f"{what}: ServerSentEvent takes no such {name}") from None
+    raise InvalidEventError(f"{what}: ServerSentEvent takes no such fields together")

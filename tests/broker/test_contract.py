@@ -616,6 +616,43 @@ async def test_statistics(brokers: Brokers) -> None:
     assert number_of(figures.tail) == 1
 
 
+async def test_statistics_tell_how_far_the_slowest_reader_is_behind(brokers: Brokers) -> None:
+    one, two = await brokers.pair()
+    slow, fast = two.subscribe("a"), two.subscribe("a", "b.*")
+    begun = [asyncio.ensure_future(take(subscription, 1)) for subscription in (slow, fast)]
+    await asyncio.sleep(0)
+    await one.publish("a", "first")
+    await asyncio.gather(*begun)
+    assert two.statistics().lag == 0
+    await here(two, *[await one.publish(name, name) for name in ("a", "a", "b.c", "a", "c")])
+    assert two.statistics().lag == 4  # of the fast one, which reads more
+    assert data(await take(fast, 4)) == ["a", "a", "b.c", "a"]
+    assert two.statistics().lag == 3
+    assert data(await take(slow, 1)) == ["a"]
+    assert two.statistics().lag == 2
+    assert data(await take(slow, 2)) == ["a", "a"]
+    assert two.statistics().lag == 0
+    await here(two, await one.publish("a", "for nobody any more"))
+    await slow.aclose()
+    await fast.aclose()
+    assert two.statistics().lag == 0
+
+
+async def test_statistics_tell_how_long_events_take(brokers: Brokers) -> None:
+    broker = await brokers.open()
+    assert broker.statistics().round_trip == 0
+    began = asyncio.get_running_loop().time()
+    for number in range(3):
+        await here(broker, await broker.publish("a", number))
+    if brokers.engine is None:
+        assert broker.statistics().round_trip == 0
+        return
+    async with asyncio.timeout(PATIENCE):
+        while not broker.statistics().round_trip:
+            await asyncio.sleep(0.001)
+    assert broker.statistics().round_trip < asyncio.get_running_loop().time() - began
+
+
 async def test_a_broker_that_is_not_open_says_so(brokers: Brokers) -> None:
     if brokers.engine is None:
         pytest.skip("memory is always open")

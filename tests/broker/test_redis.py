@@ -89,6 +89,7 @@ async def test_a_lost_connection_is_seen_and_made_again(tmp_path: Path, caplog: 
             with pytest.raises(BrokerError, match=r"within 0.3 s: redis://127.0.0.1:\d+ is disconnected \(.*failed"):
                 await broker.publish("a", "lost")
             waiting = asyncio.ensure_future(patient.publish("a", "1"))
+            await until(lambda: patient.statistics().round_trip > 0.1)  # and grows
             await asyncio.to_thread(engine.start)
             place = await asyncio.wait_for(waiting, PATIENCE)
             await until(lambda: broker.statistics().state == patient.statistics().state == "connected")
@@ -96,7 +97,9 @@ async def test_a_lost_connection_is_seen_and_made_again(tmp_path: Path, caplog: 
             seen = data(await take(subscription, 2))
             assert seen == ["0", "1"] or [*seen, *data(await take(subscription, 1))] == ["0", "lost", "1"]
             assert subscription.last_event_id == place
-    said = [record.getMessage() for record in caplog.records if record.name == "asgi_sse.broker.remote"]
+    records = [record for record in caplog.records if record.name == "asgi_sse.broker.remote"]
+    assert {vars(record)["sse_engine"] for record in records} == {engine.url.removesuffix("/0")}
+    said = [record.getMessage() for record in records]
     assert sum("is lost, and is tried again" in message for message in said) == 2  # each of them once
     assert sum("again" in message and message.startswith("connected") for message in said) == 2
 
@@ -325,7 +328,9 @@ async def test_what_is_no_event_is_left_out(valkey: Valkey, prefix: str, caplog:
                 client.xadd(f"{{{prefix}}}:log", fields, id=f"{number}-0")
         await broker.publish("a", "1")
         assert data(await take(subscription, 2)) == ["0", "1"]
-    assert sum("is left out" in record.getMessage() for record in caplog.records) == 5
+    left_out = [record for record in caplog.records if "is left out" in record.getMessage()]
+    assert [vars(record)["sse_engine"] for record in left_out] == [valkey.url] * 5
+    assert not any(what in caplog.text for what in ("no JSON'", "[1]", "a\\nb"))  # of what was published
 
 
 async def test_a_broker_is_closed_within_a_scope_that_was_cancelled(valkey: Valkey, prefix: str) -> None:

@@ -1,0 +1,70 @@
+"""`Observer`: sees streams come and go, for who counts, traces or shows them."""
+
+import logging
+from collections.abc import Callable
+from typing import Final, Literal
+
+from .stream import Stream
+
+logger = logging.getLogger(__name__)
+
+
+class Observer:
+    """Is told of streams. What it does not care for, it leaves as it is; what it raises is logged."""
+
+    def begun(self, stream: Stream) -> None:
+        """In the task and the context of its request, before its source runs."""
+
+    def ending(self, stream: Stream) -> None:
+        """Its last message is about to be sent, and ``reason`` says why.
+
+        In the context of its request, but not in its task. Behind that message a server takes the request to be over,
+        and so do middlewares around the app. A body that stays cut has no such message.
+        """
+
+    def ended(self, stream: Stream) -> None:
+        """It has ended, and its source is cleaned up or left behind. In the task and the context of its request."""
+
+
+class Observers:
+    """Those of one registry, or of all."""
+
+    __slots__ = ("all",)
+
+    def __init__(self) -> None:
+        self.all: tuple[Observer, ...] = ()  # replaced, and never changed: other threads look at it
+
+    def add(self, observer: Observer) -> Callable[[], None]:
+        """Tell `observer` from now on; until what is given is called."""
+        self.all = (*self.all, observer)
+
+        def remove() -> None:
+            self.all = tuple(other for other in self.all if other is not observer)
+
+        return remove
+
+    def tell(self, what: Literal["begun", "ending", "ended"], stream: Stream) -> None:
+        """Call that method of each, here and `EVERYWHERE`."""
+        for observer in (*EVERYWHERE.all, *self.all):
+            try:
+                getattr(observer, what)(stream)
+            except Exception:
+                logger.exception("%r raised, of %r", observer, stream, extra={"sse_path": stream.path})
+
+
+class Told(Observer):
+    """Calls a function with each stream that has ended."""
+
+    def __init__(self, function: Callable[[Stream], object]) -> None:
+        self._function = function
+
+    def __repr__(self) -> str:
+        return repr(self._function)
+
+    def ended(self, stream: Stream) -> None:
+        """See `Observer`."""
+        self._function(stream)
+
+
+EVERYWHERE: Final = Observers()
+"""Those of all registries of this process."""
