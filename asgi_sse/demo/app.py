@@ -30,7 +30,7 @@ _POST_BYTES: Final = 4096
 
 
 def create_demo() -> SSEMiddleware:
-    """The demo: the page at ``/``, its stream at ``/live``, a story at ``/story``; and figures alone at ``/figures``."""
+    """The demo: the page at ``/``, its stream at ``/live``, a story at ``/story``, figures alone at ``/figures``."""
     registry = StreamRegistry(drain_timeout=_DRAIN_TIMEOUT)
 
     def recount(_: Subscription) -> None:
@@ -48,8 +48,8 @@ def create_demo() -> SSEMiddleware:
     figures, streams = Ticks(broker, "figures", Meter().read), Ticks(broker, roll.channel, roll.read)
 
     def state() -> dict[str, Any]:
-        parts = {"room": room, "streams": roll, "story": story, "swarm": swarm}
-        return {"event": "state", "data": {name: part.state() for name, part in parts.items()}}
+        parts = {"room": room.state(), "streams": roll.state(), "story": story.state(), "swarm": swarm.state()}
+        return {"event": "state", "data": parts}
 
     async def live(request: Request) -> Subscription:
         # All in one stream: over HTTP/1.1 a browser opens six connections to a server, for all of its tabs together.
@@ -71,7 +71,7 @@ def create_demo() -> SSEMiddleware:
 
     async def drain(request: Request) -> None:
         await swarm.call(request)
-        swarm.drained()
+        await swarm.drained()
         # As begin_drain(), but for one thing: who comes back is taken again at once.
         registry.end(registry)
         raise HTTPError(204)

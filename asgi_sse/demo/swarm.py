@@ -25,6 +25,9 @@ _LIFETIME: Final = 120.0
 _PATIENCE: Final = 3.0
 """Seconds for all of them to come, on a slow machine."""
 
+_NOTICE: Final = 0.1
+"""Seconds in which pages learn that their streams are about to end."""
+
 _RETRY: Final = 1000
 """Milliseconds until the next try, where the server has not told any."""
 
@@ -78,11 +81,12 @@ class Swarm:
     def _open(self) -> int:
         return sum(client["state"] == "open" for client in self._clients.values())
 
-    def drained(self) -> None:
-        """All streams are about to be ended."""
+    async def drained(self) -> None:
+        """All streams are about to be ended: return when pages know that."""
         self._drained_at = now()
         self._leave_at = anyio.current_time() + _STAY
         self._broker.publish_nowait(self.channel, {"event": "drain", "data": {"at": self._drained_at}})
+        await anyio.sleep(_NOTICE)
 
     def state(self) -> dict[str, Any]:
         """What who comes anew is shown."""
