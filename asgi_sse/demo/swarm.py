@@ -105,6 +105,7 @@ class Swarm:
                     self._clients[client["client"]] = client
                     self._changed.set()
                     yield ServerSentEvent(client, event="swarm")
+            self._clients = {}
             tasks.cancel_scope.cancel()
 
     def _end(self, _outcome: str, _error: BaseException | None) -> ServerSentEvent:
