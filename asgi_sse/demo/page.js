@@ -272,8 +272,10 @@ $("cut").addEventListener("click", () => {
 
 /* The room */
 
-const NAMES = ["Heron", "Otter", "Lynx", "Wren", "Badger", "Seal", "Ibex", "Finch", "Marten", "Swift", "Hare", "Newt"];
-const KINDS = ["Quiet", "Brisk", "Gentle", "Merry", "Bold", "Lucky", "Clever", "Patient", "Sunny", "Swift", "Early"];
+const NAMES = ["Heron", "Otter", "Lynx", "Wren", "Badger", "Seal", "Ibex", "Finch", "Marten", "Swift", "Hare", "Newt",
+  "Crane", "Vole", "Robin", "Beaver", "Falcon", "Dormouse", "Plover", "Stoat", "Kestrel", "Toad", "Linnet", "Moth"];
+const KINDS = ["Quiet", "Brisk", "Gentle", "Merry", "Bold", "Lucky", "Clever", "Patient", "Sunny", "Nimble", "Early",
+  "Amber", "Silver", "Scarlet", "Hazel", "Frosty", "Gallant", "Mellow", "Rustic", "Stormy", "Velvet", "Wistful", "Zesty"];
 const pick = (list) => list[Math.floor(Math.random() * list.length)];
 const me = `${pick(KINDS)} ${pick(NAMES)}`;
 const colour = (name) => `c${[...name].reduce((sum, char) => sum + char.codePointAt(0), 0) % 6}`;
