@@ -80,11 +80,10 @@ class Stream {
   async begin(request) {
     this.request = request;
     this.told("connecting");
-    let release;
+    let release = () => {};
     try {
       release = await slot(request.signal, () => this.told("waiting"));
-    } catch {
-      return;
+    } catch {  // given up; or there are no locks here, as in a frame of another origin
     }
     if (request.signal.aborted) return release();
     this.release = release;

@@ -51,7 +51,7 @@ class Swarm:
         self._clients: dict[int, dict[str, Any]] = {}
         self._drained_at: int | None = None
         self._leave_at = 0.0
-        self._changed = anyio.Event()
+        self._came: anyio.Event | None = None  # while they are waited for
 
     async def call(self, request: Request) -> None:
         """Have them all here.
@@ -72,8 +72,8 @@ class Swarm:
         await self._broker.run(self.channel, source, ttl=0, max_lifetime=_LIFETIME, join=True, on_end=self._end)
         with anyio.move_on_after(_PATIENCE):
             while self._open < _CLIENTS:
-                self._changed = anyio.Event()
-                await self._changed.wait()
+                self._came = anyio.Event()
+                await self._came.wait()
         if not self._open:
             raise HTTPError(503, f"the clients got no stream from port {port}")
 
@@ -103,7 +103,8 @@ class Swarm:
                     client = await heard.receive()
                 if client is not None:
                     self._clients[client["client"]] = client
-                    self._changed.set()
+                    if self._came is not None:
+                        self._came.set()
                     yield ServerSentEvent(client, event="swarm")
             self._clients = {}
             tasks.cancel_scope.cancel()

@@ -30,7 +30,7 @@ class Ticks:
         self.channel = channel
         self._broker = broker
         self._read = read
-        self._wanted = anyio.Event()
+        self._wanted: anyio.Event | None = None  # while it rests
 
     async def begin(self) -> None:
         """Begin, unless it goes on."""
@@ -38,7 +38,7 @@ class Ticks:
 
     def recount(self) -> None:
         """Somebody came or left."""
-        if self._broker.subscribers(self.channel):
+        if self._wanted is not None and self._broker.subscribers(self.channel):
             self._wanted.set()
 
     async def _source(self) -> AsyncIterator[ServerSentEvent]:
