@@ -198,7 +198,8 @@ const telling = new Stream({
   end: ({ reason }) => {
     telling.close("ended");
     write(make("span", "end", `(${reason})`));
-    say("verdict", `The end: ${story.got} of ${story.of} tokens in order; ${check()}`, tone());
+    if (reason === "finished") say("verdict", `The end: ${story.got} of ${story.of} tokens in order; ${check()}`, tone());
+    else say("verdict", `Ended by the server behind token ${story.last} of ${story.of} (${reason}); ${check()}`, "wait");
   },
   reset: () => say("verdict", "The server has not kept what came before: begin anew", "bad"),
 }, (state) => {

@@ -214,6 +214,7 @@ def test_ctrl_c_ends_it_under_open_pages(open_page: OpenPage) -> None:
             pytest.fail("it still runs")
         for page in pages:
             expect(page.locator("#state")).to_have_text("Coming back")
+            expect(page.locator("#verdict")).to_have_text(re.compile(r"Ended by the server behind .* \(drained\)"))
             page.errors.clear()  # of connections that are refused from now on
             page.goto("about:blank")
             page.errors.clear()
