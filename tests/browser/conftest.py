@@ -8,12 +8,9 @@ from typing import Any
 
 import pytest
 
-sync_api = pytest.importorskip(
-    "playwright.sync_api", reason="the browser is driven by Playwright, which is not installed", exc_type=ImportError
-)
-
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
+NO_PLAYWRIGHT = "the browser is driven by Playwright, which is not installed"
 ENOUGH = 15_000  # milliseconds for whatever a test waits for, on a slow machine
 
 
@@ -21,6 +18,8 @@ ENOUGH = 15_000  # milliseconds for whatever a test waits for, on a slow machine
 def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("there is no chromium or google-chrome on the PATH")
+    sync_api = pytest.importorskip("playwright.sync_api", reason=NO_PLAYWRIGHT, exc_type=ImportError)
+    sync_api.expect.set_options(timeout=ENOUGH)
     with sync_api.sync_playwright() as playwright:
         # Without its sandbox it runs as root, too, as in a container; it opens our own pages alone.
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
@@ -55,7 +54,6 @@ def open_page(browser: Any, context: Any) -> Iterator[Callable[..., Any]]:
         pages.append(page)
         return page
 
-    sync_api.expect.set_options(timeout=ENOUGH)
     yield open_one
     errors = [page.errors for page in pages]
     for thing in (*pages, *own):

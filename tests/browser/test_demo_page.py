@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from serving import free_port, serving
 
-expect = pytest.importorskip("playwright.sync_api", exc_type=ImportError).expect
+expect = pytest.importorskip(
+    "playwright.sync_api", reason="the browser is driven by Playwright, which is not installed", exc_type=ImportError
+).expect
 
 OpenPage = Callable[..., Any]
 
