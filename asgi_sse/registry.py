@@ -262,7 +262,10 @@ class StreamRegistry:
         self._begin(list(self._streams), self._drain_timeout)
 
     def end(self, streams: Iterable[Stream]) -> None:
-        """Do to some of the streams what `begin_drain` does to all."""
+        """Do to `streams` what `begin_drain` does to all, but take who comes back again at once.
+
+        Safe from any thread. ``registry.end(registry)`` sends all clients away, each for a time of its own.
+        """
         self._begin(list(streams), self._drain_timeout)
 
     async def drain(self, timeout: float | None = None) -> DrainReport:

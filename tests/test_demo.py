@@ -6,20 +6,25 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Timer
+from threading import Thread, Timer
 from types import SimpleNamespace
 from typing import Any
 
+import anyio
 import httpx
 import psutil
 import pytest
+import uvicorn
+from asgi_lifespan import LifespanManager
 
 from asgi_sse import EventDecoder, ServerSentEvent, __version__
 from asgi_sse.cli import main
-from asgi_sse.demo.app import Meter, create_demo
-from asgi_sse.testing import open_stream
+from asgi_sse.demo.app import create_demo
+from asgi_sse.demo.meter import Meter
+from asgi_sse.testing import OpenStream, open_stream
 
 ENOUGH = 30.0  # seconds for any of these, on a slow machine; none of them waits for it to pass
 
@@ -55,9 +60,10 @@ def streaming(url: str) -> Iterator[tuple[httpx.Response, Iterator[ServerSentEve
         yield response, events()
 
 
-def check_figures(event: ServerSentEvent, number: int) -> dict[str, Any]:
-    """The event is the `number`-th of a stream, and this machine's."""
-    assert (event.event, event.id) == ("figures", str(number))
+def check_figures(event: ServerSentEvent) -> dict[str, Any]:
+    """The event has the figures of this machine."""
+    assert event.event == "figures"
+    assert re.fullmatch(r"\w+-\d+", str(event.id))
     figures: dict[str, Any] = json.loads(event.data or "")
     assert len(figures["cpu"]) == psutil.cpu_count()
     assert all(0 <= percent <= 100 for percent in figures["cpu"])
@@ -68,7 +74,6 @@ def check_figures(event: ServerSentEvent, number: int) -> dict[str, Any]:
     assert figures["network"] is None or min(figures["network"].values()) >= 0
     assert figures["load"] is None or len(figures["load"]) == 3
     assert 1_000_000 < figures["rss"] < memory["total"]
-    assert figures["streams"] == 1
     return figures
 
 
@@ -81,8 +86,8 @@ def test_shows_this_machine_until_it_is_told_to_end(number: signal.Signals, stat
         assert page.text.startswith("<!doctype html>")
         with streaming(url) as (response, events):
             assert response.headers["content-type"].startswith("text/event-stream")
-            check_figures(next(events), 1)
-            check_figures(next(events), 2)
+            check_figures(next(events))
+            check_figures(next(events))
             process.send_signal(number)
             assert len(list(events)) <= 1  # httpx raises for a body that is cut
         assert process.wait(5) == status
@@ -102,8 +107,8 @@ def test_runs_under_other_servers(command: str) -> None:
     # They are not told to end while the stream is open: they would wait for its client.
     with serving("-m", *command.split(), "asgi_sse.demo.app:app", stderr=subprocess.STDOUT) as (process, url):
         with streaming(url) as (_, events):
-            check_figures(next(events), 1)
-            check_figures(next(events), 2)
+            check_figures(next(events))
+            check_figures(next(events))
         process.terminate()
         process.wait(ENOUGH)
 
@@ -162,33 +167,262 @@ def test_missing_extra(missing: str) -> None:
 
 
 @pytest.mark.anyio
-async def test_page() -> None:
+@pytest.mark.parametrize(
+    ("path", "kind", "begins"),
+    [("/", "html", b"<!doctype html>"), ("/page.css", "css", b":root"), ("/page.js", "javascript", b'"use strict"')],
+)
+async def test_page(path: str, kind: str, begins: bytes) -> None:
     app = create_demo()
-    async with open_stream(app) as page:
+    async with open_stream(app, path) as page:
         body = await page.read()
     assert page.status == 200
+    assert body.startswith(begins)
+    assert page.headers["content-type"] == f"text/{kind}; charset=utf-8"
     assert page.headers["content-length"] == str(len(body))
     assert page.headers["cache-control"] == "no-store"
-    assert not re.search(
-        rb"""(?:src|href)=["'](?!data:)|url\(|@import|innerHTML""", body
-    )  # it needs nothing but itself
-    async with open_stream(app, method="HEAD") as head:
+    assert "default-src 'none'; script-src 'self'; style-src 'self'" in page.headers["content-security-policy"]
+    # It needs nothing but itself, and makes no markup of what anybody says.
+    assert set(re.findall(rb"""(?:src|href)=["']([^"':]*)""", body)) <= {b"page.css", b"page.js", b"data"}
+    assert not re.search(rb"url\(|@import|innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", body)
+    async with open_stream(app, path, method="HEAD") as head:
         assert await head.read() == b""
     assert (head.status, head.headers) == (200, page.headers)
-    async with open_stream(app, method="POST") as post:
+    async with open_stream(app, path, method="POST") as post:
         assert (post.status, post.headers["allow"]) == (405, "GET, HEAD")
 
 
+async def of_type(stream: OpenStream, kind: str, seconds: float = 5) -> Any:
+    """The data of the next event of a type."""
+    with anyio.fail_after(seconds):
+        while (event := await stream.receive(seconds)).event != kind:
+            pass
+    return json.loads(event.data or "")
+
+
 @pytest.mark.anyio
-async def test_figures_count_on_after_a_reconnection() -> None:
+async def test_who_comes_back_gets_the_figures_that_it_missed() -> None:
     app = create_demo()
-    async with open_stream(app, "/figures") as stream:
-        check_figures(await stream.receive(), 1)
-        check_figures(await stream.receive(2), 2)
-    async with open_stream(app, "/figures", headers={"last-event-id": stream.last_event_id}) as stream:
-        check_figures(await stream.receive(), 3)
-    async with open_stream(app, "/figures", headers={"last-event-id": "of another app"}) as stream:
-        check_figures(await stream.receive(), 1)
+    async with LifespanManager(app), open_stream(app, "/figures") as other:
+        check_figures(await other.receive())
+        async with open_stream(app, "/figures") as stream:
+            check_figures(await stream.receive(2))
+        assert (await other.receive()).id == stream.last_event_id
+        missed = [await other.receive(2) for _ in range(3)]
+        async with open_stream(app, "/figures", headers={"last-event-id": stream.last_event_id}) as stream:
+            assert [await stream.receive() for _ in missed] == missed
+
+
+@pytest.mark.anyio
+async def test_nothing_is_measured_while_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    measure = psutil.virtual_memory
+
+    def counted() -> Any:
+        reads.append(1)
+        return measure()
+
+    monkeypatch.setattr(psutil, "virtual_memory", counted)
+    app = create_demo()
+    async with LifespanManager(app):
+        async with open_stream(app, "/figures") as stream:
+            await stream.receive()
+        before = len(reads)
+        await anyio.sleep(100)
+        assert len(reads) <= before + 1  # to begin anew with
+        async with open_stream(app, "/figures") as stream:
+            check_figures(await stream.receive())
+
+
+@pytest.mark.anyio
+async def test_the_room_shows_everybody_what_anybody_says() -> None:
+    app = create_demo()
+    async with LifespanManager(app), open_stream(app, "/live") as one:
+        assert (await of_type(one, "state"))["room"]["posts"] == []
+        async with open_stream(app, "/live") as other:
+            await of_type(other, "state")
+            while (await of_type(one, "here"))["here"] != 2:
+                pass
+            assert (await say(app, {"name": "Ann", "text": " <b>hi</b>\n\u202ethere\x07 \u2764"})).status == 204
+            said = {"name": "Ann", "text": "<b>hi</b> there \u2764"}
+            assert await of_type(one, "post") == await of_type(other, "post") == said
+        assert (await of_type(one, "here")) == {"here": 1}
+        async with open_stream(app, "/live") as late:
+            assert (await of_type(late, "state"))["room"]["posts"] == [said]
+
+
+async def say(app: Any, post: Any, **headers: str) -> OpenStream:
+    fields = {name.replace("_", "-"): value for name, value in headers.items()}
+    async with open_stream(app, "/say", method="POST", headers=fields, body=json.dumps(post).encode()) as stream:
+        return stream
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("post", "status"),
+    [
+        ([], 400),
+        ({"name": "Ann"}, 400),
+        ({"name": "Ann", "text": 5}, 400),
+        ({"name": "Ann", "text": "x" * 281}, 400),
+        ({"name": "x" * 25, "text": "hi"}, 400),
+        ({"name": "Ann", "text": " \n\u200d"}, 400),
+        ({"name": "Ann", "text": "\ud800"}, 400),
+        ({"name": "Ann", "text": "x" * 5000}, 413),
+    ],
+)
+async def test_a_post_that_is_none(post: Any, status: int) -> None:
+    assert (await say(create_demo(), post)).status == status
+
+
+@pytest.mark.anyio
+async def test_posts_are_bounded_in_number() -> None:
+    app = create_demo()
+    answers = [await say(app, {"name": "Ann", "text": "hi"}) for _ in range(21)]
+    assert [answer.status for answer in answers[:-1]] == [204] * 20
+    assert (answers[-1].status, answers[-1].headers["retry-after"]) == (429, "1")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("path", ["/say", "/tell", "/drain"])
+async def test_no_other_site_may_ask_for_anything(path: str) -> None:
+    app = create_demo()
+    for headers in (
+        {"sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "same-site"},
+        {"sec-fetch-site": "none"},
+        {"origin": "http://127.0.0.1:9000", "host": "127.0.0.1:8000"},
+        {"origin": "null", "host": "127.0.0.1:8000"},
+    ):
+        async with open_stream(app, path, method="POST", headers=headers) as stream:
+            assert stream.status == 403
+    async with open_stream(app, path) as stream:
+        assert (stream.status, stream.headers["allow"]) == (405, "POST")
+    for headers in (
+        {"sec_fetch_site": "same-origin", "origin": "https://demo.example", "host": "behind-a-proxy:8000"},
+        {"origin": "http://127.0.0.1:8000", "host": "127.0.0.1:8000"},
+        {},  # of no browser
+    ):
+        assert (await say(app, {"name": "Ann", "text": "hi"}, **headers)).status == 204
+
+
+@pytest.mark.anyio
+async def test_the_story_goes_on_without_its_listener() -> None:
+    app = create_demo()
+    async with LifespanManager(app):
+        runs = set()
+        for _ in range(2):  # who asks while it goes on gets the same one
+            async with open_stream(app, "/tell", method="POST") as told:
+                assert told.status == 201
+                runs.add((await told.read()).decode())
+        (run,) = runs
+        async with open_stream(app, f"/story?channel={run}") as stream:
+            heard = [json.loads((await stream.receive()).data or "") for _ in range(5)]
+        async with open_stream(app, "/live") as live:
+            of = (await of_type(live, "state"))["story"]["of"]
+            while (await of_type(live, "story"))["made"] < 20:
+                pass
+        async with open_stream(app, f"/story?channel={run}&last_event_id={stream.last_event_id}") as again:
+            events = [event async for event in again]
+        heard += [json.loads(event.data or "") for event in events if event.event == "token"]
+        assert [token["n"] for token in heard] == list(range(1, of + 1))
+        assert (events[-1].event, events[-1].data) == ("end", '{"reason":"finished"}')
+        headers = {"last-event-id": again.last_event_id}
+        async with open_stream(app, f"/story?channel={run}", headers=headers) as over:
+            assert over.status == 204
+        async with open_stream(app, "/tell", method="POST") as told:
+            assert (await told.read()).decode() != run
+
+
+@pytest.mark.anyio
+async def test_the_roll_tells_which_streams_there_are_and_why_they_ended() -> None:
+    app = create_demo()
+    async with LifespanManager(app), open_stream(app, "/live") as live:
+        await of_type(live, "state")
+        async with open_stream(app, "/figures") as stream:
+            await stream.receive()
+            while len(lines := (await of_type(live, "streams"))["lines"]) < 2:
+                pass
+            assert [(line["path"], line["streams"], line["state"]) for line in lines] == [
+                ("/live", 1, "open"),
+                ("/figures", 1, "open"),
+            ]
+            assert lines[0]["age"] >= lines[1]["age"]
+            assert min(lines[0]["events"], lines[0]["bytes"]) > 0
+        ended = await of_type(live, "ended")
+        assert (ended["path"], ended["streams"], ended["reason"]) == ("/figures", 1, "disconnected")
+        for _ in range(5):
+            async with open_stream(app, "/crowd"):
+                pass
+        async with open_stream(app, "/live") as other:
+            roll = (await of_type(other, "state"))["streams"]
+        assert [line["path"] for line in roll["ended"]] == ["/figures", *["/crowd"] * 5]
+        assert "127.0.0.1" not in json.dumps(roll)
+
+
+@contextmanager
+def served_here(app: Any) -> Iterator[str]:
+    """By uvicorn, in a thread of this process."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = Thread(target=server.run)
+    thread.start()
+    try:
+        deadline = time.monotonic() + ENOUGH
+        while not server.started:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(ENOUGH)
+        assert not thread.is_alive()
+
+
+def test_a_drain_brings_all_clients_back_spread_out() -> None:
+    """Over real sockets, since the clients of the drain are real ones."""
+    with served_here(create_demo()) as url:
+        came: dict[int, int] = {}
+        retries: dict[int, int] = {}
+        drained = last_id = None
+        with httpx.Client(trust_env=False, timeout=ENOUGH) as client:
+            while len(came) < 30:
+                with client.stream("GET", f"{url}/live", params={"last_event_id": last_id or ""}) as live:
+                    decoder = EventDecoder()
+                    if last_id is None:
+                        assert client.post(f"{url}/drain").status_code == 204
+                        assert client.post(f"{url}/drain").status_code == 429
+                    for chunk in live.iter_bytes():  # to its end, which the drain makes a proper one
+                        for event in decoder.feed(chunk):
+                            data = json.loads(event.data or "")
+                            if event.event == "drain":
+                                drained = data["at"]
+                            elif event.event == "swarm" and drained is not None:
+                                if data["state"] == "away":
+                                    retries[data["client"]] = data["retry"]
+                                elif data["state"] == "open":
+                                    came[data["client"]] = data["at"] - drained
+                        if len(came) == 30:
+                            break
+                    last_id = decoder.last_event_id
+        assert set(came) == set(retries) == set(range(30))
+        assert all(1000 <= retry <= 5000 for retry in retries.values())
+        assert all(came[number] >= retries[number] for number in came)
+        assert len({retry // 400 for retry in retries.values()}) > 4  # thirty at random in ten such slots
+
+
+@pytest.mark.anyio
+async def test_a_drain_needs_a_port() -> None:
+    app = create_demo()
+    scope = {"server": ("/run/demo.socket", None)}
+    async with open_stream(app, "/drain", method="POST", scope=scope) as stream:
+        assert stream.status == 501
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("asgi_sse.demo.swarm._PATIENCE", 0.5)
+        async with LifespanManager(app):
+            with socket.socket() as taken:  # bound, and nobody listens
+                taken.bind(("127.0.0.1", 0))
+                scope = {"server": taken.getsockname()}
+                async with open_stream(app, "/drain", method="POST", scope=scope) as stream:
+                    assert stream.status == 503
 
 
 def test_each_meter_measures_since_its_own_last_look(monkeypatch: pytest.MonkeyPatch) -> None:

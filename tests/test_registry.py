@@ -381,6 +381,33 @@ async def test_drain_without_streams_and_twice() -> None:
     assert (await registry.drain()).closed == 0
 
 
+async def test_the_end_of_streams_is_no_drain() -> None:
+    """They are told to return, some or all, and are taken again at once."""
+    registry = StreamRegistry(drain_retry=(1500, 1500))
+    app = create_app({"/idle": idle_endpoint, "/watches": watches}, registry=registry)
+    async with (
+        open_stream(app, "/idle") as one,
+        open_stream(app, "/idle") as other,
+        open_stream(app, "/watches") as last,
+    ):
+        for stream in (one, other, last):
+            await stream.receive()
+        registry.end(list(registry)[:1])
+        assert [event async for event in one] == []
+        assert (one.complete, one.retry) == (True, 1500)
+        with pytest.raises(TimeoutError):
+            await other.receive()
+        registry.end(registry)
+        assert not registry.draining
+        async with open_stream(app, "/idle") as back:
+            assert (await back.receive()).data == "first"
+            assert [event async for event in other] == []
+            assert (other.complete, other.retry) == (True, 1500)
+            assert [event.data async for event in last] == ["farewell"]  # which had its grace
+            with pytest.raises(TimeoutError):
+                await back.receive(timeout=60)  # nothing ends who came later
+
+
 @pytest.mark.real_time
 async def test_begin_drain_from_another_thread() -> None:
     registry = StreamRegistry()

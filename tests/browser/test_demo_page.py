@@ -1,0 +1,222 @@
+"""The page of the demo, as who opens it sees it."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from serving import free_port, serving
+
+expect = pytest.importorskip(
+    "playwright.sync_api", reason="the browser is driven by Playwright, which is not installed", exc_type=ImportError
+).expect
+
+OpenPage = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    port = free_port()
+    log = tmp_path_factory.mktemp("demo") / "log"
+    with serving([sys.executable, "-m", "asgi_sse", "--port", str(port)], port, log):
+        yield f"http://127.0.0.1:{port}/"
+    assert re.fullmatch(r"The demo runs at \S+ \(Ctrl-C ends it\)\n", log.read_text())
+
+
+def number(page: Any, of: str) -> int:
+    return int(page.text_content(f"#{of}"))
+
+
+def wait_until(page: Any, condition: Callable[[], bool]) -> None:
+    """Look until it holds: in this process, since the page's policy forbids it to evaluate what it is sent."""
+    deadline = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < deadline, page.inner_text("main")
+        page.wait_for_timeout(20)
+
+
+def test_opens_and_figures_come(open_page: OpenPage, demo: str) -> None:
+    page = open_page(demo)
+    expect(page.locator("#state")).to_have_text("Open")
+    expect(page.locator("#cpu")).to_have_text(re.compile(r"\d+ %"))
+    expect(page.locator("#memory")).to_have_text(re.compile(r"[\d.]+ [KMGT]iB of [\d.]+ [KMGT]iB"))
+    expect(page.locator("#running")).to_contain_text("/live")
+    expect(page.locator("#running")).to_contain_text("open")
+    first = page.text_content("#event")
+    expect(page.locator("#event")).not_to_have_text(first)
+    assert re.match(r"id: \w+-\d+\nevent: figures\ndata: \{", page.text_content("#event"))
+    page.click("#toggle")
+    expect(page.locator("#state")).to_have_text("Closed")
+    page.click("#toggle")
+    expect(page.locator("#state")).to_have_text("Open")
+
+
+def test_what_is_said_in_one_tab_shows_in_the_other(open_page: OpenPage, demo: str) -> None:
+    one, other = open_page(demo), open_page(demo)
+    for page in (one, other):
+        expect(page.locator("#here")).to_have_text("2")
+    said = "<b onclick=alert(1)>bold</b> \u2713"
+    one.fill("#text-to-say", said)
+    one.click("#say button")
+    for page in (one, other):
+        expect(page.locator("#posts li").last).to_have_text(one.text_content("#me") + said)
+        assert page.locator("#posts b").last.get_attribute("onclick") is None
+    expect(one.locator("#text-to-say")).to_have_value("")
+    other.click("text=Bravo!")
+    expect(one.locator("#posts li").last).to_have_text(other.text_content("#me") + "Bravo!")
+    other.close()
+    expect(one.locator("#here")).to_have_text("1")
+    late = open_page(demo)
+    expect(late.locator("#posts li").first).to_have_text(one.text_content("#me") + said)
+
+
+def test_a_story_that_is_cut_is_resumed_at_its_token(open_page: OpenPage, demo: str) -> None:
+    page, other = open_page(demo), open_page(demo)
+    page.click("#begin")
+    expect(other.locator("#begin")).to_have_text("Watch")
+    other.click("#begin")  # from its first token, though it comes late
+    wait_until(page, lambda: number(page, "received") >= 4)
+    page.click("#cut")
+    received, last = number(page, "received"), page.text_content("#story-id")
+    wait_until(page, lambda: number(page, "made") >= received + 8)
+    assert number(page, "missed") >= 8
+    assert number(page, "received") == received
+    assert page.text_content("#story-id") == last
+    with page.expect_request(lambda request: "/story" in request.url) as request:
+        page.click("#cut")
+    assert request.value.url.endswith(f"&last_event_id={last}")
+    expect(page.locator("#verdict")).to_have_text(re.compile(r"Resumed: \d+ tokens at once .*; 0 lost, 0 doubled"))
+    assert page.locator("#words .late").count() == number(page, "missed") >= 8
+    expect(page.locator("#words .cut")).to_have_count(1)
+    wait_until(other, lambda: number(other, "received") >= received + 8)
+    words = [re.sub(r"cut", "", shown.text_content("#words"), count=1) for shown in (page, other)]
+    shorter, longer = sorted(words, key=len)
+    assert longer.startswith(shorter)
+    assert shorter.startswith("Once upon a time there was a word")
+    for shown in (page, other):
+        assert "bad" not in shown.get_attribute("#verdict", "class")
+
+
+def test_a_drain_brings_everybody_back(open_page: OpenPage, demo: str) -> None:
+    page = open_page(demo)
+    expect(page.locator("#state")).to_have_text("Open")
+    page.click("#drain")
+    expect(page.locator("#state")).to_have_text("Coming back")
+    expect(page.locator("#drained")).to_have_text(re.compile("All 30 are back"))
+    expect(page.locator("#state")).to_have_text("Open")
+    first, last, own = map(float, re.findall(r"[\d.]+(?= s)", page.text_content("#drained")))
+    assert 1 <= first <= last <= 10
+    assert last - first > 0.5  # of the four seconds of which each client was told a time at random
+    assert 1 <= own
+    places = page.eval_on_selector_all(".lane.back b", "(dots) => dots.map((dot) => dot.style.left)")
+    assert len(places) == 31
+    assert len(set(places)) > 15
+    expect(page.locator("#ended")).to_contain_text("drained")
+    expect(page.locator("#ended")).to_contain_text("/crowd \u00d7 ")
+
+
+def test_works_by_keyboard_alone(open_page: OpenPage, demo: str) -> None:
+    page = open_page(demo)
+    expect(page.locator("#state")).to_have_text("Open")
+    reached = []
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        focused = page.evaluate("""() => { const at = document.activeElement, style = getComputedStyle(at);
+            return [at.id || at.textContent.slice(0, 8), style.outlineStyle, parseFloat(style.outlineWidth)] }""")
+        assert (focused[1], focused[2] > 1) == ("solid", True), focused
+        reached.append(focused[0])
+        if focused[0] == "text-to-say":
+            page.keyboard.type("by keyboard")
+            page.keyboard.press("Enter")
+        if focused[0] == "Tea?":
+            page.keyboard.press("Space")
+            break
+    assert reached[:3] == ["toggle", "begin", "text"]
+    assert {"drain", "posts", "text-to-say", "Send", "Hello!"} <= set(reached)
+    expect(page.locator("#posts li").last).to_have_text(page.text_content("#me") + "Tea?")
+    expect(page.locator("#posts")).to_contain_text("by keyboard")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_light_and_dark_on_a_phone(scheme: str, open_page: OpenPage, demo: str) -> None:
+    page = open_page(demo, color_scheme=scheme, viewport={"width": 360, "height": 740}, reduced_motion="reduce")
+    expect(page.locator("#running")).to_contain_text("/live")
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    channels = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).map(Number)")
+    assert (max(channels[:3]) < 60) == (scheme == "dark")
+    assert page.evaluate("document.getAnimations().length") == 0
+    too_pale = page.evaluate("""() => {
+        const light = (colour) => {
+            const [r, g, b] = colour.match(/[\\d.]+/g).map((value) => value / 255)
+                .map((value) => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+        };
+        const behind = (element) => {
+            for (; element; element = element.parentElement) {
+                const { backgroundColor } = getComputedStyle(element);
+                if (!backgroundColor.startsWith("rgba")) return light(backgroundColor);
+            }
+        };
+        return [...document.querySelectorAll("h1, h2, p, button:enabled, dt, dd, th, code, summary, td span")]
+            .filter((element) => element.checkVisibility() && element.textContent.trim())
+            .filter((element) => {
+                const [a, b] = [light(getComputedStyle(element).color), behind(element)].sort((a, b) => a - b);
+                return (b + 0.05) / (a + 0.05) < 4.5;  // WCAG 2.2, 1.4.3
+            })
+            .map((element) => element.outerHTML.slice(0, 90));
+    }""")
+    assert too_pale == []
+
+
+def test_tabs_share_the_connections_of_their_browser(open_page: OpenPage, demo: str) -> None:
+    """Six connections are all that a browser opens to a server over HTTP/1.1; a page that waits says so."""
+    pages = [open_page(demo) for _ in range(5)]
+    for page in pages[:4]:
+        expect(page.locator("#state")).to_have_text("Open")
+    expect(pages[4].locator("#state")).to_have_text("Waiting for a connection")
+    expect(pages[4].locator("#notice")).to_contain_text("six connections")
+    pages[4].click("text=Hello!")  # there are connections left for requests
+    expect(pages[0].locator("#posts")).to_contain_text(pages[4].text_content("#me"))
+    pages[0].click("#toggle")
+    expect(pages[4].locator("#state")).to_have_text("Open")
+    expect(pages[4].locator("#notice")).to_be_hidden()
+    # A tab that is hidden for some time closes its stream, and gets what it has missed when it is looked at again.
+    hide = """(hidden) => {
+        Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+        document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    pages[4].clock.install()
+    pages[4].evaluate(hide, True)
+    pages[4].clock.fast_forward(6000)
+    expect(pages[4].locator("#state")).to_have_text("Paused")
+    pages[1].fill("#text-to-say", "while one was hidden")
+    pages[1].keyboard.press("Enter")
+    expect(pages[2].locator("#posts")).to_contain_text("while one was hidden")
+    with pages[4].expect_request(lambda request: "/live?last_event_id=" in request.url):
+        pages[4].evaluate(hide, False)
+    expect(pages[4].locator("#posts li").last).to_contain_text("while one was hidden")
+
+
+def test_ctrl_c_ends_it_under_open_pages(open_page: OpenPage) -> None:
+    port = free_port()
+    arguments = [sys.executable, "-m", "asgi_sse", "--port", str(port)]
+    with serving(arguments, port) as process:
+        pages = [open_page(f"http://127.0.0.1:{port}/") for _ in range(2)]
+        for page in pages:
+            page.click("#begin")
+            expect(page.locator("#verdict")).to_have_text("Receiving")
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(3) == 130
+        except subprocess.TimeoutExpired:
+            pytest.fail("it still runs")
+        for page in pages:
+            expect(page.locator("#state")).to_have_text("Coming back")
+            expect(page.locator("#verdict")).to_have_text(re.compile(r"Ended by the server behind .* \(drained\)"))
+            page.errors.clear()  # of connections that are refused from now on
+            page.goto("about:blank")
+            page.errors.clear()
