@@ -49,7 +49,7 @@ class ShutdownWatch:
         self._server = server
         self._stopping = weakref.WeakMethod(stopping)
         self._stopped = weakref.WeakMethod(stopped)
-        self._hook: _UvicornHook | _HypercornHook | None = None
+        self._hook: ShutdownHook | _UvicornHook | _HypercornHook | None = None
         for watch in (self._watch_signals, self._watch_server):
             try:
                 watch()
@@ -98,6 +98,11 @@ class ShutdownWatch:
 
     def _watch_server(self) -> None:
         server = self._server
+        own = getattr(server.config, "shutdown_hook", None)
+        if isinstance(own, ShutdownHook):
+            self._hook = own
+            own.watches.add(self)
+            return
         found = [
             (config, watched)
             for config, watched in _running_servers(server)
@@ -136,6 +141,30 @@ def _running_servers(server: Server) -> Iterator[tuple[Any, Any]]:
                 seen.add(id(watched))
                 yield config, watched
             step = getattr(step, "cr_await", None)
+
+
+class ShutdownHook:
+    """Of a server that tells by itself, as that of `asgi_sse.testing` does.
+
+    It is the attribute ``shutdown_hook`` of what such a server is told by, its `Server.config`.
+    """
+
+    def __init__(self) -> None:
+        self.watches: weakref.WeakSet[ShutdownWatch] = weakref.WeakSet()
+
+    def stopping(self) -> None:
+        """Tell who watches that the server stops."""
+        for watch in list(self.watches):
+            watch.fire("the server is shutting down", certain=True)
+
+    def stopped(self) -> None:
+        """Tell who watches that it has stopped."""
+        for watch in list(self.watches):
+            watch.over()
+
+    def remove(self, watch: ShutdownWatch) -> None:
+        """`watch` watches no longer."""
+        self.watches.discard(watch)
 
 
 # uvicorn
