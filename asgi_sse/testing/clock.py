@@ -6,13 +6,16 @@ timeout. So a synchronous source is not for it either.
 
 import asyncio
 import selectors
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from functools import partial, wraps
 from inspect import iscoroutinefunction
 from typing import Any, ParamSpec, TypeVar, overload
 
 import anyio
 
+from .._eventloop import current_loop
 from ..errors import shown
 
 _P = ParamSpec("_P")
@@ -94,3 +97,20 @@ def _synchronous(test: Callable[..., Awaitable[Any]], *, backend: str) -> Callab
         return anyio.run(partial(test, *args, **kwargs), backend=backend, backend_options=options)
 
     return run
+
+
+@contextmanager
+def real_deadline(seconds: float) -> Iterator[anyio.CancelScope]:
+    """Cancel the block when so many seconds have really passed, whatever the clock of the event loop says.
+
+    For what has to end: on a virtual clock, a timeout of the loop's own would be over before a thread has begun.
+    """
+    loop, scope = current_loop(), anyio.CancelScope()
+    timer = threading.Timer(seconds, loop.call_threadsafe, [scope.cancel])
+    timer.daemon = True
+    timer.start()
+    try:
+        with scope:
+            yield scope
+    finally:
+        timer.cancel()

@@ -16,15 +16,17 @@ from .._types import ASGIApp, Message, Scope
 from ..decoder import EventDecoder
 from ..errors import StreamClosedError, shown
 from ..event import ServerSentEvent
+from .clock import real_deadline
 
 _SHOWN: Final = 5
 """Events, of those received before, that a failure shows."""
 
-_RETURN_WITHIN: Final = 30.0
-"""Seconds that an app has to return when its client has left: more than twice the default ``cleanup_timeout``."""
+PATIENCE: Final = 15.0
+"""Seconds of real time for the head, and for the app's return when its client has left: more than the default
+``cleanup_timeout``."""
 
 _LAST_CALL: Final = 1.0
-"""Seconds that it has to obey its cancellation then."""
+"""Seconds of real time in which an app that did not return obeys its cancellation."""
 
 open_streams: Final["weakref.WeakSet[OpenStream]"] = weakref.WeakSet()
 """Those whose app has not returned, for who has to say what a test hangs on."""
@@ -45,12 +47,12 @@ class OpenStream:
         last_event_id: What a client that has got as far would send as ``Last-Event-ID``.
     """
 
-    def __init__(self, app: ASGIApp, scope: Scope, body: bytes, capacity: int) -> None:
+    def __init__(self, app: ASGIApp, scope: Scope, body: bytes, capacity: int, timeout: float = PATIENCE) -> None:
         self.status = 0
         self.headers: dict[str, str] = {}
         self.raw_headers: list[tuple[bytes, bytes]] = []
         self.complete = False
-        self._request = (app, scope, body, capacity)
+        self._request = (app, scope, body, capacity, timeout)
         self._body: bytes | None = body
         self._messages: deque[Message] = deque()
         self._changed = anyio.Event()
@@ -58,7 +60,7 @@ class OpenStream:
         self._returned = False
         self._child: Child | None = None
         self._error: BaseException | None = None  # of the app, until it is raised
-        self._raised: BaseException | None = None
+        self._raised = 0  # its id: who keeps an error keeps the frames that it came through
         self._decoder = EventDecoder()
         self._events: deque[ServerSentEvent] = deque()
         self._received_id = ""
@@ -66,7 +68,7 @@ class OpenStream:
         self._between = b""  # what came since the last event, and is none
 
     def __repr__(self) -> str:
-        _, scope, _, _ = self._request
+        scope = self._request[1]
         state = "ended" if self.complete else "returned" if self._returned else "open"
         return f"<OpenStream {scope['method']} {scope['path']} {self.status or 'no response yet'} {state}>"
 
@@ -277,7 +279,7 @@ class OpenStream:
 
     def raised(self, exc: BaseException) -> bool:
         """Whether it is what the app raised: a TimeoutError of its own is for the test to see as it is."""
-        return exc is self._raised
+        return id(exc) == self._raised
 
     # Leaving and coming back
 
@@ -285,18 +287,19 @@ class OpenStream:
         """Leave, as a client that closes its connection, and wait until the app has returned.
 
         Raises:
-            AssertionError: It did not return within 30 seconds, and was cancelled.
+            AssertionError: It did not return within the ``timeout`` of `open_stream`, and was cancelled.
             Exception: What the app raised.
         """
         self._disconnected = True
         self._notify()
-        if not await self._has_returned(_RETURN_WITHIN) and self._child is not None:
+        patience = self._request[4]
+        if not await self._has_returned(patience) and self._child is not None:
             self._child.cancel()
             if not await self._has_returned(_LAST_CALL):
                 self._child.cancel_again()
             raise AssertionError(
-                f"the app has not returned {_RETURN_WITHIN:g} s after its client has left: {self!r}. It has to end "
-                "when receive() gives http.disconnect, as an EventSourceResponse does"
+                f"the app has not returned {patience:g} s after its client has left: {self!r}. It has to end when "
+                "receive() gives http.disconnect, as an EventSourceResponse does"
             )
         self._raise_error()
 
@@ -313,7 +316,7 @@ class OpenStream:
             AssertionError: No EventSource would come back to this response.
             Exception: As `open_stream`.
         """
-        app, scope, body, capacity = self._request
+        app, scope, body, capacity, timeout = self._request
         if self.status != 200 or not self.headers.get("content-type", "").startswith("text/event-stream"):
             raise AssertionError(
                 f"an EventSource does not come back to {self!r}: it fails for good unless the response is a 200 of "
@@ -323,7 +326,7 @@ class OpenStream:
         headers = [(name, value) for name, value in scope["headers"] if name != b"last-event-id"]
         if self.last_event_id:
             headers.append((b"last-event-id", self.last_event_id.encode()))
-        async with opened(OpenStream(app, {**scope, "headers": headers}, body, capacity)) as stream:
+        async with opened(OpenStream(app, {**scope, "headers": headers}, body, capacity, timeout)) as stream:
             yield stream
 
     # The server's side
@@ -333,35 +336,42 @@ class OpenStream:
         # Of the event loop's, not of a group: a fixture's end may run in another task than its beginning.
         self._child = current_loop().spawn(self._run, f"asgi_sse.testing {self._request[1]['path']}")
 
-    async def wait_for_head(self, timeout: float) -> None:
+    async def wait_for_head(self) -> None:
         """Wait until the app has sent the head.
 
         Raises:
-            TimeoutError: It has not, within `timeout` seconds.
             AssertionError: It returned without.
             Exception: What it raised.
         """
-        try:
-            with anyio.fail_after(timeout):
-                while not (self.status or self._returned):
-                    await self._changed.wait()
-        except TimeoutError:
-            raise TimeoutError(
-                f"the app has sent no head within {timeout:g} s: {self!r}. Give open_stream() another timeout if it "
-                "may take longer"
-            ) from None
+        while not (self.status or self._returned):
+            await self._changed.wait()
         if not self.status:
             self._raise_error()
             raise AssertionError("the app returned without a response")
 
+    async def wait_for_head_in_time(self) -> None:
+        """As `wait_for_head`.
+
+        Raises:
+            TimeoutError: It took longer than the ``timeout`` of `open_stream`.
+        """
+        patience = self._request[4]
+        with real_deadline(patience) as deadline:
+            await self.wait_for_head()
+        if deadline.cancelled_caught:
+            raise TimeoutError(
+                f"the app has sent no head within {patience:g} s: {self!r}. Give open_stream() another timeout if it "
+                "may take longer"
+            )
+
     async def _has_returned(self, timeout: float) -> bool:
-        with anyio.move_on_after(timeout):
+        with real_deadline(timeout):
             while not self._returned:
                 await self._changed.wait()
         return self._returned
 
     async def _run(self) -> None:
-        app, scope, _, _ = self._request
+        app, scope = self._request[:2]
         open_streams.add(self)
         try:
             await app(dict(scope, headers=list(scope["headers"])), self._receive, self._send)
@@ -404,16 +414,16 @@ class OpenStream:
     def _raise_error(self) -> None:
         error, self._error = self._error, None
         if error is not None:
-            self._raised = error
+            self._raised = id(error)
             raise error
 
 
 @asynccontextmanager
-async def opened(stream: OpenStream, timeout: float = 30.0) -> AsyncIterator[OpenStream]:
+async def opened(stream: OpenStream) -> AsyncIterator[OpenStream]:
     """Run the request of `stream`, as `open_stream` does."""
     stream.start()
     try:
-        await stream.wait_for_head(timeout)
+        await stream.wait_for_head_in_time()
         yield stream
     except BaseException as error:
         with anyio.CancelScope(shield=True):
@@ -436,7 +446,7 @@ async def open_stream(
     body: bytes = b"",
     json: Any = ...,
     capacity: int = 16,
-    timeout: float = 30.0,
+    timeout: float = PATIENCE,
     scope: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[OpenStream]:
     """Run a request against `app`, and give its response as soon as the head is there.
@@ -453,7 +463,7 @@ async def open_stream(
         capacity: Body messages that fit between app and client: when they are unread, the app's
             ``send`` waits, as it does for a slow client. One that does not read at all is a test
             that does not.
-        timeout: Seconds for the head.
+        timeout: Seconds of real time for the head, and for the app's return on leaving.
         scope: More entries for the ASGI scope, or others.
 
     Yields:
@@ -495,7 +505,7 @@ async def open_stream(
         "server": ("127.0.0.1", 80),
         **(scope or {}),
     }
-    async with opened(OpenStream(app, full_scope, body, capacity), timeout) as stream:
+    async with opened(OpenStream(app, full_scope, body, capacity, timeout)) as stream:
         yield stream
 
 

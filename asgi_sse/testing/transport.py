@@ -92,12 +92,13 @@ class StreamingASGITransport(_Base):
         stream = OpenStream(self._app, scope, await request.aread(), self._capacity)
         stream.start()
         try:
-            await stream.wait_for_head(seconds)
+            with anyio.fail_after(seconds):
+                await stream.wait_for_head()
         except BaseException as exc:
             with anyio.CancelScope(shield=True):
                 await stream.disconnect()
             if isinstance(exc, TimeoutError) and not stream.raised(exc):
-                raise httpx.ReadTimeout(str(exc), request=request) from None
+                raise httpx.ReadTimeout(f"no response within {seconds:g} s: {stream!r}", request=request) from None
             if self._raise or not stream.raised(exc):
                 raise
             return httpx.Response(500)  # type: ignore[no-any-return]
