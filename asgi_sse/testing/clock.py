@@ -100,13 +100,20 @@ def _synchronous(test: Callable[..., Awaitable[Any]], *, backend: str) -> Callab
 
 
 @contextmanager
-def real_deadline(seconds: float) -> Iterator[anyio.CancelScope]:
+def real_deadline(seconds: float, expired: Callable[[], object] | None = None) -> Iterator[anyio.CancelScope]:
     """Cancel the block when so many seconds have really passed, whatever the clock of the event loop says.
 
     For what has to end: on a virtual clock, a timeout of the loop's own would be over before a thread has begun.
+    `expired` is called first, in the event loop.
     """
     loop, scope = current_loop(), anyio.CancelScope()
-    timer = threading.Timer(seconds, loop.call_threadsafe, [scope.cancel])
+
+    def expire() -> None:
+        if expired is not None:
+            expired()
+        scope.cancel()
+
+    timer = threading.Timer(seconds, loop.call_threadsafe, [expire])
     timer.daemon = True
     timer.start()
     try:

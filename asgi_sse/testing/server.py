@@ -1,6 +1,6 @@
 """`running`: an app between its start-up and its shutdown, as a server has it."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -11,6 +11,7 @@ from .._eventloop import Child, current_loop
 from .._types import ASGIApp, Message, Receive, Scope, Send
 from ..errors import shown
 from ..shutdown import ShutdownHook
+from .clock import real_deadline
 
 _TASK_ENDS: Final = 1.0
 """Seconds in which an app returns from its lifespan, or raises, after it has sent its last message."""
@@ -64,7 +65,9 @@ class RunningApp:
     async def start(self, timeout: float) -> None:
         """Run the app's start-up. See `running`."""
         self._child = current_loop().spawn(self._run, "asgi_sse.testing lifespan")
-        if not await self._until(lambda: bool(self._sent) or self._returned, timeout):
+        with real_deadline(timeout):  # a start-up may use threads, for which a virtual clock does not wait
+            await self._until(lambda: bool(self._sent) or self._returned)
+        if not (self._sent or self._returned):
             self._child.cancel()
             raise TimeoutError(
                 f"the start-up of {shown(self._app)} has not completed within {timeout:g} s; give running() another "
@@ -79,7 +82,7 @@ class RunningApp:
         farewell, and their clients are told when to return. Idempotent. `running` calls it at its end.
 
         Args:
-            timeout: Seconds for the responses, and again for the shutdown.
+            timeout: Seconds for the responses, and of real time for the shutdown.
 
         Raises:
             AssertionError: A response goes on: a server would wait for it for ever, or cut it.
@@ -91,21 +94,23 @@ class RunningApp:
             return
         self._stopping = True
         self.shutdown_hook.stopping()
-        ended = await self._until(lambda: not self._requests, timeout)
+        with anyio.move_on_after(timeout):
+            await self._until(lambda: not self._requests)
         left = [f"{scope.get('method', scope['type'])} {scope['path']}" for scope in self._requests]
         self._stopped = True
         self._asked = True
         self._notify()
         try:
-            answered = await self._until(lambda: len(self._sent) > 1 or self._returned, timeout)
+            with real_deadline(timeout):
+                await self._until(lambda: len(self._sent) > 1 or self._returned)
         finally:
             self.shutdown_hook.stopped()
-        if not ended:
+        if left:
             raise AssertionError(
                 f"{', '.join(left)}: still running {timeout:g} s after the server began to stop. A deploy hangs here: "
                 "answer with an EventSourceResponse, or put SSEMiddleware around the app, which ends its streams"
             )
-        if not answered and self._child is not None:
+        if not (len(self._sent) > 1 or self._returned) and self._child is not None:
             self._child.cancel()
             raise TimeoutError(f"the shutdown of {shown(self._app)} has not completed within {timeout:g} s")
         await self._check("shutdown")
@@ -115,7 +120,8 @@ class RunningApp:
         last = self._sent[-1] if self._sent else None
         if last is not None and last["type"] == f"lifespan.{phase}.complete" and not self._returned:
             return
-        await self._until(lambda: self._returned, _TASK_ENDS)  # its own exception tells more than its message
+        with real_deadline(_TASK_ENDS):
+            await self._until(lambda: self._returned)  # its own exception tells more than its message
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -152,11 +158,9 @@ class RunningApp:
         self._sent.append(message)
         self._notify()
 
-    async def _until(self, condition: Any, timeout: float) -> bool:
-        with anyio.move_on_after(timeout):
-            while not condition():
-                await self._changed.wait()
-        return bool(condition())
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            await self._changed.wait()
 
     def _notify(self) -> None:
         self._changed.set()
@@ -186,7 +190,7 @@ async def running(app: ASGIApp, *, timeout: float = 15.0) -> AsyncIterator[Runni
 
     Args:
         app: Any ASGI app.
-        timeout: Seconds for the start-up, and those of `RunningApp.stop`.
+        timeout: Seconds of real time for the start-up, and those of `RunningApp.stop`.
 
     Yields:
         The app to send requests to.
