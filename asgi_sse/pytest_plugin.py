@@ -4,6 +4,7 @@ It does nothing for a test without ``@pytest.mark.asgi_sse``, unless the ini opt
 """
 
 from collections.abc import Generator
+from typing import Any
 
 import pytest
 
@@ -32,14 +33,14 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
         return (yield)
     from .testing.guard import Guard  # noqa: PLC0415 (only where it is used)
 
-    wrong = ""
+    guard = wrong = None
     try:
         guard = Guard(*marker.args, **marker.kwargs) if marker is not None else Guard()
     except (TypeError, ValueError) as exc:
         wrong = f"@pytest.mark.{_MARKER}: {exc}; it takes timeout=, seconds or None, and leaks=, a bool"
-    if wrong:
-        pytest.fail(wrong, pytrace=False)
-    test = getattr(item, "obj", None)
+    if guard is None:
+        pytest.fail(str(wrong), pytrace=False)
+    test: Any = getattr(item, "obj", None)
     if guard.takes(test):
         item.obj = guard.around(test)  # type: ignore[attr-defined]
     result = None

@@ -96,7 +96,16 @@ def _synchronous(test: Callable[..., Awaitable[Any]], *, backend: str) -> Callab
             options = {"clock": MockClock(autojump_threshold=0)}
         return anyio.run(partial(test, *args, **kwargs), backend=backend, backend_options=options)
 
+    run.in_virtual_time = (test, backend)  # type: ignore[attr-defined]
     return run
+
+
+def inside_of(test: Any) -> tuple[Callable[..., Awaitable[Any]], str] | None:
+    """The coroutine function, and the backend, of a test that `virtual_time` has made synchronous."""
+    found: tuple[Callable[..., Awaitable[Any]], str] | None = getattr(test, "in_virtual_time", None)
+    if found is None or not hasattr(test, "__self__"):
+        return found
+    return partial(found[0], test.__self__), found[1]  # a method
 
 
 @contextmanager

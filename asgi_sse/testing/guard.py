@@ -12,11 +12,14 @@ import anyio
 
 from ..registry import StreamRegistry
 from ..stream import Stream
-from .clock import real_deadline
+from .clock import inside_of, real_deadline, virtual_time
 from .stream import PATIENCE, OpenStream, open_streams
 
 _GRACE: Final = 1.0
 """Seconds that streams have to end after the test, whose clients have just left."""
+
+_AGAIN: Final = 5.0
+"""Seconds after which a test is interrupted again, if its first interruption was lost in a destructor, say."""
 
 _STEP: Final = 0.01
 
@@ -26,8 +29,8 @@ _HINT: Final = (
 )
 
 
-class _Expired(BaseException):
-    """The test takes too long. No Exception, which the code under test might handle."""
+class _Expired(KeyboardInterrupt):
+    """The test takes too long. Of the exceptions that come from nowhere, asyncio lets these pass."""
 
 
 class Guard:
@@ -59,12 +62,18 @@ class Guard:
     @staticmethod
     def takes(test: Any) -> bool:
         """Whether `around` can be put around it: a test of hypothesis is called many times by another function."""
-        return iscoroutinefunction(test) and not hasattr(test, "hypothesis")
+        return (iscoroutinefunction(test) or inside_of(test) is not None) and not hasattr(test, "hypothesis")
 
-    def around(self, test: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[None]]:
+    def around(self, test: Callable[..., Any]) -> Callable[..., Any]:
         """The test with its timeout, and the look at what it leaves, in its own event loop."""
         self._around = True
+        virtual = inside_of(test)
+        if virtual is None:
+            return self._guarded(test)
+        inner, backend = virtual
+        return virtual_time(backend=backend)(self._guarded(inner))
 
+    def _guarded(self, test: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[None]]:
         @wraps(test)
         async def guarded(*args: Any, **kwargs: Any) -> None:
             if self._timeout is None:
@@ -111,7 +120,7 @@ class Guard:
             return
         self._alarm = signal.signal(signal.SIGALRM, self._interrupt)
         # An async test has the time to be cancelled first: only a blocked event loop comes to this.
-        signal.setitimer(signal.ITIMER_REAL, self._timeout + (2 * PATIENCE if self._around else 0))
+        signal.setitimer(signal.ITIMER_REAL, self._timeout + (2 * PATIENCE if self._around else 0), _AGAIN)
 
     def _interrupt(self, *_: object) -> None:
         self._expired()

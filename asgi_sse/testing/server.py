@@ -65,7 +65,7 @@ class RunningApp:
     async def start(self, timeout: float) -> None:
         """Run the app's start-up. See `running`."""
         self._child = current_loop().spawn(self._run, "asgi_sse.testing lifespan")
-        with real_deadline(timeout):  # a start-up may use threads, for which a virtual clock does not wait
+        with real_deadline(timeout):
             await self._until(lambda: bool(self._sent) or self._returned)
         if not (self._sent or self._returned):
             self._child.cancel()
@@ -82,7 +82,7 @@ class RunningApp:
         farewell, and their clients are told when to return. Idempotent. `running` calls it at its end.
 
         Args:
-            timeout: Seconds for the responses, and of real time for the shutdown.
+            timeout: Seconds of real time for the responses, and again for the shutdown.
 
         Raises:
             AssertionError: A response goes on: a server would wait for it for ever, or cut it.
@@ -94,7 +94,7 @@ class RunningApp:
             return
         self._stopping = True
         self.shutdown_hook.stopping()
-        with anyio.move_on_after(timeout):
+        with real_deadline(timeout):
             await self._until(lambda: not self._requests)
         left = [f"{scope.get('method', scope['type'])} {scope['path']}" for scope in self._requests]
         self._stopped = True
@@ -190,7 +190,7 @@ async def running(app: ASGIApp, *, timeout: float = 15.0) -> AsyncIterator[Runni
 
     Args:
         app: Any ASGI app.
-        timeout: Seconds of real time for the start-up, and those of `RunningApp.stop`.
+        timeout: Seconds of real time for the start-up, and as of `RunningApp.stop`.
 
     Yields:
         The app to send requests to.
