@@ -1,7 +1,6 @@
 """Both event loops for every async test, on a virtual clock unless a test asks for real time."""
 
 import asyncio
-import selectors
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -9,33 +8,7 @@ from typing import Any
 import pytest
 from trio.testing import MockClock
 
-
-class _JumpingSelector(selectors.DefaultSelector):
-    """Instead of sleeping until a timer is due, moves the clock to it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0.0
-
-    def select(self, timeout: float | None = None) -> Any:
-        ready = super().select(0)
-        if ready or timeout == 0:
-            return ready
-        if timeout is None:  # nothing will ever happen but what comes from outside
-            return super().select(None)
-        self.now += timeout
-        return []
-
-
-class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """An event loop in which an hour's timeout takes no time."""
-
-    def __init__(self) -> None:
-        self._virtual = _JumpingSelector()
-        super().__init__(self._virtual)
-
-    def time(self) -> float:
-        return self._virtual.now
+from asgi_sse.testing import VirtualTimeLoop
 
 
 def _eager(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> Callable[[], asyncio.AbstractEventLoop]:

@@ -25,7 +25,7 @@ IN_PROCESS = [
     )
 ]  # fmt: skip
 ENGINES = [f"tests/broker/test_{name}.py" for name in ("contract", "places", "redis", "nats", "workers")]
-ADAPTERS = ["tests/test_adapters.py", "tests/test_starlette_adapter.py"]
+ADAPTERS = ["tests/test_adapters.py", "tests/test_starlette_adapter.py", "tests/test_testing.py"]
 FRAMEWORKS = ["starlette", "fastapi", "litestar", "quart", "django", "falcon", "blacksheep"]
 COMPRESSORS = {  # by Starlette and Django, whose versions exclude each other
     "today": [

@@ -19,7 +19,7 @@ from ._types import Send
 logger = logging.getLogger(__name__)
 
 _DEPTH: Final = 24  # of wrappers: hypercorn has three of its own, a stack of middlewares one each
-_KNOWN: Final = ("uvicorn.", "hypercorn.")
+_KNOWN: Final = ("uvicorn.", "hypercorn.", "asgi_sse.testing.")
 _SHARED: Final = ("hypercorn.protocol.h2", "hypercorn.protocol.h3", "uvicorn.protocols.http.zttp_h2_impl")
 
 
@@ -90,7 +90,7 @@ def _identify(send: Send) -> tuple[Any, Any]:
         for owner in behind(send):
             if type(owner).__module__.startswith(_KNOWN):
                 # uvicorn's cycle of one request leads to its protocol by a method; its lifespan has a configuration
-                # alone. hypercorn's stream has both.
+                # alone. hypercorn's stream has both. The server of tests is its own configuration.
                 protocol = getattr(getattr(owner, "on_response", None), "__self__", owner)
                 config = getattr(protocol, "config", None)
                 if config is not None:

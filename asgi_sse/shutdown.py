@@ -49,7 +49,7 @@ class ShutdownWatch:
         self._server = server
         self._stopping = weakref.WeakMethod(stopping)
         self._stopped = weakref.WeakMethod(stopped)
-        self._hook: _UvicornHook | _HypercornHook | None = None
+        self._hook: ShutdownHook | _UvicornHook | _HypercornHook | None = None
         for watch in (self._watch_signals, self._watch_server):
             try:
                 watch()
@@ -98,7 +98,8 @@ class ShutdownWatch:
 
     def _watch_server(self) -> None:
         server = self._server
-        found = [
+        found = [(server.config, server.config)] if _tells(server.config) else []
+        found = found or [
             (config, watched)
             for config, watched in _running_servers(server)
             if server.covers(Server(server.loop, config, getattr(watched, "server_state", watched)))
@@ -107,11 +108,15 @@ class ShutdownWatch:
             logger.debug("%d servers found to watch; signals and the lifespan remain", len(found))
             return
         _, watched = found[0]
-        if hasattr(watched, "terminated"):
-            self._hook = _HypercornHook.over(watched, server.loop)
+        hook: ShutdownHook | _UvicornHook | _HypercornHook
+        if _tells(watched):
+            hook = watched.shutdown_hook
+        elif hasattr(watched, "terminated"):
+            hook = _HypercornHook.over(watched, server.loop)
         else:
-            self._hook = _UvicornHook.over(watched)
-        self._hook.watches.add(self)
+            hook = _UvicornHook.over(watched)
+        self._hook = hook
+        hook.watches.add(self)
 
 
 def _running_servers(server: Server) -> Iterator[tuple[Any, Any]]:
@@ -131,11 +136,41 @@ def _running_servers(server: Server) -> Iterator[tuple[Any, Any]]:
                 config = getattr(watched, "config", None)
             elif module in _HYPERCORN:
                 watched, config = frame.f_locals.get("context"), frame.f_locals.get("config")
-            known = hasattr(watched, "shutdown") or hasattr(watched, "terminated")
+            elif module == "asgi_sse.testing.server":
+                watched = config = frame.f_locals.get("self")
+            known = hasattr(watched, "shutdown") or hasattr(watched, "terminated") or _tells(watched)
             if known and config is not None and id(watched) not in seen:
                 seen.add(id(watched))
                 yield config, watched
             step = getattr(step, "cr_await", None)
+
+
+class ShutdownHook:
+    """Of a server that tells by itself, as that of `asgi_sse.testing` does.
+
+    It is the attribute ``shutdown_hook`` of such a server, which is its own `Server.config`.
+    """
+
+    def __init__(self) -> None:
+        self.watches: weakref.WeakSet[ShutdownWatch] = weakref.WeakSet()
+
+    def stopping(self) -> None:
+        """Tell who watches that the server stops."""
+        for watch in list(self.watches):
+            watch.fire("the server is shutting down", certain=True)
+
+    def stopped(self) -> None:
+        """Tell who watches that it has stopped."""
+        for watch in list(self.watches):
+            watch.over()
+
+    def remove(self, watch: ShutdownWatch) -> None:
+        """`watch` watches no longer."""
+        self.watches.discard(watch)
+
+
+def _tells(server: Any) -> bool:
+    return isinstance(getattr(server, "shutdown_hook", None), ShutdownHook)
 
 
 # uvicorn

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from starlette.middleware.base import BaseHTTPMiddleware
 
 from asgi_sse import EventSourceResponse, SSEMiddleware
-from asgi_sse.testing import OpenStream, open_stream
+from asgi_sse.testing import OpenStream, VirtualTimeLoop, open_stream
 
 pytestmark = pytest.mark.anyio
 
@@ -267,8 +267,6 @@ def test_a_compressor_at_every_place_of_a_stack(order: list[str], accepts: bool)
         assert ("encoded" in ours.registry.statistics().compressed) == encoded
         if "gzip" not in layers:
             assert ours.registry.statistics().compressed == {}
-
-    from conftest import VirtualTimeLoop
 
     for layers in (order, [name for name in order if name != "gzip"]):
         anyio.run(main, layers, backend_options={"loop_factory": VirtualTimeLoop})

@@ -1,0 +1,150 @@
+"""What the plugin of pytest does around one test: it bounds it in real time, and finds the streams that it leaves."""
+
+import signal
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from functools import wraps
+from inspect import iscoroutinefunction
+from typing import Any, Final
+
+import anyio
+
+from ..registry import StreamRegistry
+from ..stream import Stream
+from .clock import inside_of, real_deadline, virtual_time
+from .stream import PATIENCE, OpenStream, open_streams
+
+_GRACE: Final = 1.0
+"""Seconds that streams have to end after the test, whose clients have just left."""
+
+_AGAIN: Final = 5.0
+"""Seconds after which a test is interrupted again, if its first interruption was lost in a destructor, say."""
+
+_STEP: Final = 0.01
+
+_HINT: Final = (
+    "If it waits for a response: httpx's ASGITransport and Starlette's TestClient give none until the app has "
+    "returned; use open_stream() or StreamingASGITransport of asgi_sse.testing"
+)
+
+
+class _Expired(KeyboardInterrupt):
+    """The test takes too long. Of the exceptions that come from nowhere, asyncio lets these pass."""
+
+
+class Guard:
+    """Around one test. An async one is cancelled, so that its clean-up runs; any other is interrupted by SIGALRM.
+
+    Args:
+        timeout: Seconds of real time; ``None``: any time.
+        leaks: Whether a stream that is left running is a failure.
+
+    Attributes:
+        failure: What is wrong, if anything is.
+
+    Raises:
+        ValueError: `timeout` is no length of time.
+    """
+
+    def __init__(self, timeout: float | None = 10.0, *, leaks: bool = True) -> None:
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"timeout={timeout!r} is no length of time")
+        self.failure = ""
+        self._timeout = timeout
+        self._leaks = leaks
+        self._around = False
+        self._alarm: Any = None
+        self._streams: list[Stream] = []
+        self._before: set[OpenStream] = set()
+        self._add: Any = None
+
+    @staticmethod
+    def takes(test: Any) -> bool:
+        """Whether `around` can be put around it: a test of hypothesis is called many times by another function."""
+        return (iscoroutinefunction(test) or inside_of(test) is not None) and not hasattr(test, "hypothesis")
+
+    def around(self, test: Callable[..., Any]) -> Callable[..., Any]:
+        """The test with its timeout, and the look at what it leaves, in its own event loop."""
+        self._around = True
+        virtual = inside_of(test)
+        if virtual is None:
+            return self._guarded(test)
+        inner, backend = virtual
+        return virtual_time(backend=backend)(self._guarded(inner))
+
+    def _guarded(self, test: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[None]]:
+        @wraps(test)
+        async def guarded(*args: Any, **kwargs: Any) -> None:
+            if self._timeout is None:
+                await test(*args, **kwargs)
+            else:
+                with real_deadline(self._timeout, self._expired):
+                    await test(*args, **kwargs)
+            with anyio.move_on_after(_GRACE):
+                while self._left():  # noqa: ASYNC110 (nobody tells of an end in another thread)
+                    await anyio.sleep(_STEP)
+            self._check()
+
+        return guarded
+
+    def __enter__(self) -> None:
+        self._before = set(open_streams)
+        self._add = add = StreamRegistry.add
+        streams = self._streams
+
+        def noting(registry: StreamRegistry, stream: Stream) -> None:
+            streams.append(stream)
+            add(registry, stream)
+
+        StreamRegistry.add = noting  # type: ignore[assignment,method-assign]
+        self._set_alarm()
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        if self._alarm is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._alarm)
+        StreamRegistry.add = self._add  # type: ignore[method-assign]
+        if kind is None and not self._around:
+            ends = time.monotonic() + _GRACE
+            while self._left() and time.monotonic() < ends:
+                time.sleep(_STEP)
+            self._check()
+        self._streams.clear()
+
+    def _set_alarm(self) -> None:
+        # Signals reach the main thread alone; and another plugin may have set its own.
+        if self._timeout is None or threading.current_thread() is not threading.main_thread():
+            return
+        if not hasattr(signal, "setitimer") or signal.getsignal(signal.SIGALRM) is not signal.SIG_DFL:
+            return
+        self._alarm = signal.signal(signal.SIGALRM, self._interrupt)
+        # An async test has the time to be cancelled first: only a blocked event loop comes to this.
+        signal.setitimer(signal.ITIMER_REAL, self._timeout + (2 * PATIENCE if self._around else 0), _AGAIN)
+
+    def _interrupt(self, *_: object) -> None:
+        self._expired()
+        raise _Expired(self.failure)
+
+    def _expired(self) -> None:
+        lines = [f"the test has not ended within {self._timeout:g} s", *self._open(), _HINT]
+        self.failure = self.failure or ".\n".join(lines)
+
+    def _left(self) -> bool:
+        return self._leaks and not self.failure and bool(self._open())
+
+    def _check(self) -> None:
+        if self._left():
+            lines = ["the test leaves streams behind", *self._open()]
+            self.failure = ".\n".join([*lines, "Leave the block of open_stream(), or end what runs the app"])
+
+    def _open(self) -> list[str]:
+        """What is open that was not before the test, a line each."""
+        lines = [
+            f"  {stream!r}, a source that was not cleaned up within its cleanup_timeout"
+            if stream.abandoned
+            else f"  {stream!r}, {stream.events} events"
+            for stream in self._streams
+            if stream.state != "closed" or stream.abandoned
+        ]
+        return lines + [f"  {stream!r}" for stream in open_streams if stream not in self._before]
