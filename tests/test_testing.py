@@ -818,13 +818,33 @@ def test_it():
 def test_all_tests_are_guarded_by_an_option(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         """
-from asgi_sse import StreamRegistry
+import asyncio
+import pytest
+from asgi_sse import EventSourceResponse
+from asgi_sse.testing import open_stream
 
-def test_guarded():
-    assert StreamRegistry.add.__module__ == "asgi_sse.testing.guard"
+async def source():
+    yield "0"
+    await asyncio.Event().wait()
+
+@pytest.fixture
+def loop():
+    loop = asyncio.new_event_loop()
+    yield loop
+    loop.close()
+
+@pytest.fixture
+def opened(loop):
+    opened = open_stream(EventSourceResponse(source()))
+    yield opened
+    loop.run_until_complete(opened.__aexit__(None, None, None))
+
+def test_leaves(loop, opened):
+    stream = loop.run_until_complete(opened.__aenter__())
+    loop.run_until_complete(stream.expect("0"))
 """
     )
     for value in ("true", "false"):
         pytester.makeini(f"[pytest]\nasgi_sse_guard = {value}")
         result = pytester.runpytest_inprocess(*PLUGIN)
-        result.assert_outcomes(passed=value == "true", failed=value == "false")
+        result.assert_outcomes(passed=value == "false", failed=value == "true")

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import anyio
 
-from ..registry import StreamRegistry
+from ..observer import EVERYWHERE, Observer
 from ..stream import Stream
 from .clock import inside_of, real_deadline, virtual_time
 from .stream import PATIENCE, OpenStream, open_streams
@@ -31,6 +31,17 @@ _HINT: Final = (
 
 class _Expired(KeyboardInterrupt):
     """The test takes too long. Of the exceptions that come from nowhere, asyncio lets these pass."""
+
+
+class _Begun(Observer):
+    """Notes each stream that begins."""
+
+    def __init__(self) -> None:
+        self.streams: list[Stream] = []
+
+    def begun(self, stream: Stream) -> None:
+        """See `Observer`."""
+        self.streams.append(stream)
 
 
 class Guard:
@@ -55,9 +66,9 @@ class Guard:
         self._leaks = leaks
         self._around = False
         self._alarm: Any = None
-        self._streams: list[Stream] = []
+        self._begun = _Begun()
         self._before: set[OpenStream] = set()
-        self._add: Any = None
+        self._stop_observing: Callable[[], None] | None = None
 
     @staticmethod
     def takes(test: Any) -> bool:
@@ -90,27 +101,21 @@ class Guard:
 
     def __enter__(self) -> None:
         self._before = set(open_streams)
-        self._add = add = StreamRegistry.add
-        streams = self._streams
-
-        def noting(registry: StreamRegistry, stream: Stream) -> None:
-            streams.append(stream)
-            add(registry, stream)
-
-        StreamRegistry.add = noting  # type: ignore[assignment,method-assign]
+        self._stop_observing = EVERYWHERE.add(self._begun)
         self._set_alarm()
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         if self._alarm is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, self._alarm)
-        StreamRegistry.add = self._add  # type: ignore[method-assign]
+        if self._stop_observing is not None:
+            self._stop_observing()
         if kind is None and not self._around:
             ends = time.monotonic() + _GRACE
             while self._left() and time.monotonic() < ends:
                 time.sleep(_STEP)
             self._check()
-        self._streams.clear()
+        self._begun.streams.clear()
 
     def _set_alarm(self) -> None:
         # Signals reach the main thread alone; and another plugin may have set its own.
@@ -144,7 +149,7 @@ class Guard:
             f"  {stream!r}, a source that was not cleaned up within its cleanup_timeout"
             if stream.abandoned
             else f"  {stream!r}, {stream.events} events"
-            for stream in self._streams
+            for stream in self._begun.streams
             if stream.state != "closed" or stream.abandoned
         ]
         return lines + [f"  {stream!r}" for stream in open_streams if stream not in self._before]
