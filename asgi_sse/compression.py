@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from ._eventloop import EventLoop
 from ._types import Send
+from .errors import shown_text
 from .server import behind
 
 logger = logging.getLogger(__name__)
@@ -171,7 +172,7 @@ class Guard:
             "held": "has sent its head, which has not left the app: something waits for the first event",
         }[kind]
         level = logging.INFO if kind == "held" else logging.WARNING  # our opening comment sets it free at once
-        logger.log(level, "the event stream %s %s. %s", path, what, self._advice())
+        logger.log(level, "the event stream %s %s. %s", shown_text(path), what, self._advice())
 
     def _advice(self) -> str:
         named = [compressor for compressor in self._inside() if compressor.encodes is not False]
@@ -207,7 +208,7 @@ def _look_at_head(headers: list[tuple[bytes, bytes]], send: Send, path: str, cou
     logger.warning(
         "the event stream %s was %s-encoded on its way out. %s, around the app, does that, which delays events: put "
         "SSEMiddleware around it, or send the stream with the header 'content-encoding: identity'",
-        path, encoding, name,
+        shown_text(path), encoding, name,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ import anyio.lowlevel
 
 from ._eventloop import Child, EventLoop, Wait
 from ._types import CloseReason, Message, Send
-from .errors import InvalidEventError, SendTimeoutError, StreamClosedError
+from .errors import InvalidEventError, SendTimeoutError, StreamClosedError, shown_text
 from .event import ItemEncoder, ServerSentEvent, encode_item
 from .options import StreamOptions
 from .outbox import Buffer, Feed, Lockstep, Outbox, current_flusher
@@ -295,7 +295,7 @@ class Stream:
         return self._loop
 
     def __repr__(self) -> str:
-        return f"<Stream {self.path} {self.reason or self.state}>"
+        return f"<Stream {shown_text(self.path)} {self.reason or self.state}>"
 
     # The request's task
 
@@ -364,7 +364,7 @@ class Stream:
             else f"within {self._options.cleanup_timeout} s (cleanup_timeout)"
         )
         left = "was left behind" if self._has_tasks else "obeyed when it was cancelled once more"
-        logger.warning("the source of %s was not cleaned up %s and %s: %r", self.path, time, left, source)
+        logger.warning("the source of %s was not cleaned up %s and %s: %r", shown_text(self.path), time, left, source)
 
     async def _tell_reason(self) -> None:
         if self._options.on_close is None:
@@ -536,11 +536,11 @@ class Stream:
 
     def _fail(self, exc: BaseException) -> None:
         if self._state is _State.CLOSED:
-            logger.error("the source of %s raised after it was left behind", self.path, exc_info=exc)
+            logger.error("the source of %s raised after it was left behind", shown_text(self.path), exc_info=exc)
         elif self._error is None:
             self._error = exc
         elif self._error is not exc:  # the first one is raised
-            logger.error("the source of %s raised once more, in its clean-up", self.path, exc_info=exc)
+            logger.error("the source of %s raised once more, in its clean-up", shown_text(self.path), exc_info=exc)
 
     # Transitions
 
@@ -621,7 +621,7 @@ class Stream:
             event = on_error(error)
             return b"" if event is None else self._encode(event, self._options.sep, self._options.json_dumps)
         except Exception:
-            logger.exception("on_error of %s raised", self.path)
+            logger.exception("on_error of %s raised", shown_text(self.path))
             return b""
 
     def _over(self, reason: CloseReason) -> None:
@@ -734,7 +734,11 @@ class Stream:
             return
         self._wait.call_off()
         if reason == "timed_out":  # then an error is the one way to tell the server that it must cut the connection
-            self._fail(SendTimeoutError(f"the client of {self.path} took nothing for {self._options.send_timeout} s"))
+            self._fail(
+                SendTimeoutError(
+                    f"the client of {shown_text(self.path)} took nothing for {self._options.send_timeout} s"
+                )
+            )
 
 
 def _is_left_alone(error: BaseException) -> bool:
