@@ -294,7 +294,11 @@ class RouteTable:
             return literal, {}
         if not self._table:
             return None
-        segments = path.split("/", self._most + 1)[1:]  # one more than any route has: what is behind does not count
+        before, *segments = path.split(
+            "/", self._most + 1
+        )  # one more than any route has: what is behind does not count
+        if before:  # h11 takes any target: "x/items/1" is no "/items/1", which a proxy may have closed
+            return None
         for literals, names, app in self._table:
             if len(literals) == len(segments) and all(
                 bool(segment) if literal is None else literal == segment
