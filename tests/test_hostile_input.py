@@ -1,10 +1,12 @@
 """Bytes, text and messages that nobody meant to send: an answer, or the error that is documented."""
 
+import inspect
 import json
 import time
 import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 from asgi_sse import (
     Broker,
+    BrokerError,
     EventDecoder,
     EventSourceResponse,
     HTTPError,
@@ -23,9 +26,18 @@ from asgi_sse import (
     ServerSentEvent,
     SSEMiddleware,
     create_app,
+    healing,
+    inbox,
+    outbox,
+    routing,
 )
+from asgi_sse.broker import checks, memory
+from asgi_sse.broker import endpoint as broker_endpoint
 from asgi_sse.broker.endpoint import MAX_CHANNELS, Access
 from asgi_sse.broker.hub import UnavailableError
+from asgi_sse.log import MAX_NAME
+from asgi_sse.options import StreamOptions
+from asgi_sse.source import MAX_THREADS
 from asgi_sse.testing import open_stream
 
 FUZZ = settings(max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -80,7 +92,7 @@ def test_a_decoder_holds_what_it_may_hold_however_it_comes() -> None:
         try:
             with pytest.raises(InvalidEventError, match="max_event_bytes=20000"):
                 for _ in range(limit):
-                    decoder.feed(bytes(piece))
+                    decoder.feed(bytes(bytearray(piece)))  # one of its own each time
             assert tracemalloc.get_traced_memory()[1] < 12 * limit
         finally:
             tracemalloc.stop()
@@ -239,7 +251,7 @@ async def test_an_id_forges_no_line_of_the_log(caplog: pytest.LogCaptureFixture)
     async with open_stream(app, "/?last_event_id=a%0D%0Aforged") as stream:
         await stream.receive()
     (record,) = caplog.records
-    assert record.getMessage().isprintable()
+    assert record.message.isprintable()  # as it was written: what it says of itself changes
 
 
 @pytest.mark.anyio
@@ -389,3 +401,75 @@ async def test_an_app_that_sends_anything_in_any_order(messages: list[Any]) -> N
     with anyio.fail_after(60), suppress(LookupError, RefusedError):
         await wrapped(scope, server.receive, server.send)
     assert len(wrapped.registry) == 0
+
+
+# SECURITY.md
+
+
+def default(function: Callable[..., Any], name: str) -> Any:
+    return inspect.signature(function).parameters[name].default
+
+
+@pytest.mark.parametrize(
+    ("of", "limit", "value"),
+    [
+        ("a request's body", "1 MiB", default(Request.body, "limit") == default(Request.json, "limit") == 2**20),
+        ("a body that nobody reads", "64 KiB", inbox._AHEAD == healing._AHEAD == 2**16),
+        ("a query that is looked at", "64 KiB", routing._QUERY_BYTES == 2**16),
+        ("channels that one request names", "100", MAX_CHANNELS == 100),
+        ("a channel's name", "200", MAX_NAME == 200),
+        ("what is sent to one client", "64 KiB", outbox.MESSAGE_BYTES == 2**16),
+        ("what a source may be ahead", "16 KiB", outbox.TURN_BYTES == 2**14),
+        ("how long a client may take", "30 s", StreamOptions().send_timeout == 30),
+        ("synchronous sources", "256", MAX_THREADS == 256),
+        ("events that a channel keeps", "1,000", default(Broker, "history") == 1000),
+        ("memory that they take", "16 MiB", default(Broker, "max_bytes") == 2**24),
+        ("channels that are kept", "10,000", default(Broker, "max_channels") == 10_000),
+        ("runs that go on", "1,000", default(Broker, "max_runs") == 1000),
+        ("an idempotency key", "200", checks._LONGEST_KEY == 200),
+        ("such keys", "1,000,000 in 120 s", (memory._IDEMPOTENCY_KEYS, memory._IDEMPOTENCY_WINDOW) == (10**6, 120)),
+        ("readers of a channel", "none", default(Broker, "max_subscribers") is None),
+        ("how long a stream lasts", "none", StreamOptions().max_lifetime is None),
+        ("what an `EventDecoder` holds", "none", default(EventDecoder, "max_event_bytes") is None),
+        ("how long `authorize` has", "10 s", broker_endpoint._PATIENCE == 10),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) > 12 else "",
+)
+def test_the_numbers_of_security_md(of: str, limit: str, value: bool) -> None:
+    text = Path(__file__).parents[1].joinpath("SECURITY.md").read_text()
+    (row,) = [line.split(" | ") for line in text.splitlines() if line.startswith(f"| {of}")]
+    assert limit in row[1]
+    assert value
+
+
+@pytest.mark.anyio
+async def test_a_body_that_nobody_reads_is_not_read_for_them() -> None:
+    taken, ahead = 0, []
+
+    async def receive() -> Any:
+        nonlocal taken
+        await anyio.lowlevel.checkpoint()
+        taken += 4096
+        return {"type": "http.request", "body": b"x" * 4096, "more_body": True}
+
+    async def send(message: Any) -> None: ...
+
+    async def endpoint() -> AsyncIterator[str]:
+        await anyio.sleep(0.5)
+        ahead.append(taken)
+        if ahead:
+            raise HTTPError(204)
+        yield "never"
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+    await create_app({"/": endpoint})(scope, receive, send)
+    assert 0 < ahead[0] <= 65_536 + 4096
+
+
+def test_a_flood_of_idempotency_keys_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_IDEMPOTENCY_KEYS", 3)
+    broker = Broker()
+    ids = [broker.publish_nowait("news", "x", idempotency_key=f"{number}") for number in range(3)]
+    with pytest.raises(BrokerError, match="more than 3 idempotency keys within 120 s"):
+        broker.publish_nowait("news", "x", idempotency_key="3")
+    assert broker.publish_nowait("news", "x", idempotency_key="0") == ids[0]
