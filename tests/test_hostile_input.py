@@ -123,6 +123,19 @@ async def test_a_query_is_parsed_up_to_64_kib() -> None:
 
 
 @pytest.mark.anyio
+async def test_cookies_are_parsed_up_to_64_kib() -> None:
+    async def endpoint(request: Request) -> AsyncIterator[str]:
+        yield str(len(request.cookies))
+
+    app = create_app({"/": endpoint})
+    async with open_stream(app, headers=[("cookie", f"n{number}=%41") for number in range(5000)]) as stream:
+        assert (await stream.receive()).data == "5000"
+    async with open_stream(app, headers={"cookie": "a=" + "a" * 65_535}) as stream:
+        assert stream.status == 431
+        assert await stream.read() == b"the cookies have more than 65536 bytes"
+
+
+@pytest.mark.anyio
 async def test_a_request_names_100_channels_at_the_most() -> None:
     assert MAX_CHANNELS == 100
     app = create_app({"/": Broker().endpoint()})
@@ -415,7 +428,7 @@ def default(function: Callable[..., Any], name: str) -> Any:
     [
         ("a request's body", "1 MiB", default(Request.body, "limit") == default(Request.json, "limit") == 2**20),
         ("a body that nobody reads", "64 KiB", inbox._AHEAD == healing._AHEAD == 2**16),
-        ("a query that is looked at", "64 KiB", routing._QUERY_BYTES == 2**16),
+        ("a query", "64 KiB", routing._PARSED_BYTES == 2**16),
         ("channels that one request names", "100", MAX_CHANNELS == 100),
         ("a channel's name", "200", MAX_NAME == 200),
         ("what is sent to one client", "64 KiB", outbox.MESSAGE_BYTES == 2**16),
