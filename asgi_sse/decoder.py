@@ -73,7 +73,8 @@ class EventDecoder:
                     self._field(line)
                 elif (event := self._dispatch()) is not None:
                     events.append(event)
-            self._hold(len(self._partial))
+            if not self._at_start:  # what may become a byte order mark is of no line
+                self._hold(len(self._partial))
         except InvalidEventError as exc:
             self._error = exc
             if not events:
