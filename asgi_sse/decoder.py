@@ -100,7 +100,8 @@ class EventDecoder:
             self._partial += lines[0]
             lines[0] = bytes(self._partial)
             self._partial.clear()
-        self._partial += lines.pop()
+        if rest := lines.pop():
+            self._partial += rest
         return lines
 
     def _field(self, line: bytes) -> None:

@@ -301,9 +301,8 @@ class RouteTable:
             return literal, {}
         if not self._table:
             return None
-        before, *segments = path.split(
-            "/", self._most + 1
-        )  # one more than any route has: what is behind does not count
+        # Into one more than any route has: then none matches, however many there are.
+        before, *segments = path.split("/", self._most + 1)
         if before:  # h11 takes any target: "x/items/1" is no "/items/1", which a proxy may have closed
             return None
         for literals, names, app in self._table:
