@@ -20,8 +20,8 @@ MINIMUMS = [
 IN_PROCESS = [
     f"tests/test_{name}.py"
     for name in (
-        "event", "decoder", "log", "broker", "broker_endpoint", "runs", "response", "hostile", "routing", "registry",
-        "shutdown", "healing", "compression", "cors", "floors", "metrics", "telemetry", "logs",
+        "event", "decoder", "log", "broker", "broker_endpoint", "runs", "response", "hostile", "hostile_input",
+        "routing", "registry", "shutdown", "healing", "compression", "cors", "floors", "metrics", "telemetry", "logs",
     )
 ]  # fmt: skip
 ENGINES = [f"tests/broker/test_{name}.py" for name in ("contract", "places", "redis", "nats", "workers")]
@@ -105,6 +105,22 @@ def stress(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "-rP", "tests/test_hostile.py", "-k", "test_hostile_source")
     for name in ("stress", "resume"):
         session.run("python", "-m", "pytest", "-rP", f"tests/test_{name}.py", env={"ASGI_SSE_STRESS": "full"})
+
+
+@nox.session(python="3.12")  # for which there is a wheel of atheris
+def fuzz(session: nox.Session) -> None:
+    """What is fuzzed, by coverage, half a minute each; `-- --seconds 600 decoder` does one of them for longer."""
+    session.install("-e", ".[test]")
+    session.install("atheris", success_codes=[0, 1], silent=True)  # where there is none, it says that it did nothing
+    session.run("python", "tests/fuzz/run.py", *(session.posargs or ["--seconds", "30"]))
+
+
+@nox.session
+def hostile(session: nox.Session) -> None:
+    """All attacks on every server; the tests run a sample."""
+    session.install("-e", ".[test]")
+    files = [f"tests/test_hostile_{name}.py" for name in ("input", "http")]
+    session.run("python", "-m", "pytest", "-rP", *files, env={"ASGI_SSE_HOSTILE": "full"})
 
 
 @nox.session(python="3.11")  # for which there is a wheel of Redis 6.2

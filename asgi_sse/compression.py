@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from ._eventloop import EventLoop
 from ._types import Send
+from .errors import shown_text
 from .server import behind
 
 logger = logging.getLogger(__name__)
@@ -175,6 +176,7 @@ class Guard:
             "held": "has sent its head, which has not left the app: something waits for the first event",
         }[kind]
         level = logging.INFO if kind == "held" else logging.WARNING  # our opening comment sets it free at once
+        path = shown_text(path)
         extra = {"sse_path": path, "sse_compression": kind}
         logger.log(level, "the event stream %s %s. %s", path, what, self._advice(), extra=extra)
 
@@ -209,6 +211,7 @@ def _look_at_head(headers: list[tuple[bytes, bytes]], send: Send, path: str, cou
     if name in _warned_outside:
         return
     _warned_outside.add(name)
+    path = shown_text(path)
     logger.warning(
         "the event stream %s was %s-encoded on its way out. %s, around the app, does that, which delays events: put "
         "SSEMiddleware around it, or send the stream with the header 'content-encoding: identity'",

@@ -4,6 +4,7 @@ Rules: WHATWG HTML, 9.2.6 "Interpreting an event stream"; the steps below keep i
 """
 
 import re
+import sys
 from typing import Final
 
 from .errors import InvalidEventError
@@ -29,7 +30,7 @@ class EventDecoder:
     """
 
     __slots__ = (
-        "_at_start", "_data", "_error", "_event", "_held", "_id", "_limit", "_partial", "_partial_size", "_skip_lf",
+        "_at_start", "_data", "_error", "_event", "_held", "_id", "_limit", "_partial", "_skip_lf",
         "last_event_id", "retry",
     )  # fmt: skip
 
@@ -41,8 +42,9 @@ class EventDecoder:
         self._limit = max_event_bytes
         self._at_start = True
         self._skip_lf = False
-        self._partial: list[bytes] = []  # of a line whose end has not come: joined once, when it has
-        self._partial_size = 0
+        # Of a line whose end has not come. It grows in place: a list of its pieces would take 50 times what they hold,
+        # where they come two by two.
+        self._partial = bytearray()
         self._data: list[bytes] = []
         self._event = b""
         self._id: str | None = None  # None: as committed, since an id outlives its block
@@ -71,7 +73,8 @@ class EventDecoder:
                     self._field(line)
                 elif (event := self._dispatch()) is not None:
                     events.append(event)
-            self._hold(self._partial_size)
+            if not self._at_start:  # what may become a byte order mark is of no line
+                self._hold(len(self._partial))
         except InvalidEventError as exc:
             self._error = exc
             if not events:
@@ -80,10 +83,10 @@ class EventDecoder:
 
     def _lines(self, chunk: bytes) -> list[bytes]:
         if self._at_start:
-            chunk = b"".join((*self._partial, chunk))
+            chunk = bytes(self._partial) + chunk
             self._partial.clear()
             if len(chunk) < len(_BOM) and _BOM.startswith(chunk):
-                self._partial.append(chunk)  # one BOM is dropped, even one that comes in pieces
+                self._partial += chunk  # one BOM is dropped, even one that comes in pieces
                 return []
             self._at_start = False
             chunk = chunk.removeprefix(_BOM)
@@ -94,12 +97,11 @@ class EventDecoder:
         self._skip_lf = chunk.endswith(b"\r")
         lines = chunk.split(b"\n") if b"\r" not in chunk else _LINE_END.split(chunk)
         if len(lines) > 1 and self._partial:
-            lines[0] = b"".join((*self._partial, lines[0]))
+            self._partial += lines[0]
+            lines[0] = bytes(self._partial)
             self._partial.clear()
-            self._partial_size = 0
         if rest := lines.pop():
-            self._partial.append(rest)
-            self._partial_size += len(rest)
+            self._partial += rest
         return lines
 
     def _field(self, line: bytes) -> None:
@@ -116,7 +118,8 @@ class EventDecoder:
                 return
             self._id = value.decode("utf-8", "replace")
         elif name == b"retry":
-            if value.isdigit() and len(value) <= 4300:  # of bytes: ASCII digits; more than that int() refuses
+            # Of bytes: ASCII digits. More than so many int() refuses where the process has set its least limit.
+            if value.isdigit() and len(value) <= sys.int_info.str_digits_check_threshold:
                 self.retry = int(value)
             return
         else:

@@ -7,12 +7,21 @@ _repr: Final = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 80
 
 
+_LINE: Final = 200
+"""Characters of a client's text that a line of a log may have."""
+
+
 def shown(value: object) -> str:
     """A value for an error's message: short, and safe to ask for."""
     try:
         return _repr.repr(value)
     except Exception:  # reprlib guards a repr that raises, but not that of an int of over 4,300 digits
         return f"<{type(value).__name__}>"
+
+
+def shown_text(text: str) -> str:
+    """Text of a client for a line of a log: escaped and cut, where it would forge another line or fill the log."""
+    return text if len(text) <= _LINE and text.isprintable() else shown(text)
 
 
 class SSEError(Exception):

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from typing import Final, Literal
 
+from .errors import shown_text
 from .stream import Stream
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class Observers:
             try:
                 getattr(observer, what)(stream)
             except Exception:
-                logger.exception("%r raised, of %r", observer, stream, extra={"sse_path": stream.path})
+                logger.exception("%r raised, of %r", observer, stream, extra={"sse_path": shown_text(stream.path)})
 
 
 class Told(Observer):

@@ -16,6 +16,7 @@ from anyio.lowlevel import RunVar
 
 from ._eventloop import EventLoop, current_loop
 from ._types import CloseReason
+from .errors import shown_text
 from .observer import Observer, Observers, Told
 from .server import Server
 from .shutdown import ShutdownWatch
@@ -94,7 +95,7 @@ class Heartbeat:
                 logger.exception(
                     "the heartbeat of %r failed; the stream goes on without one",
                     stream,
-                    extra={"sse_path": stream.path},
+                    extra={"sse_path": shown_text(stream.path)},
                 )
         self._set_timer()
 
@@ -464,11 +465,12 @@ class StreamRegistry:
 
 
 def _log_end(stream: Stream, reason: CloseReason, seconds: float) -> None:
+    path = shown_text(stream.path)
     logger.debug(
         "stream %s ended: %s after %.1f s, %d events, %d bytes",
-        stream.path, reason, seconds, stream.events, stream.bytes_sent,
+        path, reason, seconds, stream.events, stream.bytes_sent,
         extra={
-            "sse_path": stream.path,
+            "sse_path": path,
             "sse_reason": reason,
             "sse_seconds": seconds,
             "sse_events": stream.events,

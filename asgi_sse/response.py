@@ -13,7 +13,7 @@ import anyio
 
 from ._types import CloseReason, Message, Receive, Scope, Send
 from .compression import watch_head
-from .errors import SendTimeoutError, StreamClosedError
+from .errors import SendTimeoutError, StreamClosedError, shown
 from .event import ItemEncoder, JSONDumps, ServerSentEvent, encode_item
 from .inbox import Inbox
 from .options import StreamOptions
@@ -330,13 +330,15 @@ def encode_header(name: str, value: str) -> tuple[bytes, bytes]:
         ValueError: It cannot be sent, or would inject another one.
     """
     if not isinstance(name, str) or not isinstance(value, str):
-        raise TypeError(f"headers: {name!r}: {value!r}; give two str")
+        raise TypeError(f"headers: {shown(name)}: {shown(value)}; give two str")
     try:
         encoded = name.lower().encode("ascii"), value.strip(" \t").encode("latin-1")
     except UnicodeEncodeError as exc:
-        raise ValueError(f"headers: {name!r}: {value!r} has characters that no header carries ({exc})") from exc
+        raise ValueError(f"headers: {shown(name)}: {shown(value)} has characters that no header carries") from exc
     if not _TOKEN.fullmatch(encoded[0]):
-        raise ValueError(f"headers: {name!r} is no header's name")
+        raise ValueError(f"headers: {shown(name)} is no header's name")
     if any(char in value for char in "\r\n\0"):
-        raise ValueError(f"headers: {name!r}: {value!r} has a CR, LF or NUL, which would inject headers; remove it")
+        raise ValueError(
+            f"headers: {shown(name)}: {shown(value)} has a CR, LF or NUL, which would inject headers; remove it"
+        )
     return encoded

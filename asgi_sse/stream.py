@@ -21,7 +21,7 @@ import anyio.lowlevel
 
 from ._eventloop import Child, EventLoop, Wait
 from ._types import CloseReason, Message, Send
-from .errors import InvalidEventError, SendTimeoutError, StreamClosedError
+from .errors import InvalidEventError, SendTimeoutError, StreamClosedError, shown_text
 from .event import ItemEncoder, ServerSentEvent, encode_item
 from .options import StreamOptions
 from .outbox import Buffer, Feed, Lockstep, Outbox, current_flusher
@@ -311,12 +311,12 @@ class Stream:
         self._around_watch = scope
 
     def __repr__(self) -> str:
-        return f"<Stream {self.path} {self.reason or self.state}>"
+        return f"<Stream {shown_text(self.path)} {self.reason or self.state}>"
 
     @property
     def _extra(self) -> dict[str, object]:
         """Of its log records."""
-        return {"sse_path": self.path}
+        return {"sse_path": shown_text(self.path)}
 
     # The request's task
 
@@ -386,7 +386,12 @@ class Stream:
         )
         left = "was left behind" if self._has_tasks else "obeyed when it was cancelled once more"
         logger.warning(
-            "the source of %s was not cleaned up %s and %s: %r", self.path, time, left, source, extra=self._extra
+            "the source of %s was not cleaned up %s and %s: %r",
+            shown_text(self.path),
+            time,
+            left,
+            source,
+            extra=self._extra,
         )
 
     async def _tell_reason(self) -> None:
@@ -559,12 +564,20 @@ class Stream:
 
     def _fail(self, exc: BaseException) -> None:
         if self._state is _State.CLOSED:
-            logger.error("the source of %s raised after it was left behind", self.path, exc_info=exc, extra=self._extra)
+            logger.error(
+                "the source of %s raised after it was left behind",
+                shown_text(self.path),
+                exc_info=exc,
+                extra=self._extra,
+            )
         elif self._error is None:
             self._error = exc
         elif self._error is not exc:  # the first one is raised
             logger.error(
-                "the source of %s raised once more, in its clean-up", self.path, exc_info=exc, extra=self._extra
+                "the source of %s raised once more, in its clean-up",
+                shown_text(self.path),
+                exc_info=exc,
+                extra=self._extra,
             )
 
     # Transitions
@@ -646,7 +659,7 @@ class Stream:
             event = on_error(error)
             return b"" if event is None else self._encode(event, self._options.sep, self._options.json_dumps)
         except Exception:
-            logger.exception("on_error of %s raised", self.path, extra=self._extra)
+            logger.exception("on_error of %s raised", shown_text(self.path), extra=self._extra)
             return b""
 
     def _over(self, reason: CloseReason) -> None:
@@ -763,7 +776,11 @@ class Stream:
             return
         self._wait.call_off()
         if reason == "timed_out":  # then an error is the one way to tell the server that it must cut the connection
-            self._fail(SendTimeoutError(f"the client of {self.path} took nothing for {self._options.send_timeout} s"))
+            self._fail(
+                SendTimeoutError(
+                    f"the client of {shown_text(self.path)} took nothing for {self._options.send_timeout} s"
+                )
+            )
 
 
 _PLAIN: Final = nullcontext()  # one for all: an idle stream would keep its own

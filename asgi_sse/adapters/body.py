@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from .._eventloop import EventLoop, current_loop
+from ..errors import shown_text
 from ..inbox import Changing
 from ..response import PASSAGE_KEY, current_scope
 
@@ -106,7 +107,7 @@ class Body(Changing):
             if self._disconnected and isinstance(exc, anyio.get_cancelled_exc_class()):
                 pass  # the event loop ends
             elif self._disconnected:  # then nobody asks for a chunk any more, and would get it
-                path = scope["path"]
+                path = shown_text(scope["path"])
                 logger.exception("the source of %s raised when its client had left", path, extra={"sse_path": path})
             else:
                 self._error = exc

@@ -47,4 +47,8 @@ def check_key(key: object) -> str | None:
         return None
     if not isinstance(key, str) or not 0 < len(key) <= _LONGEST_KEY:
         raise ValueError(f"idempotency_key={shown(key)}; give a str of 1 to {_LONGEST_KEY} characters, or None")
+    try:
+        key.encode()
+    except UnicodeEncodeError:  # an engine would refuse it, and what others publish in the same batch
+        raise ValueError(f"idempotency_key={shown(key)} has a lone surrogate; give text that UTF-8 can carry") from None
     return key

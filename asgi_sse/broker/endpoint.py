@@ -64,7 +64,7 @@ class Access:
 
     def covers(self, name: str) -> bool:
         """Whether all that `name`, which may be a pattern, stands for is among its channels."""
-        return any(name == own or _covers(own, name) for own in self.names)
+        return name in self.names or any(is_pattern(own) and _covers(own, name) for own in self.names)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -81,10 +81,17 @@ class FullError(BrokerError, HTTPError):
 
 
 class UnavailableError(BrokerError, HTTPError):
-    """The engine does not say what has to be known first. As the answer to a request: 503."""
+    """The engine does not say what has to be known first. As the answer to a request: 503.
 
-    def __init__(self, detail: str) -> None:
-        super().__init__(503, detail, {"retry-after": str(_RETRY_AFTER)})
+    Who is answered is not told why: that names the engine, and what is wrong with it.
+    """
+
+    def __init__(self, why: str) -> None:
+        super().__init__(503, headers={"retry-after": str(_RETRY_AFTER)})
+        self._why = why
+
+    def __str__(self) -> str:
+        return f"{self.status} {self._why}"
 
 
 class Upstream(Protocol):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio.lowlevel
 
 from .._eventloop import current_loop, running_loop
-from ..errors import StreamClosedError
+from ..errors import StreamClosedError, shown_text
 from ..event import ServerSentEvent
 from .cursor import Cursor, Overflow
 from .snapshot import Snapshot
@@ -88,7 +88,7 @@ class Subscription(Cursor):
         return self._begun_with if self._given is None else f"{self._epoch}-{self._given}"
 
     def __repr__(self) -> str:
-        return f"<Subscription {' '.join(self.names)} at {self.last_event_id}>"
+        return f"<Subscription {' '.join(self.names)} at {shown_text(self.last_event_id)}>"
 
     def unread(self, beyond: int) -> int:
         """See `hub.Reader`."""

@@ -19,6 +19,8 @@ async def change(request: Request) -> PlainTextResponse:
     order, state = request.query.get("order", ""), request.query.get("state", "")
     if channel not in boards or not order or not state:
         raise HTTPError(400, "give a shop that there is, an order and a state")
+    if len(boards[channel]) >= 1000 or len(order) + len(state) > 200:
+        raise HTTPError(400, "the board is full, or that is too long")
     boards[channel][order] = state
     await broker.publish(channel, ServerSentEvent({"order": order, "state": state}, event="change"))
     return PlainTextResponse("changed\n", 201)

@@ -45,6 +45,8 @@ async def endpoint(request: Request) -> AsyncIterator[ServerSentEvent] | PlainTe
     if request.method == "POST":
         if job is not None and job.percent < 100:
             raise HTTPError(409, f"{name} is running")
+        if len(jobs) >= 1000 or len(name) > 100:
+            raise HTTPError(503, "there are too many jobs, or that name is too long")
         jobs[name] = Job()
         return PlainTextResponse(f"{name} has started\n", 202)
     if job is None:
