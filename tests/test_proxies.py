@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import pytest
@@ -32,7 +32,8 @@ def settings_of_the_page(language: str) -> str:
 
 def with_ports(settings: str, listen: str, port: str, upstream: int) -> str:
     """The settings as they stand in the page, but for the addresses."""
-    assert listen in settings and "127.0.0.1:8000" in settings, settings
+    assert listen in settings, settings
+    assert "127.0.0.1:8000" in settings, settings
     return settings.replace(listen, port).replace("127.0.0.1:8000", f"127.0.0.1:{upstream}")
 
 
@@ -88,7 +89,7 @@ class Client:
             headers={"Accept": "text/event-stream", "Accept-Encoding": "gzip"},
         )
 
-    def __enter__(self) -> "Client":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
