@@ -1,4 +1,4 @@
-"""Pages of the site that stand elsewhere in the tree: ``<!-- include: FILE -->`` is that file, with links that fit."""
+"""Pages of the site that stand elsewhere in the tree: ``<!-- include: FILE -->`` is that file, with links that fit."""  # noqa: INP001 (a hook, no package)
 
 from __future__ import annotations
 

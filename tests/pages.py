@@ -85,9 +85,7 @@ def read_blocks(page: Path) -> list[Block]:
             number += 1
         text = textwrap.dedent("\n".join(lines[begin:number])) + "\n"
         assert indent == " " * len(indent)
-        blocks.append(
-            Block(page, begin + 1, language, title[1] if title else "", comment[1] if comment else "", text)
-        )
+        blocks.append(Block(page, begin + 1, language, title[1] if title else "", comment[1] if comment else "", text))
         number += 1
     return blocks
 
@@ -158,10 +156,8 @@ class Session:
 
     def run(self, block: Block, expected: str) -> None:
         """Run its lines; what is still to come may come until the page's end."""
-        outputs = []
-        for line in block.text.replace("\\\n", " ").splitlines():
-            if output := self._run(line, block):
-                outputs.append(output)
+        lines = block.text.replace("\\\n", " ").splitlines()
+        outputs = [output for line in lines if (output := self._run(line, block))]
         if expected:
             self._waiting.append((block, expected, outputs))
 
@@ -228,8 +224,8 @@ class Session:
         deadline = time.monotonic() + ENOUGH
         for block, expected, outputs in self._waiting:
             while not in_order(expected, said := "".join(output.text for output in outputs)):
-                ended = all(output.ended for output in outputs)
-                assert not ended and time.monotonic() < deadline, f"{block}: expected\n{expected}\nbut\n{said}"
+                more = time.monotonic() < deadline and not all(output.ended for output in outputs)
+                assert more, f"{block}: expected\n{expected}\nbut there was\n{said}"
                 time.sleep(0.02)
         for process, log in self._servers:
             process.terminate()

@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 from contextlib import ExitStack
 from dataclasses import fields
@@ -17,11 +16,10 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import yaml
 from pages import ENOUGH, PAGES, ROOT, Block, Browser, in_order, read_blocks, session
 from serving import environment
 
@@ -30,10 +28,12 @@ from asgi_sse.options import StreamOptions
 from asgi_sse.testing import open_stream
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
 if not PAGES.exists():
     pytest.skip("the tree is not beside the tests", allow_module_level=True)
+
+yaml: Any = import_module("yaml")  # which uvicorn[standard] needs too
 
 ALL = [ROOT / "README.md", ROOT / "MIGRATING.md", *sorted(PAGES.rglob("*.md"))]
 BLOCKS = {page: read_blocks(page) for page in ALL}
@@ -48,7 +48,7 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT)).removeprefix("docs/pages/")
 
 
-def pages_with(*languages: str, mark: str = "") -> Any:
+def pages_with(*languages: str, mark: str = "") -> pytest.MarkDecorator:
     """The pages that have blocks of a language, as parameters."""
     found = [
         page
@@ -78,7 +78,9 @@ def test_each_block_is_run_or_says_why_not(page: Path) -> None:
             later = blocks[number + 1 :]
             assert any(other.command == "run" for other in later), f"{block}: nobody imports it"
         else:
-            assert block.language in {"python", "yaml", "toml", "json"}, f"{block}: {block.language!r} is not known here"
+            assert block.language in {"python", "yaml", "toml", "json"}, (
+                f"{block}: {block.language!r} is not known here"
+            )
 
 
 @pytest.mark.parametrize(
@@ -101,22 +103,132 @@ def test_it_can_be_parsed(block: Block) -> None:
         )
 
 
-# What blocks of Python do beyond running, by page: given the apps that they have made, in order.
+# What the apps of a page, in the order in which its blocks make them, do beyond what the page itself shows.
 
-Check = "Callable[[list[Any]], Awaitable[None]]"
-CHECKS: dict[str, Any] = {}
-GIVEN: dict[str, dict[str, Any]] = {}
+CHECKS: dict[str, Callable[[list[Any]], Awaitable[None]]] = {}
 
 
-def check(page: str, **given: Any) -> Any:
-    """Hold the apps of a page to what the page says of them; its blocks find `given` there."""
+def check(page: str) -> Callable[[Callable[[list[Any]], Awaitable[None]]], None]:
+    return lambda function: CHECKS.update({page: function})
 
-    def decorate(function: Any) -> Any:
-        CHECKS[page] = function
-        GIVEN[page] = given
-        return function
 
-    return decorate
+@check("README.md")
+async def _(apps: list[Any]) -> None:
+    alone, around, fastapi, channels = apps
+    async with open_stream(alone, "/ticks", headers={"Last-Event-ID": "41"}) as stream:
+        event = await stream.receive()
+        assert (event.event, event.id, event.data) == ("tick", "42", '{"tick":42}')
+    async with open_stream(alone, "/ticks", headers={"Last-Event-ID": "x"}) as stream:
+        assert stream.status == 400
+    async with open_stream(alone, "/answers/small", method="POST", body=b"hi") as stream:
+        assert [event.data async for event in stream] == ["You", "said:", "hi", "[DONE]"]
+    async with open_stream(around, "/more/ticks") as stream:
+        assert (await stream.receive()).id == "1"
+    async with open_stream(around, "/ticks") as stream:  # of the app around which it is
+        assert (await stream.receive()).id == "1"
+    async with open_stream(fastapi, "/events") as stream:
+        assert [event.data async for event in stream] == ["hello"]
+    async with open_stream(channels, "/news") as stream:
+        async with open_stream(channels, "/say", method="POST", body=b"rain") as said:
+            assert said.status == 204
+        assert (await stream.receive()).data == "rain"
+
+
+@check("guides/broadcast.md")
+async def _(apps: list[Any]) -> None:
+    channels, rights = apps
+    async with open_stream(channels, "/orders") as stream:
+        async with open_stream(channels, "/order") as order:
+            assert order.status == 204
+        event = await stream.receive()
+        assert (event.event, event.data) == ("order", '{"state":"paid"}')
+    async with open_stream(rights, "/events/user.ann", headers={"Cookie": "session=secret"}) as stream:
+        assert (await stream.receive()).data == '{"of":"user.ann"}'
+    for path, cookie, status in (
+        ("/events/user.bob", "session=secret", 403),
+        ("/events/user.ann", "session=none", 403),
+        ("/mine", "session=secret", 200),
+    ):
+        async with open_stream(rights, path, headers={"Cookie": cookie}) as stream:
+            assert stream.status == status
+
+
+@check("guides/resume.md")
+async def _(apps: list[Any]) -> None:
+    rows, prices = apps
+    for last, status in (("3", 200), ("5", 204), ("x", 400)):
+        async with open_stream(rows, "/rows", headers={"Last-Event-ID": last}) as stream:
+            assert stream.status == status
+            if status == 200:
+                assert [event.id async for event in stream] == ["4", "5"]
+    for last, reason in (("x", "unknown"), ("0-1", "epoch")):
+        async with open_stream(prices, "/events", headers={"Last-Event-ID": last}) as stream:
+            event = await stream.receive()
+            assert (event.event, event.data) == ("reset", f'{{"reason":"{reason}"}}')
+    async with open_stream(prices, "/events") as stream:
+        for _ in range(2):
+            async with open_stream(prices, "/change"):
+                pass
+        first = (await stream.receive()).id
+    for _ in range(4):
+        async with open_stream(prices, "/change"):
+            pass
+    async with open_stream(prices, "/events", headers={"Last-Event-ID": str(first)}) as stream:
+        assert (await stream.receive()).data == '{"reason":"expired"}'
+
+
+@check("guides/tokens.md")
+async def _(apps: list[Any]) -> None:
+    answer, chat, again = apps
+    for body in (b"{}", b"{", b'{"prompt": ""}'):
+        async with open_stream(answer, "/answer", method="POST", body=body) as stream:
+            assert stream.status in {400, 422}
+    async with open_stream(chat, "/ask", method="POST", body=b'{"prompt": "hi"}') as asked:
+        channel = json.loads(await asked.read())["channel"]
+    async with open_stream(chat, f"/cancel?channel={channel}", method="POST") as cancelled:
+        assert json.loads(await cancelled.read()) == {"outcome": "cancelled"}
+    async with open_stream(chat, f"/answers?channel={channel}") as stream:
+        assert [event.data async for event in stream][-1] == '{"reason":"cancelled"}'
+    async with open_stream(chat, "/cancel?channel=answer/none", method="POST") as cancelled:
+        assert cancelled.status == 404
+    async with open_stream(again, "/ask/42", method="POST", body=b"a b") as stream:
+        events = [event.data async for event in stream]
+        assert events[-1] == '{"reason":"finished"}'
+        last = stream.last_event_id
+    async with open_stream(again, "/ask/42", method="POST", body=b"something else") as stream:
+        assert [event.data async for event in stream] == events
+    async with open_stream(again, "/runs?channel=chat/42") as stream:
+        assert [event.data async for event in stream] == events
+    async with open_stream(again, "/runs?channel=chat/42", headers={"Last-Event-ID": last}) as stream:
+        assert stream.status == 204
+
+
+@check("guides/frameworks.md")
+async def _(apps: list[Any]) -> None:
+    for app, path in zip(apps, ("/yielded", *("/hello?name=Ann",) * 3), strict=True):
+        async with open_stream(app, path) as stream:
+            assert [event.data async for event in stream] == ["hello" if path == "/yielded" else "hello Ann"]
+    async with open_stream(apps[-1], "/sse/news") as stream:
+        assert stream.status == 200
+
+
+@check("guides/scale.md")
+async def _(apps: list[Any]) -> None:
+    async with open_stream(apps[0], "/news") as stream:  # in memory, as long as there is no URL
+        assert stream.status == 200
+
+
+@check("guides/stop.md")
+async def _(apps: list[Any]) -> None:
+    _, probed = apps
+    for path in ("/ready", "/live"):
+        async with open_stream(probed, path) as stream:
+            assert stream.status == (503 if path == "/ready" else 200)  # the page's own test has drained it
+    async with open_stream(probed, "/ticks") as stream:  # who comes meanwhile
+        assert stream.status == 200
+        assert [event async for event in stream] == []
+        assert stream.complete
+        assert 1000 <= (stream.retry or 0) <= 5000
 
 
 @pytest.fixture
@@ -135,18 +247,19 @@ def page_module(tmp_path: Path) -> Iterator[ModuleType]:
 def test_python(page: Path, page_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = [block for block in BLOCKS[page] if block.language == "python"]
     for block in blocks:
-        block.compiled()
+        block.compiled()  # of those that are not run too
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     names = vars(page_module)
-    names |= GIVEN.get(name_of(page), {})
-    apps, tests = [], {}
+    apps: list[Any] = []
+    tests: dict[str, Any] = {}
     for block in blocks:
         if block.command == "not run" or block.is_module:
             continue
-        if block.title:
-            (tmp_path / block.title).write_text(block.text)
         before = names.get("app")
+        if block.title:  # a file of its own, which changes nothing for those before it
+            (tmp_path / block.title).write_text(block.text)
+            names = dict(names)
         exec(block.compiled(), names)
         if names.get("app") is not before:
             apps.append(names["app"])
@@ -257,7 +370,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_the_options_table_names_each_default() -> None:
     defaults = StreamOptions()
-    rows = re.findall(r"^\| `(\w+)` \| (\S+)", (PAGES / "reference/response.md").read_text(), re.MULTILINE)
+    _, options = (PAGES / "reference/response.md").read_text().split("## Options")
+    rows = re.findall(r"^\| `(\w+)` \| (\S+)", options, re.MULTILINE)
     assert len(rows) == 8
     for name, shown in rows:
         value = getattr(defaults, name)
@@ -265,6 +379,24 @@ def test_the_options_table_names_each_default() -> None:
     documented = inspect.getdoc(asgi_sse.EventSourceResponse) or ""
     for field in fields(StreamOptions):
         assert f"{field.name}:" in documented
+
+
+def test_the_clocks_of_the_deployment_fit() -> None:
+    """What the page on Kubernetes says of its manifest, and of the defaults."""
+    blocks = BLOCKS[PAGES / "guides/stop.md"]
+    (manifest,) = (block for block in blocks if block.language == "yaml")
+    pod = yaml.safe_load(manifest.text)["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    waits = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    server = int(container["command"][container["command"].index("--timeout-graceful-shutdown") + 1])
+    drain = inspect.signature(asgi_sse.StreamRegistry).parameters["drain_timeout"].default
+    grace = inspect.signature(asgi_sse.Broker).parameters["run_grace"].default
+    assert f"drain_timeout={drain:g}" in "".join(block.text for block in blocks)
+    assert grace <= drain < server  # the server cuts nothing that is in order
+    assert pod["terminationGracePeriodSeconds"] > waits + server  # nor does the cluster
+    python = "".join(block.text for block in blocks if block.language == "python")
+    for probe in ("readinessProbe", "livenessProbe"):
+        assert f'"{container[probe]["httpGet"]["path"]}"' in python
 
 
 def test_the_architecture_names_every_room() -> None:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -45,7 +46,7 @@ def nginx(directory: Path, port: int, upstream: int, settings: str) -> list[str]
     places = "".join(f"{kind}_temp_path {directory}/{kind};\n" for kind in kinds)
     server = with_ports(settings, "listen 80;", f"listen 127.0.0.1:{port};", upstream)
     (directory / "nginx.conf").write_text(
-        f"daemon off;\npid {directory}/pid;\nerror_log {directory}/error.log;\nevents {{}}\n"
+        f"daemon off;\nworker_shutdown_timeout 1s;\npid {directory}/pid;\nerror_log {directory}/error.log;\nevents {{}}\n"
         f"http {{\naccess_log off;\n{places}{server}}}\n"
     )
     return [binary, "-p", str(directory), "-e", f"{directory}/error.log", "-c", f"{directory}/nginx.conf"]
@@ -81,7 +82,8 @@ GOOD: dict[str, Proxy] = {
 class Client:
     """A client of one address."""
 
-    def __init__(self, port: int, timeout: float = ENOUGH) -> None:
+    def __init__(self, port: int, timeout: float = ENOUGH, server: subprocess.Popen[bytes] | None = None) -> None:
+        self.server = server
         self.http = httpx.Client(
             base_url=f"http://127.0.0.1:{port}",
             timeout=timeout,
@@ -133,13 +135,16 @@ def app(port: int, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @contextmanager
-def proxied(proxy: Proxy, upstream: int, directory: Path, **client: float) -> Iterator[Client]:
+def proxied(proxy: Proxy, upstream: int, directory: Path, timeout: float = ENOUGH) -> Iterator[Client]:
     make, settings = proxy
     port = free_port()
     places = {"XDG_CONFIG_HOME": str(directory), "XDG_DATA_HOME": str(directory)}  # of Caddy
     arguments = make(directory, port, upstream, settings())
-    with serving(arguments, port, directory / "proxy.log", variables=places), Client(port, **client) as the_client:
-        yield the_client
+    with (
+        serving(arguments, port, directory / "proxy.log", variables=places) as server,
+        Client(port, timeout, server) as client,
+    ):
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +246,20 @@ def test_comments_keep_a_quiet_stream_open(upstream: int, tmp_path: Path) -> Non
     with proxied(hasty, upstream, tmp_path) as client, ThreadPoolExecutor() as pool:
         for done in [pool.submit(with_ping), pool.submit(without)]:
             done.result()
+
+
+def test_nginx_is_told_to_read_its_settings_again(upstream: int, direct: Client, tmp_path: Path) -> None:
+    with proxied(PAGE_NGINX, upstream, tmp_path) as client:
+        assert client.server is not None
+        with client.events("/events/of/reload") as events:
+            direct.publish("reload", "one")
+            first = next(events)
+            client.server.send_signal(signal.SIGHUP)
+            with pytest.raises(httpx.RemoteProtocolError, match="incomplete"):  # after worker_shutdown_timeout
+                next(events)
+        direct.publish("reload", "missed")
+        with client.events("/events/of/reload", headers={"Last-Event-ID": str(first.id)}) as events:
+            assert next(events).data == "missed"
 
 
 @pytest.mark.parametrize("name", ["nginx", "caddy"])
