@@ -46,8 +46,8 @@ def nginx(directory: Path, port: int, upstream: int, settings: str) -> list[str]
     places = "".join(f"{kind}_temp_path {directory}/{kind};\n" for kind in kinds)
     server = with_ports(settings, "listen 80;", f"listen 127.0.0.1:{port};", upstream)
     (directory / "nginx.conf").write_text(
-        f"daemon off;\nworker_shutdown_timeout 1s;\npid {directory}/pid;\nerror_log {directory}/error.log;\nevents {{}}\n"
-        f"http {{\naccess_log off;\n{places}{server}}}\n"
+        f"daemon off;\nworker_shutdown_timeout 1s;\npid {directory}/pid;\nerror_log {directory}/error.log;\n"
+        f"events {{}}\nhttp {{\naccess_log off;\n{places}{server}}}\n"
     )
     return [binary, "-p", str(directory), "-e", f"{directory}/error.log", "-c", f"{directory}/nginx.conf"]
 
