@@ -8,6 +8,8 @@ it is run:
     ``text`` block right behind has is what comes out, in that order; ``…`` stands for anything.
 ``<!-- run: browser -->``: of ``js``: run in Chromium, on a page of the server that runs; the same with what it logs.
 ``<!-- not run: REASON -->``: it cannot be run here.
+
+What installs packages needs no mark: it is not run, but has to name extras that there are.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
 ROOT = HERE.parent
 PAGES = ROOT / "docs/pages"
 ENOUGH = 20.0  # seconds for any one thing; none of them waits for it to pass
-SERVERS = {"uvicorn", "hypercorn", "granian"}
+SERVERS = ("uvicorn", "hypercorn", "granian", "asgi-sse serve", "asgi-sse demo")
+ENDLESS = ("curl -N", "asgi-sse tail")
 
 _FENCE = re.compile(r"^( *)```(\w*)(.*)$")
 _COMMENT = re.compile(r"^ *<!-- (.+) -->$")
@@ -63,6 +66,11 @@ class Block:
     def is_module(self) -> bool:
         """Whether it is a file in a package: that is run by who imports it, not as a part of the page."""
         return self.language == "python" and "/" in self.title
+
+    @property
+    def installs(self) -> bool:
+        """Whether it does nothing but install packages."""
+        return self.language == "sh" and all(line.startswith("pip install ") for line in self.text.splitlines())
 
     def compiled(self) -> Any:
         """Its code, of which tracebacks name the page and the line."""
@@ -174,7 +182,7 @@ class Session:
         while "=" in words[0]:
             name, value = words.pop(0).split("=", 1)
             variables[name] = value
-        if words[0] in SERVERS:
+        if " ".join(words).startswith(SERVERS):
             self._serve(words, variables)
             return None
         for port, actual in self._ports.items():
@@ -185,14 +193,14 @@ class Session:
         process = subprocess.Popen(
             ["sh", "-c", line if words[0] != "curl" else f"exec {line}"],
             cwd=self._directory,
-            env={**environment(), **variables, "PATH": path, "PYTHONWARNINGS": "ignore"},
+            env={**environment(), "PYTHONWARNINGS": "ignore", **variables, "PATH": path},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
         output = Output(process)
         self._stack.callback(output.close)
-        if words[0] == "curl" and "-N" in words:
+        if " ".join(words).startswith(ENDLESS):
             assert output.wait_for(lambda text: "\n" in text), f"{block}: {line}: nothing comes"
         else:
             assert process.wait(ENOUGH) == 0, f"{block}: {line}: status {process.returncode}: {output.text}"
@@ -200,6 +208,7 @@ class Session:
 
     def _serve(self, words: list[str], variables: dict[str, str]) -> None:
         module, *arguments = words
+        module = module.replace("-", "_")
         wanted = re.search(r"(?:--port[ =]|--bind[ =]\S*:)(\d+)", " ".join(words))
         port = free_port()
         self._ports[wanted[1] if wanted else "8000"] = port

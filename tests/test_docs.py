@@ -68,8 +68,13 @@ def test_each_block_is_run_or_says_why_not(page: Path) -> None:
             assert len(block.mark.removeprefix("not run:").split()) >= 2, f"{block}: say why it is not run"
         elif block.command == "command":
             assert page.name == "README.md", f"{block}: who runs it?"
+        elif block.installs:
+            project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+            named = {extra for extras in re.findall(r"asgi-sse\[(.*?)\]", block.text) for extra in extras.split(",")}
+            assert named <= set(project["optional-dependencies"]), f"{block}: there are no such extras"
         elif block.language == "sh":
-            assert block.mark == "run", f"{block}: is it run? {block.mark!r}"
+            how = "<!-- run -->, or <!-- not run: REASON -->"
+            assert block.mark == "run", f"{block}: say above it how it is run: {how}"
         elif block.language == "js":
             assert block.mark in {"", "run: browser"}, f"{block}: how is it run? {block.mark!r}"
         elif block.language in RUN_ELSEWHERE:
