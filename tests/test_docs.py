@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -371,6 +372,30 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert there.exists(), f"{name_of(page)}: {target}"
         if anchor and there.suffix == ".md":
             assert anchor in anchors_of(there), f"{name_of(page)}: {target}"
+
+
+def test_the_site_has_every_page() -> None:
+    def files(item: Any) -> Iterator[str]:
+        if isinstance(item, str):
+            yield item
+        else:
+            for inner in item.values() if isinstance(item, dict) else item:
+                yield from files(inner)
+
+    nav = yaml.safe_load((ROOT / "docs/mkdocs.yml").read_text())["nav"]
+    assert sorted(files(nav)) == sorted(str(page.relative_to(PAGES)) for page in PAGES.rglob("*.md"))
+
+
+@pytest.mark.parametrize("page", [page for page in ALL if page.read_text().startswith("<!-- include")], ids=name_of)
+def test_included_pages_have_links_of_the_site(page: Path) -> None:
+    hook = runpy.run_path(str(ROOT / "docs/include.py"))["on_page_markdown"]
+    file = SimpleNamespace(src_path=str(page.relative_to(PAGES)))
+    text = hook(page.read_text(), page=SimpleNamespace(file=file))
+    assert len(text) > 100
+    text = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\((?!https?:|#)([^)\s#]+)", text):
+        assert (page.parent / target).resolve().is_relative_to(PAGES), target
+        assert (page.parent / target).exists(), target
 
 
 def test_the_options_table_names_each_default() -> None:

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import httpx
 import pytest
+from pages import Browser
 from serving import HERE, address, free_port, serving
 
 from asgi_sse import EventDecoder, ServerSentEvent
@@ -246,6 +247,31 @@ def test_comments_keep_a_quiet_stream_open(upstream: int, tmp_path: Path) -> Non
     with proxied(hasty, upstream, tmp_path) as client, ThreadPoolExecutor() as pool:
         for done in [pool.submit(with_ping), pool.submit(without)]:
             done.result()
+
+
+def test_a_browser_comes_back_when_the_app_was_away(tmp_path: Path) -> None:
+    if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
+        pytest.skip("no Chromium is installed")
+    pytest.importorskip("playwright")
+    hasty: Proxy = (nginx, lambda: settings_of_the_page("nginx").replace("retry: 3000", "retry: 100"))
+    script = """
+        const source = new EventSource("events/quiet?ping=15");
+        source.onerror = () => console.log("comes back", source.readyState === EventSource.CONNECTING);
+        source.onmessage = (event) => { console.log(event.data); source.close(); };
+    """
+    port = free_port()
+    with ExitStack() as stack, proxied(hasty, port, tmp_path) as client:
+        browser = Browser(stack)
+
+        def enough(logged: list[str]) -> bool:
+            if logged.count("comes back true") == 2 and not started:  # twice: it is not by chance
+                started.append(stack.enter_context(app(port, tmp_path)))
+            return "that is all" in logged
+
+        started: list[object] = []
+        logged = browser.run(script, str(client.http.base_url), enough)
+        assert {*logged} <= {"comes back true", "that is all"}
+        assert logged[-1] == "that is all"
 
 
 def test_nginx_is_told_to_read_its_settings_again(upstream: int, direct: Client, tmp_path: Path) -> None:
