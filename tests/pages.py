@@ -6,6 +6,7 @@ it is run:
 ``<!-- run -->``: of ``sh``: its lines are run, in a directory of the page's own, where blocks with a ``title="app.py"``
     have become files. Servers listen elsewhere than at port 8000, ``curl -N`` goes on in the background, and what a
     ``text`` block right behind has is what comes out, in that order; ``…`` stands for anything.
+``<!-- run: to the end -->``: the same, but what comes out when the servers stop counts too.
 ``<!-- run: browser -->``: of ``js``: run in Chromium, on a page of the server that runs; the same with what it logs.
 ``<!-- not run: REASON -->``: it cannot be run here.
 
@@ -152,7 +153,6 @@ class Session:
         self._variables: dict[str, str] = {}
         self._ports: dict[str, int] = {}
         self._servers: list[tuple[subprocess.Popen[bytes], Path]] = []
-        self._outputs: list[Output] = []
         self._waiting: list[tuple[Block, str, list[Output]]] = []
         self.origin = ""
 
@@ -217,7 +217,7 @@ class Session:
         kept = [
             word
             for before, word in zip(words, arguments, strict=False)
-            if not {before, word} & {"--port", "--host", "--bind"}
+            if not {before, word.partition("=")[0]} & {"--port", "--host", "--bind"}
         ]
         command = [sys.executable, "-m", module, *kept, *address(module, port)]
         variables = {**variables, "PYTHONPATH": f"{self._directory}:{environment()['PYTHONPATH']}"}
@@ -230,18 +230,22 @@ class Session:
 
     def finish(self) -> None:
         """Wait for what was expected, and end the servers, with streams open."""
-        deadline = time.monotonic() + ENOUGH
-        for block, expected, outputs in self._waiting:
-            while not in_order(expected, said := "".join(output.text for output in outputs)):
-                more = time.monotonic() < deadline and not all(output.ended for output in outputs)
-                assert more, f"{block}: expected\n{expected}\nbut there was\n{said}"
-                time.sleep(0.02)
+        self._expect([waiting for waiting in self._waiting if waiting[0].mark == "run"])
         for process, log in self._servers:
             process.terminate()
             process.wait(ENOUGH)
             text = log.read_text()
             # uvicorn itself leaves a socket to the end of its process: no ResourceWarning
             assert not re.search(r"ERROR|Traceback|RuntimeWarning", text), text
+        self._expect(self._waiting)
+
+    def _expect(self, what: list[tuple[Block, str, list[Output]]]) -> None:
+        deadline = time.monotonic() + ENOUGH
+        for block, expected, outputs in what:
+            while not in_order(expected, said := "".join(output.text for output in outputs)):
+                more = time.monotonic() < deadline and not all(output.ended for output in outputs)
+                assert more, f"{block}: expected\n{expected}\nbut there was\n{said}"
+                time.sleep(0.02)
 
 
 @contextmanager

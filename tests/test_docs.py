@@ -75,7 +75,7 @@ def test_each_block_is_run_or_says_why_not(page: Path) -> None:
             assert named <= set(project["optional-dependencies"]), f"{block}: there are no such extras"
         elif block.language == "sh":
             how = "<!-- run -->, or <!-- not run: REASON -->"
-            assert block.mark == "run", f"{block}: say above it how it is run: {how}"
+            assert block.mark in {"run", "run: to the end"}, f"{block}: say above it how it is run: {how}"
         elif block.language == "js":
             assert block.mark in {"", "run: browser"}, f"{block}: how is it run? {block.mark!r}"
         elif block.language in RUN_ELSEWHERE:
@@ -326,7 +326,7 @@ def test_commands(page: Path, tmp_path: Path, browser: Callable[[], Browser]) ->
             expected = behind.text if behind is not None and behind.language == "text" else ""
             if block.title:
                 reader.write(block)
-            if block.mark == "run":
+            if block.mark in {"run", "run: to the end"}:
                 reader.run(block, expected)
             elif block.mark == "run: browser":
 
@@ -339,7 +339,7 @@ def test_commands(page: Path, tmp_path: Path, browser: Callable[[], Browser]) ->
 
 def engines_for(page: Path, stack: ExitStack, directory: Path) -> dict[str, str]:
     """Engines in place of those that the page's commands name."""
-    text = re.sub("#.*", "", "".join(block.text for block in BLOCKS[page] if block.mark == "run"))
+    text = re.sub("#.*", "", "".join(block.text for block in BLOCKS[page] if block.command == "run"))
     replaced = {}
     for url, kind in {"redis://localhost:6379/0": "Valkey", "nats://localhost:4222": "Nats"}.items():
         if url in text:
