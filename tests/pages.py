@@ -172,9 +172,12 @@ class Session:
     def _run(self, line: str, block: Block) -> Output | None:
         for old, new in self._replaced.items():
             line = line.replace(old, new)
+        line = re.sub(r"^python -m asgi_sse\b", "asgi-sse", line)
         words = shlex.split(line, comments=True)
-        if not words:
+        if not words or words[:2] == ["pip", "install"]:
             return None
+        if words[0] == "asgi-sse" and (len(words) == 1 or words[1].startswith("--")):
+            words.insert(1, "demo")
         if words[0] == "export":
             self._variables |= dict(word.split("=", 1) for word in words[1:])
             return None
@@ -188,7 +191,7 @@ class Session:
         for port, actual in self._ports.items():
             line = line.replace(f":{port}", f":{actual}")
         line = re.sub(r"\bcurl ", "curl -sS ", line)  # without its progress
-        line = re.sub(r"^asgi-sse ", "python -m asgi_sse ", line)  # it may not be installed
+        line = re.sub(r"\basgi-sse ", "python -m asgi_sse ", line)  # it may not be installed
         path = f"{Path(sys.executable).parent}:{environment()['PATH']}"
         process = subprocess.Popen(
             ["sh", "-c", line if words[0] != "curl" else f"exec {line}"],
