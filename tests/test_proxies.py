@@ -3,6 +3,7 @@
 import re
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any, Self
 
 import httpx
 import pytest
+import trustme
 from pages import Browser
 from serving import HERE, address, free_port, serving
 
@@ -272,6 +274,49 @@ def test_a_browser_comes_back_when_the_app_was_away(tmp_path: Path) -> None:
         logged = browser.run(script, str(client.http.base_url), enough)
         assert {*logged} <= {"comes back true", "that is all"}
         assert logged[-1] == "that is all"
+
+
+def test_more_streams_than_a_browser_has_connections(upstream: int, direct: Client, tmp_path: Path) -> None:
+    """Over HTTP/2 all of them are in one."""
+
+    def nginx_with_tls(directory: Path, port: int, upstream: int, settings: str) -> list[str]:
+        certificate = authority.issue_cert("127.0.0.1")
+        certificate.private_key_and_cert_chain_pem.write_to_path(str(directory / "both.pem"))
+        arguments = nginx(directory, port, upstream, settings)
+        conf = (directory / "nginx.conf").read_text()
+        (directory / "nginx.conf").write_text(
+            conf.replace(
+                f"listen 127.0.0.1:{port};",
+                f"listen 127.0.0.1:{port} ssl http2; ssl_certificate both.pem; ssl_certificate_key both.pem;",
+            )
+        )
+        return arguments
+
+    authority = trustme.CA()
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    with proxied((nginx_with_tls, PAGE_NGINX[1]), upstream, tmp_path) as client, ExitStack() as streams:
+        http = httpx.Client(
+            base_url=str(client.http.base_url).replace("http:", "https:"),
+            http2=True,
+            verify=context,
+            trust_env=False,
+            timeout=ENOUGH,
+            limits=httpx.Limits(max_connections=1),
+        )
+        streams.enter_context(http)
+        bodies = []
+        for _ in range(10):
+            response = streams.enter_context(http.stream("GET", "/events/of/h2"))
+            assert response.http_version == "HTTP/2"
+            bodies.append(response.iter_bytes())
+        direct.publish("h2", "for all of them")
+        for body in bodies:
+            received = b""
+            while b"data: for all of them" not in received:
+                received += next(body)
+        assert direct.readers("h2") == "10"
+    direct.wait_until_nobody_reads("h2")
 
 
 def test_nginx_is_told_to_read_its_settings_again(upstream: int, direct: Client, tmp_path: Path) -> None:
