@@ -325,6 +325,8 @@ def browser() -> Iterator[Callable[[], Browser]]:
 
 @pages_with("sh", mark="run")
 def test_commands(page: Path, tmp_path: Path, browser: Callable[[], Browser]) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
     blocks = BLOCKS[page]
     with ExitStack() as engines, session(tmp_path, engines_for(page, engines, tmp_path)) as reader:
         for block, behind in zip(blocks, [*blocks[1:], None], strict=True):
