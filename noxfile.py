@@ -37,7 +37,7 @@ COMPRESSORS = {  # by Starlette and Django, whose versions exclude each other
     "django-6.0": ["django==6.0.10"],
     "django-5.2": ["django==5.2.19"],
 }  # fmt: skip
-FILES = ["asgi_sse", "tests", "examples", "benchmarks", "conftest.py", "noxfile.py"]
+FILES = ["asgi_sse", "tests", "examples", "benchmarks", "docs", "conftest.py", "noxfile.py"]
 
 
 @nox.session(python=PYTHONS)
@@ -157,6 +157,15 @@ def compressors(session: nox.Session, packages: list[str]) -> None:
     """Every compressor, in the versions that differ; the tests run a sample."""
     session.install("-e", ".[test]", *packages)
     session.run("python", "-m", "pytest", "-rP", "tests/test_compressors.py", env={"ASGI_SSE_COMPRESSORS": "full"})
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The site of the documentation, in build/site; a warning is an error."""
+    session.install("-e", ".[docs,redis,nats]", *FRAMEWORKS[:5])  # whose adapters the reference reads
+    session.run(
+        "mkdocs", "build", "--strict", "--quiet", "--config-file", "docs/mkdocs.yml", env={"NO_MKDOCS_2_WARNING": "1"}
+    )
 
 
 @nox.session

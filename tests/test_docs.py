@@ -1,0 +1,454 @@
+"""The documentation is true: each of its code blocks is run, or says why it cannot be; links lead somewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tomllib
+from contextlib import ExitStack
+from dataclasses import fields
+from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from pages import ENOUGH, PAGES, ROOT, Block, Browser, in_order, read_blocks, session
+from serving import environment
+
+import asgi_sse
+from asgi_sse.options import StreamOptions
+from asgi_sse.testing import open_stream
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+if not PAGES.exists():
+    pytest.skip("the tree is not beside the tests", allow_module_level=True)
+
+yaml: Any = import_module("yaml")  # which uvicorn[standard] needs too
+
+ALL = [ROOT / "README.md", ROOT / "MIGRATING.md", *sorted(PAGES.rglob("*.md"))]
+BLOCKS = {page: read_blocks(page) for page in ALL}
+RUN_ELSEWHERE = {  # by which test
+    "nginx": ("docs/pages/guides/proxies.md", "test_proxies.py"),
+    "caddyfile": ("docs/pages/guides/proxies.md", "test_proxies.py"),
+}
+NOTHING_TO_RUN = {"", "text", "diff"}
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT)).removeprefix("docs/pages/")
+
+
+def pages_with(*languages: str, mark: str = "") -> pytest.MarkDecorator:
+    """The pages that have blocks of a language, as parameters."""
+    found = [
+        page
+        for page, blocks in BLOCKS.items()
+        if any(block.language in languages and block.command.startswith(mark) for block in blocks)
+    ]
+    return pytest.mark.parametrize("page", found, ids=name_of)
+
+
+@pytest.mark.parametrize("page", ALL, ids=name_of)
+def test_each_block_is_run_or_says_why_not(page: Path) -> None:
+    blocks = BLOCKS[page]
+    for number, block in enumerate(blocks):
+        if block.language in NOTHING_TO_RUN:
+            assert not block.mark, f"{block}: there is nothing to run"
+        elif block.command == "not run":
+            assert len(block.mark.removeprefix("not run:").split()) >= 2, f"{block}: say why it is not run"
+        elif block.command == "command":
+            assert page.name == "README.md", f"{block}: who runs it?"
+        elif block.installs:
+            project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+            named = {extra for extras in re.findall(r"asgi-sse\[(.*?)\]", block.text) for extra in extras.split(",")}
+            assert named <= set(project["optional-dependencies"]), f"{block}: there are no such extras"
+        elif block.language == "sh":
+            how = "<!-- run -->, or <!-- not run: REASON -->"
+            assert block.mark in {"run", "run: to the end"}, f"{block}: say above it how it is run: {how}"
+        elif block.language == "js":
+            assert block.mark in {"", "run: browser"}, f"{block}: how is it run? {block.mark!r}"
+        elif block.language in RUN_ELSEWHERE:
+            assert name_of(page) == name_of(ROOT / RUN_ELSEWHERE[block.language][0]), f"{block}: who runs it?"
+        elif block.is_module:
+            later = blocks[number + 1 :]
+            assert any(other.command == "run" for other in later), f"{block}: nobody imports it"
+        else:
+            assert block.language in {"python", "yaml", "toml", "json"}, (
+                f"{block}: {block.language!r} is not known here"
+            )
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        block
+        for blocks in BLOCKS.values()
+        for block in blocks
+        if block.language in {"yaml", "toml", "json", "js"} and not block.mark
+    ],
+    ids=str,
+)
+def test_it_can_be_parsed(block: Block) -> None:
+    if block.language == "yaml":
+        assert all(yaml.safe_load_all(block.text))
+    elif block.language == "toml":
+        assert tomllib.loads(block.text)
+    elif block.language == "json":
+        json.loads(block.text)
+    elif (node := shutil.which("node")) is None:
+        pytest.skip("node is not installed")
+    else:
+        subprocess.run(
+            [node, "--input-type=module", "--check"], input=block.text, text=True, check=True, timeout=ENOUGH
+        )
+
+
+# What the apps of a page, in the order in which its blocks make them, do beyond what the page itself shows.
+
+CHECKS: dict[str, Callable[[list[Any]], Awaitable[None]]] = {}
+
+
+def check(page: str) -> Callable[[Callable[[list[Any]], Awaitable[None]]], None]:
+    return lambda function: CHECKS.update({page: function})
+
+
+@check("README.md")
+async def _(apps: list[Any]) -> None:
+    alone, around, fastapi, channels = apps
+    async with open_stream(alone, "/ticks", headers={"Last-Event-ID": "41"}) as stream:
+        event = await stream.receive()
+        assert (event.event, event.id, event.data) == ("tick", "42", '{"tick":42}')
+    async with open_stream(alone, "/ticks", headers={"Last-Event-ID": "x"}) as stream:
+        assert stream.status == 400
+    async with open_stream(alone, "/answers/small", method="POST", body=b"hi") as stream:
+        assert [event.data async for event in stream] == ["You", "said:", "hi", "[DONE]"]
+    async with open_stream(around, "/more/ticks") as stream:
+        assert (await stream.receive()).id == "1"
+    async with open_stream(around, "/ticks") as stream:  # of the app around which it is
+        assert (await stream.receive()).id == "1"
+    async with open_stream(fastapi, "/events") as stream:
+        assert [event.data async for event in stream] == ["hello"]
+    async with open_stream(channels, "/news") as stream:
+        async with open_stream(channels, "/say", method="POST", body=b"rain") as said:
+            assert said.status == 204
+        assert (await stream.receive()).data == "rain"
+
+
+@check("guides/broadcast.md")
+async def _(apps: list[Any]) -> None:
+    channels, rights = apps
+    async with open_stream(channels, "/orders") as stream:
+        async with open_stream(channels, "/order") as order:
+            assert order.status == 204
+        event = await stream.receive()
+        assert (event.event, event.data) == ("order", '{"state":"paid"}')
+    async with open_stream(rights, "/events/user.ann", headers={"Cookie": "session=secret"}) as stream:
+        assert (await stream.receive()).data == '{"of":"user.ann"}'
+    for path, cookie, status in (
+        ("/events/user.bob", "session=secret", 403),
+        ("/events/user.ann", "session=none", 403),
+        ("/mine", "session=secret", 200),
+    ):
+        async with open_stream(rights, path, headers={"Cookie": cookie}) as stream:
+            assert stream.status == status
+
+
+@check("guides/resume.md")
+async def _(apps: list[Any]) -> None:
+    rows, prices = apps
+    for last, status in (("3", 200), ("5", 204), ("x", 400)):
+        async with open_stream(rows, "/rows", headers={"Last-Event-ID": last}) as stream:
+            assert stream.status == status
+            if status == 200:
+                assert [event.id async for event in stream] == ["4", "5"]
+    for last, reason in (("x", "unknown"), ("0-1", "epoch")):
+        async with open_stream(prices, "/events", headers={"Last-Event-ID": last}) as stream:
+            event = await stream.receive()
+            assert (event.event, event.data) == ("reset", f'{{"reason":"{reason}"}}')
+    async with open_stream(prices, "/events") as stream:
+        for _ in range(2):
+            async with open_stream(prices, "/change"):
+                pass
+        first = (await stream.receive()).id
+    for _ in range(4):
+        async with open_stream(prices, "/change"):
+            pass
+    async with open_stream(prices, "/events", headers={"Last-Event-ID": str(first)}) as stream:
+        assert (await stream.receive()).data == '{"reason":"expired"}'
+
+
+@check("guides/tokens.md")
+async def _(apps: list[Any]) -> None:
+    answer, chat, again = apps
+    for body in (b"{}", b"{", b'{"prompt": ""}'):
+        async with open_stream(answer, "/answer", method="POST", body=body) as stream:
+            assert stream.status in {400, 422}
+    async with open_stream(chat, "/ask", method="POST", body=b'{"prompt": "hi"}') as asked:
+        channel = json.loads(await asked.read())["channel"]
+    async with open_stream(chat, f"/cancel?channel={channel}", method="POST") as cancelled:
+        assert json.loads(await cancelled.read()) == {"outcome": "cancelled"}
+    async with open_stream(chat, f"/answers?channel={channel}") as stream:
+        assert [event.data async for event in stream][-1] == '{"reason":"cancelled"}'
+    async with open_stream(chat, "/cancel?channel=answer/none", method="POST") as cancelled:
+        assert cancelled.status == 404
+    async with open_stream(again, "/ask/42", method="POST", body=b"a b") as stream:
+        events = [event.data async for event in stream]
+        assert events[-1] == '{"reason":"finished"}'
+        last = stream.last_event_id
+    async with open_stream(again, "/ask/42", method="POST", body=b"something else") as stream:
+        assert [event.data async for event in stream] == events
+    async with open_stream(again, "/runs?channel=chat/42") as stream:
+        assert [event.data async for event in stream] == events
+    async with open_stream(again, "/runs?channel=chat/42", headers={"Last-Event-ID": last}) as stream:
+        assert stream.status == 204
+
+
+@check("guides/frameworks.md")
+async def _(apps: list[Any]) -> None:
+    for app, path in zip(apps, ("/yielded", *("/hello?name=Ann",) * 3), strict=True):
+        async with open_stream(app, path) as stream:
+            assert [event.data async for event in stream] == ["hello" if path == "/yielded" else "hello Ann"]
+    async with open_stream(apps[-1], "/sse/news") as stream:
+        assert stream.status == 200
+
+
+@check("guides/scale.md")
+async def _(apps: list[Any]) -> None:
+    async with open_stream(apps[0], "/news") as stream:  # in memory, as long as there is no URL
+        assert stream.status == 200
+
+
+@check("guides/stop.md")
+async def _(apps: list[Any]) -> None:
+    _, probed = apps
+    for path in ("/ready", "/live"):
+        async with open_stream(probed, path) as stream:
+            assert stream.status == (503 if path == "/ready" else 200)  # the page's own test has drained it
+    async with open_stream(probed, "/ticks") as stream:  # who comes meanwhile
+        assert stream.status == 200
+        assert [event async for event in stream] == []
+        assert stream.complete
+        assert 1000 <= (stream.retry or 0) <= 5000
+
+
+@pytest.fixture
+def page_module(tmp_path: Path) -> Iterator[ModuleType]:
+    """A module in which a page is run: frameworks look annotations up there."""
+    module = ModuleType("page_of_the_documentation")
+    sys.modules[module.__name__] = module
+    yield module
+    del sys.modules[module.__name__]
+    for name, other in [*sys.modules.items()]:  # a page may import its own files
+        if str(getattr(other, "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+@pages_with("python")
+def test_python(page: Path, page_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = [block for block in BLOCKS[page] if block.language == "python"]
+    for block in blocks:
+        block.compiled()  # of those that are not run too
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = vars(page_module)
+    apps: list[Any] = []
+    tests: dict[str, Any] = {}
+    for block in blocks:
+        if block.command == "not run" or block.is_module:
+            continue
+        before = names.get("app")
+        if block.title:  # a file of its own, which changes nothing for those before it
+            (tmp_path / block.title).write_text(block.text)
+            names = dict(names)
+        exec(block.compiled(), names)
+        if names.get("app") is not before:
+            apps.append(names["app"])
+        tests |= {name: value for name, value in names.items() if name.startswith("test_") and callable(value)}
+    for test in tests.values():
+        if inspect.signature(test).parameters:  # of fixtures
+            run_by_pytest(page, tmp_path)
+        elif inspect.iscoroutinefunction(test):
+            run(test)
+        else:
+            test()
+    if name_of(page) in CHECKS:
+        run(CHECKS[name_of(page)], apps)
+
+
+def run(function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+    async def within_time() -> None:
+        async with asyncio.timeout(ENOUGH):
+            await function(*arguments)
+
+    asyncio.run(within_time())
+
+
+def run_by_pytest(page: Path, directory: Path) -> None:
+    blocks = [block for block in BLOCKS[page] if block.language == "python" and block.command != "not run"]
+    (directory / "test_page.py").write_text("\n".join(block.text for block in blocks if not block.is_module))
+    own = find_spec("asgi_sse.pytest_plugin") is not None
+    installed = any(point.value.startswith("asgi_sse") for point in entry_points(group="pytest11"))
+    plugin = ["-p", "asgi_sse.pytest_plugin"] if own and not installed else []
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:asyncio", *plugin, "."]
+    done = subprocess.run(
+        command, cwd=directory, env=environment(), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, f"{name_of(page)}:\n{done.stdout}"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Callable[[], Browser]]:
+    with ExitStack() as stack:
+        started: list[Browser] = []
+
+        def start() -> Browser:
+            if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
+                pytest.skip("no Chromium is installed")
+            pytest.importorskip("playwright")
+            if not started:
+                started.append(Browser(stack))
+            return started[0]
+
+        yield start
+
+
+@pages_with("sh", mark="run")
+def test_commands(page: Path, tmp_path: Path, browser: Callable[[], Browser]) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    blocks = BLOCKS[page]
+    with ExitStack() as engines, session(tmp_path, engines_for(page, engines, tmp_path)) as reader:
+        for block, behind in zip(blocks, [*blocks[1:], None], strict=True):
+            expected = behind.text if behind is not None and behind.language == "text" else ""
+            if block.title:
+                reader.write(block)
+            if block.mark in {"run", "run: to the end"}:
+                reader.run(block, expected)
+            elif block.mark == "run: browser":
+
+                def enough(lines: list[str], expected: str = expected) -> bool:
+                    return in_order(expected, "\n".join(lines))
+
+                assert expected, f"{block}: say what it logs"
+                reader.log_of(browser().run(block.text, reader.origin, enough), expected, block)
+
+
+def engines_for(page: Path, stack: ExitStack, directory: Path) -> dict[str, str]:
+    """Engines in place of those that the page's commands name."""
+    text = re.sub("#.*", "", "".join(block.text for block in BLOCKS[page] if block.command == "run"))
+    replaced = {}
+    for url, kind in {"redis://localhost:6379/0": "Valkey", "nats://localhost:4222": "Nats"}.items():
+        if url in text:
+            sys.path.append(str(Path(__file__).parent / "broker"))
+            engine = getattr(import_module("engines"), kind)
+            if not engine.available():
+                pytest.skip(f"{kind} is not installed")
+            (directory / kind).mkdir()
+            replaced[url] = stack.enter_context(engine(directory / kind)).url
+    return replaced
+
+
+def anchors_of(page: Path) -> set[str]:
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    plain = (re.sub(r"[^\w\- ]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", title).lower()) for title in titles)
+    return {title.strip().replace(" ", "-") for title in plain}
+
+
+@pytest.mark.parametrize(
+    "page", [*ALL, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "examples/README.md"], ids=name_of
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^ *```.*?^ *```|`[^`\n]*`", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), f"{name_of(page)}: {target}"
+        if anchor and there.suffix == ".md":
+            assert anchor in anchors_of(there), f"{name_of(page)}: {target}"
+
+
+def test_the_site_has_every_page() -> None:
+    def files(item: Any) -> Iterator[str]:
+        if isinstance(item, str):
+            yield item
+        else:
+            for inner in item.values() if isinstance(item, dict) else item:
+                yield from files(inner)
+
+    nav = yaml.safe_load((ROOT / "docs/mkdocs.yml").read_text())["nav"]
+    assert sorted(files(nav)) == sorted(str(page.relative_to(PAGES)) for page in PAGES.rglob("*.md"))
+
+
+@pytest.mark.parametrize("page", [page for page in ALL if page.read_text().startswith("<!-- include")], ids=name_of)
+def test_included_pages_have_links_of_the_site(page: Path) -> None:
+    hook = runpy.run_path(str(ROOT / "docs/include.py"))["on_page_markdown"]
+    file = SimpleNamespace(src_path=str(page.relative_to(PAGES)))
+    text = hook(page.read_text(), page=SimpleNamespace(file=file))
+    assert len(text) > 100
+    text = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\((?!https?:|#)([^)\s#]+)", text):
+        place = (page.parent / target).resolve().relative_to(PAGES)
+        image = place.parts[0] == "included"  # which the hook adds to the site
+        assert (ROOT.joinpath(*place.parts[1:]) if image else PAGES / place).exists(), target
+
+
+def test_the_options_table_names_each_default() -> None:
+    defaults = StreamOptions()
+    _, options = (PAGES / "reference/response.md").read_text().split("## Options")
+    rows = re.findall(r"^\| `(\w+)` \| (\S+)", options, re.MULTILINE)
+    assert len(rows) == 8
+    for name, shown in rows:
+        value = getattr(defaults, name)
+        assert shown == ("none" if value is None else f"{value:g}"), name
+    documented = inspect.getdoc(asgi_sse.EventSourceResponse) or ""
+    for field in fields(StreamOptions):
+        assert f"{field.name}:" in documented
+
+
+def test_the_clocks_of_the_deployment_fit() -> None:
+    """What the page on Kubernetes says of its manifest, and of the defaults."""
+    blocks = BLOCKS[PAGES / "guides/stop.md"]
+    (manifest,) = (block for block in blocks if block.language == "yaml")
+    pod = yaml.safe_load(manifest.text)["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    waits = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    server = int(container["command"][container["command"].index("--timeout-graceful-shutdown") + 1])
+    drain = inspect.signature(asgi_sse.StreamRegistry).parameters["drain_timeout"].default
+    grace = inspect.signature(asgi_sse.Broker).parameters["run_grace"].default
+    assert f"drain_timeout={drain:g}" in "".join(block.text for block in blocks)
+    assert grace <= drain < server  # the server cuts nothing that is in order
+    assert pod["terminationGracePeriodSeconds"] > waits + server  # nor does the cluster
+    python = "".join(block.text for block in blocks if block.language == "python")
+    for probe in ("readinessProbe", "livenessProbe"):
+        assert f'"{container[probe]["httpGet"]["path"]}"' in python
+
+
+def test_the_architecture_names_every_room() -> None:
+    text = (PAGES / "architecture.md").read_text()
+    package = Path(asgi_sse.__file__).parent
+    for path in package.rglob("*.py"):
+        room = path.relative_to(package)
+        if room.name == "__init__.py":
+            assert len(room.parts) == 1 or f"`{room.parent}/`" in text, room
+        else:
+            assert f"`{room.name}`" in text, room
+
+
+def test_each_public_name_has_a_place_in_the_reference() -> None:
+    text = "".join(page.read_text() for page in (PAGES / "reference").glob("*.md"))
+    for name in asgi_sse.__all__:
+        assert re.search(rf"^::: asgi_sse\.(?:\w+\.)*{name}$", text, re.MULTILINE), name
