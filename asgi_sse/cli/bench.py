@@ -248,9 +248,9 @@ def _as_text(result: dict[str, Any]) -> str:
         lines.append(f"{'milliseconds':<14}" + "".join(f"{name:>12}" for name in ("p50", "p90", "p99", "max")))
     for name, summary in result["milliseconds"].items():
         lines.append(f"{_NAMES[name]:<14}" + "".join(f"{value:>12,.2f}" for value in summary.values()))
-    lines.append(f"this process    {result['client_busy']:.0%} of a core")
-    if result["client_busy"] > _BUSY:
-        lines[-1] += ": the times are its own as much as the server's"
+    if result["connections"]["opened"]:
+        too_busy = ": the times are its own as much as the server's" * (result["client_busy"] > _BUSY)
+        lines.append(f"this process    {result['client_busy']:.0%} of a core{too_busy}")
     for kind, number in sorted(result["errors"].items()):
         lines.append(safe(f"failed          {number:,}: {kind}"))
     return "\n".join(lines)

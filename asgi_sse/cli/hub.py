@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ..app import create_app
 from ..broker import Broker
 from ..cors import CORS
-from ..errors import BrokerError
+from ..errors import BrokerError, shown
 from ..event import ServerSentEvent
 from ..registry import StreamRegistry
 from ..routing import HTTPError, Request, send_text
@@ -231,6 +231,8 @@ class _Hub:
             raise HTTPError(400, f"give a JSON object with a channel, and of {', '.join(sorted(_FIELDS))} no more")
         fields = {"event": event, "idempotency_key": key, **fields}
         channel, key = fields.pop("channel"), fields.pop("idempotency_key")
+        if not isinstance(channel, str):
+            raise HTTPError(400, f"channel {shown(channel)} is no name; give a string")
         try:
             return channel, ServerSentEvent(**fields), key
         except ValueError as exc:

@@ -6,6 +6,7 @@ On bare connections, with h11: a client library would bring a pool and a task fo
 import asyncio
 import json
 import math
+import os
 import secrets
 import ssl
 import time
@@ -152,8 +153,7 @@ class Load:
         except TimeoutError:
             reader.fail("timed out")
         except OSError as exc:
-            reason, *_ = (exc.strerror or str(exc)).partition(" (")
-            reader.fail(reason.lower())
+            reader.fail(_reason(exc))
 
     def measure(self) -> None:
         """Count from now on: all are there. Before, one could have an event that another one was not there for."""
@@ -277,7 +277,7 @@ class _Reader(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It is gone."""
-        self.fail("cut by the server" if exc is None else str(getattr(exc, "strerror", None) or exc).lower())
+        self.fail("cut by the server" if exc is None else _reason(exc))
 
     def _take(self, event: Any, now: float) -> bool:
         """Take an event of HTTP. Whether there may be more."""
@@ -330,3 +330,10 @@ class _Reader(asyncio.Protocol):
     def _done(self) -> None:
         if not self.ready.done():
             self.ready.set_result(None)
+
+
+def _reason(exc: Exception) -> str:
+    """Short, and the same for each connection: asyncio puts the address beside it."""
+    if isinstance(exc, OSError) and not isinstance(exc, ssl.SSLError) and exc.errno:
+        return os.strerror(exc.errno).lower()
+    return str(exc) or type(exc).__name__
