@@ -602,8 +602,10 @@ def test_tail_waits_longer_after_each_failure(
 ) -> None:
     pauses: list[float] = []
     monkeypatch.setattr("asgi_sse.cli.follow.time.sleep", pauses.append)
-    with answering(STREAM + b"retry: 1000\n\n", *[b""] * 9, STREAM + b"data: x\n\n", GONE) as (url, _):
+    forever = STREAM + b"retry: " + b"9" * 400 + b"\n\n"
+    with answering(STREAM + b"retry: 1000\n\n", *[b""] * 9, STREAM + b"data: x\n\n", forever, GONE) as (url, _):
         assert main(["tail", url]) == 0
+    assert pauses.pop() == 86_400
     assert pauses[0] == pauses[-1] == 1
     for number, pause in enumerate(pauses[1:-1]):
         longest = min(60, 2**number)

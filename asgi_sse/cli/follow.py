@@ -17,6 +17,7 @@ from ..event import ServerSentEvent
 _RETRY: Final = 3.0
 """Seconds until it reconnects, where the stream does not say: what this library's streams say, and browsers have."""
 
+_LONGEST_RETRY: Final = 86_400_000  # of milliseconds: a day, beyond which a stream hardly means what it says
 _LEAST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 60.0
 """Seconds, behind many failures; a stream may ask for more."""
@@ -118,7 +119,7 @@ class Follower:
             except (httpx.InvalidURL, *_FOR_GOOD) as exc:
                 raise StoppedError(f"the request cannot be made: {exc}") from None
             except httpx.RequestError as exc:
-                ended = f"the connection failed: {exc or type(exc).__name__}"
+                ended = f"the connection failed: {str(exc) or type(exc).__name__}"
                 if not self._reconnect:
                     raise StoppedError(ended) from None
                 self._failures += 1
@@ -143,7 +144,7 @@ class Follower:
                 details.feed(chunk)
                 events = decoder.feed(chunk)
                 if decoder.retry is not None:
-                    self._retry = decoder.retry / 1000
+                    self._retry = min(decoder.retry, _LONGEST_RETRY) / 1000
                 for event in events:
                     self.last_event_id = event.id or ""
                     yield event
@@ -166,7 +167,7 @@ def _check(response: httpx.Response) -> None:
         StoppedError: It is another one, of which nothing is expected to change.
     """
     if response.status_code != 200:
-        text = next(response.iter_bytes(), b"").decode("utf-8", "replace")[:_MAX_SHOWN].strip()
+        text = " ".join(next(response.iter_bytes(), b"")[:_MAX_SHOWN].decode("utf-8", "replace").split())
         phrase = f"{response.status_code} {response.reason_phrase}".strip()
         raise StoppedError(f"the server answered {phrase}{': ' * bool(text)}{text}")
     kind = response.headers.get("content-type", "")

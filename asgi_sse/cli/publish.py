@@ -94,6 +94,6 @@ def _to_hub(options: argparse.Namespace, data: bytes) -> int:
         kind = str(exc) or type(exc).__name__
         return fail(f"not acknowledged: {kind}; it may have been published, and with --key it is safe to try again")
     if response.status_code != 201:
-        return fail(f"the hub answered {response.status_code}: {response.text.strip()[:500]}")
+        return fail(f"the hub answered {response.status_code}: {' '.join(response.text[:500].split())}")
     print(response.json()["id"])
     return 0
