@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import json
-import resource
 import signal
 import sys
 import time
@@ -136,6 +135,8 @@ def _run(options: argparse.Namespace) -> int:
 
 def _raise_limit() -> float:
     """Open as many files as the system allows; gives how many."""
+    import resource  # noqa: PLC0415 (the other commands do without; Windows has none)
+
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # macOS says that there is no limit, and has one
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

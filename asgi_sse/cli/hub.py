@@ -45,7 +45,7 @@ def create_hub(
     subscribe_tokens: Collection[str] | None = None,
     insecure_publish: bool = False,
     patterns: bool = False,
-    cors: Iterable[str] = (),
+    cors: str | Iterable[str] = (),
     max_body: int = MAX_BODY,
     metrics: bool = True,
     registry: StreamRegistry | None = None,
@@ -79,7 +79,7 @@ def create_hub(
     if registry is None:
         registry = StreamRegistry()
     shared = None
-    if origins := tuple(cors):
+    if origins := (cors,) if isinstance(cors, str) else tuple(cors):
         # Cookies cross origins only where each origin is named.
         shared = CORS(origins, credentials="*" not in origins, headers=_HEADERS)
     publishers = _Tokens(tokens_in(PUBLISH_TOKEN) if publish_tokens is None else publish_tokens)

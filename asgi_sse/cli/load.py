@@ -168,9 +168,15 @@ class Load:
         headers = [(name, value) for name, value in self.headers if name.lower() != b"authorization"]
         if token:
             headers.append((b"Authorization", f"Bearer {token}".encode()))
-        limits = httpx.Limits(max_connections=_IN_FLIGHT)
+        client = httpx.AsyncClient(
+            headers=headers,
+            limits=httpx.Limits(max_connections=_IN_FLIGHT),
+            timeout=self._timeout,
+            verify=self._ssl or True,
+            trust_env=False,
+        )
         async with (
-            httpx.AsyncClient(headers=headers, limits=limits, timeout=self._timeout, trust_env=False) as client,
+            client,
             asyncio.TaskGroup() as posts,
         ):
             waiting: set[asyncio.Task[None]] = set()
@@ -192,7 +198,7 @@ class Load:
         try:
             response = await client.post(self.url, content=f"{self._mark}{sent!r}}}")
         except httpx.HTTPError as exc:
-            self.errors[f"publishing: {str(exc).lower() or type(exc).__name__}"] += 1
+            self.errors[f"publishing: {str(exc) or type(exc).__name__}"] += 1
             return
         if response.status_code != 201:
             self.errors[f"publishing: answered {response.status_code}"] += 1
