@@ -62,7 +62,8 @@ def create_hub(
             ``ASGI_SSE_PUBLISH_TOKEN``, between spaces. Without any, nobody may.
         subscribe_tokens: Who sends one of them, or has it in the query as ``token`` or in the cookie
             ``asgi_sse_token``, may read. Default: those in ``ASGI_SSE_SUBSCRIBE_TOKEN``. Without any, everybody may.
-        insecure_publish: Whether everybody may publish, where there are no `publish_tokens`.
+        insecure_publish: Whether everybody may publish, where there are no `publish_tokens`; but for pages of origins
+            that are not in `cors`.
         patterns: Whether who may read may do so by patterns, such as ``orders.*``.
         cors: Origins whose pages may use it, or ``"*"``.
         max_body: The most bytes that a POST may have.
@@ -197,11 +198,10 @@ class _Hub:
         elif not self._insecure:
             raise HTTPError(403, "publishing is off: this hub was given no token for it")
         elif origin := request.headers.get("origin"):
-            # A page of any site may make a browser POST, without asking first. Where no token tells who publishes, its
-            # own origin has to.
-            own = origin.partition("://")[2] == request.headers.get("host")
-            if not own and (self._cors is None or not self._cors.allows(origin)):
-                raise HTTPError(403, f"pages of {origin} may not publish here")
+            # A page of any site may make a browser POST, without asking first. That the host is the hub's tells nothing:
+            # a name can be pointed at an address of somebody else's network.
+            if self._cors is None or not self._cors.allows(origin):
+                raise HTTPError(403, f"pages of {origin} may not publish here: give --cors, or a token for publishing")
 
     async def _publication(self, request: Request) -> tuple[str, Any, str | None]:
         """The channel, the event and the idempotency key."""
