@@ -46,14 +46,14 @@ Reads a stream with many connections at once, and tells how many events came and
 how long that took. Needs h11 and httpx: pip install "asgi-sse[cli]".
 
   head            from the beginning of a connection to the head of its answer
-  first event     from there to its first event
+  first event     from the same beginning to its first event
   spread          of one event, by its id: from the first reader that has it to
                   each other one. It says something where an id stands for the
                   same event for all, as in channels; a server that numbers each
                   stream by itself has no spread.
   delivery        of events that it publishes itself, to a channel of a hub: from
                   before the POST until each reader has it
-  publish answer  and until the POST is answered
+  publish answer  from the same until the POST is answered
 
 Events, bytes and spread are counted when all connections are there; percentiles
 are true to 1 %. All is measured in this one process, which takes a part of it:

@@ -143,7 +143,7 @@ def add_headers(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=_header,
         metavar="'NAME: VALUE'",
-        help="of the request; may be given several times. Authorization follows no redirect to another origin",
+        help="of the request; may be given several times",
     )
 
 

@@ -195,13 +195,14 @@ class _Hub:
     def _check_publisher(self, request: Request) -> None:
         if self._publishers:
             self._publishers.check(_bearer(request))
-        elif not self._insecure:
+            return
+        if not self._insecure:
             raise HTTPError(403, "publishing is off: this hub was given no token for it")
-        elif origin := request.headers.get("origin"):
-            # A page of any site may make a browser POST, without asking first. That the host is the hub's tells nothing:
-            # a name can be pointed at an address of somebody else's network.
-            if self._cors is None or not self._cors.allows(origin):
-                raise HTTPError(403, f"pages of {origin} may not publish here: give --cors, or a token for publishing")
+        # A page of any site may make a browser POST, without asking first. That the host is the hub's tells nothing: a
+        # name can be pointed at an address of somebody else's network.
+        origin = request.headers.get("origin")
+        if origin and not (self._cors and self._cors.allows(origin)):
+            raise HTTPError(403, f"pages of {origin} may not publish here: give --cors, or a token for publishing")
 
     async def _publication(self, request: Request) -> tuple[str, Any, str | None]:
         """The channel, the event and the idempotency key."""
