@@ -70,8 +70,8 @@ def add(commands: Commands) -> None:
     who.add_argument(
         "--insecure-publish",
         action="store_true",
-        help="without a token everybody may publish who reaches the port, but for pages of origins that --cors does not "
-        "name; else nobody may",
+        help="without a token everybody may publish who reaches the port, but for pages of origins that are not in "
+        "--cors; else nobody may",
     )
     who.add_argument(
         "--subscribe-token",

@@ -34,7 +34,8 @@ examples:
 
 A POST is sent once, unless --reconnect is given: to ask again may cost, and
 give another answer. Redirects are followed: Authorization does not go along to
-another origin, other headers do. Proxies are those of HTTP_PROXY, HTTPS_PROXY, NO_PROXY.
+another origin, other headers do. Proxies are those of HTTP_PROXY, HTTPS_PROXY,
+NO_PROXY.
 
 exit status: 0 the server said that there is no more (204), there were --count
 events, or the stream has ended and is not to be reconnected; 1 the answer is no
