@@ -51,7 +51,7 @@ def tests(session: nox.Session) -> None:
 def coverage(session: nox.Session) -> None:
     """The tests that run in this process, with the gate on branch coverage."""
     session.install("-e", ".[test]")
-    files = [*IN_PROCESS, *ADAPTERS, *ENGINES, "tests/test_demo.py", "tests/test_public.py"]
+    files = [*IN_PROCESS, *ADAPTERS, *ENGINES, "tests/test_cli.py", "tests/test_demo.py", "tests/test_public.py"]
     session.run("python", "-m", "pytest", "-n2", "--dist=loadfile", "--cov=asgi_sse", *files)
 
 

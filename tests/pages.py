@@ -193,8 +193,9 @@ class Session:
         line = re.sub(r"\bcurl ", "curl -sS ", line)  # without its progress
         line = re.sub(r"\basgi-sse ", "python -m asgi_sse ", line)  # it may not be installed
         path = f"{Path(sys.executable).parent}:{environment()['PATH']}"
+        endless = " ".join(words).startswith(ENDLESS)
         process = subprocess.Popen(
-            ["sh", "-c", line if words[0] != "curl" else f"exec {line}"],
+            ["sh", "-c", f"exec {line}" if endless else line],  # the shell would be ended in its place
             cwd=self._directory,
             env={**environment(), "PYTHONWARNINGS": "ignore", **variables, "PATH": path},
             stdin=subprocess.DEVNULL,
@@ -203,7 +204,7 @@ class Session:
         )
         output = Output(process)
         self._stack.callback(output.close)
-        if " ".join(words).startswith(ENDLESS):
+        if endless:
             assert output.wait_for(lambda text: "\n" in text), f"{block}: {line}: nothing comes"
         else:
             assert process.wait(ENOUGH) == 0, f"{block}: {line}: status {process.returncode}: {output.text}"

@@ -1,4 +1,4 @@
-"""The command and its demo, as who runs it sees them: real processes, real sockets, real figures."""
+"""The demo, as who runs it sees it: real processes, real sockets, real figures."""
 
 import json
 import re
@@ -20,8 +20,7 @@ import pytest
 import uvicorn
 from asgi_lifespan import LifespanManager
 
-from asgi_sse import EventDecoder, ServerSentEvent, __version__
-from asgi_sse.cli import main
+from asgi_sse import EventDecoder, ServerSentEvent
 from asgi_sse.demo.app import create_demo
 from asgi_sse.demo.meter import Meter
 from asgi_sse.testing import OpenStream, open_stream
@@ -111,56 +110,6 @@ def test_runs_under_other_servers(command: str) -> None:
             check_figures(next(events))
         process.terminate()
         process.wait(ENOUGH)
-
-
-# The command
-
-
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main(["--version"])
-    assert capsys.readouterr().out == f"asgi-sse {__version__}\n"
-
-
-@pytest.mark.parametrize(("argument", "told"), [("--help", "demo"), ("demo --help", "--port")])
-def test_help(argument: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main(argument.split())
-    assert told in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("arguments", ["--port x", "--port 65536", "demo --port -1", "--prt 80", "serve"])
-def test_wrong_arguments(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(arguments.split())
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert ": error: " in error
-    assert arguments.rsplit(maxsplit=1)[-1] in error
-
-
-def test_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        assert main(["--port", str(port)]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith(f"asgi-sse: error: cannot listen on 127.0.0.1 port {port}: Address already in use; give ")
-    assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize("host", ["a..b", "::g"])
-def test_no_such_host(host: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--host", host]) == 1
-    assert capsys.readouterr().err.startswith(f"asgi-sse: error: cannot listen on {host} port 8000: ")
-
-
-@pytest.mark.parametrize("missing", ["psutil", "uvicorn"])
-def test_missing_extra(missing: str) -> None:
-    code = f"import sys; sys.modules[{missing!r}] = None; from asgi_sse.cli import main; sys.exit(main([]))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=ENOUGH, check=False)
-    assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == (
-        f'asgi-sse: error: the demo needs {missing}, which is not installed: pip install "asgi-sse[demo]"\n'
-    )
 
 
 # The app

@@ -1,0 +1,60 @@
+"""``asgi-sse serve`` on an engine: two hubs after one another, and readers that see one log."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from engines import Valkey
+from serving import free_port
+from test_cli import ENOUGH, command, hub
+
+from asgi_sse.cli import main
+
+
+@pytest.mark.skipif(not Valkey.available(), reason="Valkey is not installed")
+def test_a_hub_on_an_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its events outlive it; who reads goes on behind a restart with nothing lost or doubled."""
+    port = free_port()
+    options = ("--insecure-publish", "--drain-timeout", "1")
+    with Valkey(tmp_path, sync=False) as engine:
+        url, read = f"http://127.0.0.1:{port}", []
+
+        def publish(*numbers: int) -> None:
+            for number in numbers:
+                # Each by another way: the hub, and the engine itself.
+                assert main(["publish", url if number % 2 else engine.url, "count", str(number)]) == 0
+
+        with hub(*options, port=port, ASGI_SSE_BROKER=engine.url) as (first, _):
+            publish(0)
+            start = capsys.readouterr().out.strip()
+            with command("tail", "--json", "--count", "6", "--since", start, f"{url}/channels/count") as tail:
+                assert tail.stdout is not None
+                publish(1)
+                # The last thing that it is told of how long to wait.
+                told = {"channel": "count", "data": "2", "retry": 100}
+                httpx.post(f"{url}/channels", json=told, trust_env=False).raise_for_status()
+                read += [json.loads(tail.stdout.readline()) for _ in range(2)]
+                first.kill()  # in the middle of its stream
+                first.wait()
+                publish(4)
+                assert tail.stderr is not None
+                assert "again in" in tail.stderr.readline()
+                with hub(*options, port=port, ASGI_SSE_BROKER=engine.url) as (second, _):
+                    publish(6)
+                    read += [json.loads(tail.stdout.readline()) for _ in range(2)]
+                    engine.kill()
+                    deadline = time.monotonic() + ENOUGH
+                    while httpx.get(f"{url}/health/ready", trust_env=False).status_code != 503:
+                        assert time.monotonic() < deadline
+                        time.sleep(0.02)
+                    assert httpx.get(f"{url}/health/ready", trust_env=False).json()["broker"] == "disconnected"
+                    engine.start()
+                    publish(7, 9)
+                    read += [json.loads(line) for line in tail.stdout]
+                    assert tail.wait(ENOUGH) == 0
+                    second.terminate()
+                    assert second.wait(ENOUGH) == -signal.SIGTERM
+    assert [event["data"] for event in read] == ["1", "2", "4", "6", "7", "9"]
