@@ -94,6 +94,13 @@ class UnavailableError(BrokerError, HTTPError):
         return f"{self.status} {self._why}"
 
 
+class TooLargeError(BrokerError, HTTPError):
+    """The engine takes no event of that size, however often it is tried. As the answer to a request: 413."""
+
+    def __init__(self, size: int, most: int) -> None:
+        super().__init__(413, f"the event has {size} bytes as it is sent to the engine, which takes {most}")
+
+
 class Upstream(Protocol):
     """The log of which that of a hub is a part."""
 

@@ -36,7 +36,7 @@ from ..errors import BrokerError
 from ..log import check_name
 from . import wire
 from .backend import Claim, Publication
-from .hub import clock
+from .hub import TooLargeError, clock
 from .jetstream import ANSWER, DELIVERY, HEARTBEAT, Delivery, JetStream, Stream, answer_of
 from .remote import CONTROL, Item, RemoteBackend, logger
 
@@ -534,8 +534,7 @@ class NatsBackend(RemoteBackend):
                     headers = {"Nats-Msg-Id": message_id, "Nats-Expected-Stream": self._name}
                     size = len(item.payload) + 14 + sum(len(name) + len(value) + 4 for name, value in headers.items())
                     if size > link.max_payload:  # for which the server would close the connection
-                        what = f"{size} bytes are more than the {link.max_payload} that {self.url} takes"
-                        self._refuse([item], what)
+                        self._refuse([item], TooLargeError(size, link.max_payload))
                         continue
                     subject = self._subjects + item.publication.channel
                     sent.append(_Sent(place, item, await link.ask(subject, item.payload, headers)))

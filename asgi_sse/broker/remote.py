@@ -554,10 +554,11 @@ class RemoteBackend(Backend):
             if not item.answer.done():
                 item.answer.set_result(event_id)
 
-    def _refuse(self, items: Iterable[Item], why: str) -> None:
+    def _refuse(self, items: Iterable[Item], why: str | BrokerError) -> None:
         for item in items:
             if not item.answer.done():
-                item.answer.set_exception(BrokerError(why))
+                # Each waits for an error of its own, to which its traceback is added.
+                item.answer.set_exception(BrokerError(why) if isinstance(why, str) else why)
                 item.answer.exception()  # of what was posted, nobody asks
 
 

@@ -182,6 +182,8 @@ class _Hub:
         except ValueError as exc:  # of the channel's name, the event, or the key
             raise HTTPError(400, str(exc)) from None
         except BrokerError as exc:
+            if isinstance(exc, HTTPError):  # with a status of its own: it is too large for the engine
+                raise
             raise HTTPError(503, str(exc), {"retry-after": _RETRY_AFTER}) from None
         return _Published(event_id)
 

@@ -19,6 +19,8 @@ from asgi_sse.broker import jetstream
 from asgi_sse.broker import nats as back_end
 from asgi_sse.broker.backend import Publication
 from asgi_sse.broker.nats import NatsBackend, servers_of, shown_server
+from asgi_sse.cli.hub import create_hub
+from asgi_sse.testing import open_stream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -400,6 +402,10 @@ async def test_what_is_too_large_is_refused_alone(tmp_path: Path) -> None:
             refused = [size for size, result in zip(sizes, results, strict=True) if isinstance(result, BrokerError)]
             assert {3000, 100_000} < set(refused)
             assert min(refused) > 1800
+            hub = create_hub(broker, insecure_publish=True)
+            async with open_stream(hub, "/channels/b", method="POST", body=b"x" * 3000) as answer:
+                assert answer.status == 413
+                assert b"2000" in await answer.read()
             assert all(isinstance(result, str | BrokerError) for result in results)
             await broker.publish("a", "end")
             found = await read(live, "end")
