@@ -29,6 +29,16 @@ async def silence() -> AsyncIterator[ServerSentEvent]:
     await anyio.sleep_forever()
 
 
+async def long() -> AsyncIterator[str]:
+    yield "long " * 1000
+    await anyio.sleep_forever()
+
+
+async def replay() -> EventSourceResponse:
+    """A body that begins with much, as a long replay may: Caddy compresses where its first read has 512 bytes."""
+    return EventSourceResponse(long(), opening_comment=False, retry=None)
+
+
 async def quiet(request: Request) -> EventSourceResponse:
     return EventSourceResponse(silence(), ping=float(request.query["ping"]))
 
@@ -36,6 +46,7 @@ async def quiet(request: Request) -> EventSourceResponse:
 app = create_app(
     {
         "/events/quiet": quiet,
+        "/events/replay": replay,
         "/events/answer": answer,
         "/events/of/{channel}": broker.endpoint(),
         "/publish/{channel}": publish,

@@ -559,8 +559,9 @@ async def test_a_stop_shortens_a_drain_that_is_under_way(handled: list[int], cap
 def test_streams_whose_event_loop_was_closed_under_them_hold_up_nothing() -> None:
     registry = StreamRegistry()
     loop = asyncio.new_event_loop()
-    stream = open_stream(EventSourceResponse(idle(), registry=registry))
-    loop.run_until_complete(stream.__aenter__())
+    opened = open_stream(EventSourceResponse(idle(), registry=registry))
+    stream = loop.run_until_complete(opened.__aenter__())
+    loop.run_until_complete(stream.receive())  # nothing is under way any more
     tasks = asyncio.all_tasks(loop)
     loop.close()
     assert len(registry) == 1

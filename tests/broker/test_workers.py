@@ -107,9 +107,8 @@ def test_the_command_says_what_is_wrong(
         (command(engine, "a b", "x"), "channel 'a b': give"),
         (command(engine, "a", "x", "--event=a\nb"), "has a line end"),
         (command(engine, "a"), "is not UTF-8"),
-        (command(engine, "a", "x", "--timeout=0"), "timeout=0.0 is out of range"),
         (["publish", "memory://", "a", "x"], "in its own process"),
-        (["publish", "http://x", "a", "x"], "is no broker that is known"),
+        (["publish", "ftp://x", "a", "x"], "is no broker that is known"),
         (["publish", f"{engine.scheme}://127.0.0.1:{free_port()}", "a", "x"], "cannot connect to"),
     ):
         assert main(arguments) == 1
