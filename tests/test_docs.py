@@ -25,6 +25,8 @@ from pages import ENOUGH, PAGES, ROOT, Block, Browser, in_order, read_blocks, se
 from serving import environment
 
 import asgi_sse
+from asgi_sse import broker, testing
+from asgi_sse.cli import main
 from asgi_sse.options import StreamOptions
 from asgi_sse.testing import open_stream
 
@@ -441,6 +443,16 @@ def test_the_options_table_names_each_default() -> None:
         assert f"{field.name}:" in documented
 
 
+@pytest.mark.parametrize("name", ["demo", "serve", "publish", "tail", "bench"])
+def test_the_commands_have_the_options_that_their_page_says(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, found = re.split(rf"^## {name}$", (PAGES / "reference/cli.md").read_text(), flags=re.MULTILINE)
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    heads = "".join(line for line in capsys.readouterr().out.splitlines() if line.startswith("  -"))
+    option = re.compile(r"--[a-z][a-z-]+")
+    assert {*option.findall(found.partition("\n## ")[0])} == {*option.findall(heads)} - {"--help"}
+
+
 def test_the_clocks_of_the_deployment_fit() -> None:
     """What the page on Kubernetes says of its manifest, and of the defaults."""
     blocks = BLOCKS[PAGES / "guides/stop.md"]
@@ -472,5 +484,5 @@ def test_the_architecture_names_every_room() -> None:
 
 def test_each_public_name_has_a_place_in_the_reference() -> None:
     text = "".join(page.read_text() for page in (PAGES / "reference").glob("*.md"))
-    for name in asgi_sse.__all__:
+    for name in (*asgi_sse.__all__, *testing.__all__, *broker.__all__):
         assert re.search(rf"^::: asgi_sse\.(?:\w+\.)*{name}$", text, re.MULTILINE), name
