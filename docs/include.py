@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs/pages"
 INCLUDE = re.compile(r"\A<!-- include: (\S+) -->\s*\Z")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)\s#]+)(#[^)\s]*)?\)")
+PICTURE = re.compile(r"""(?<=\ssrc=")docs/pages/|(?<=\ssrcset=")docs/pages/""")  # of HTML, which mkdocs leaves as it is
 
 
 def included() -> dict[str, str]:
@@ -56,4 +57,4 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
             return text if target in text else f"{text} (`{target}`)"
         return f"{image}[{text}]({relpath(place, here)}{anchor})"
 
-    return LINK.sub(fitted, (ROOT / origin).read_text())
+    return PICTURE.sub(f"{relpath('.', here)}/", LINK.sub(fitted, (ROOT / origin).read_text()))

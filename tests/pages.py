@@ -10,7 +10,8 @@ it is run:
 ``<!-- run: browser -->``: of ``js``: run in Chromium, on a page of the server that runs; the same with what it logs.
 ``<!-- not run: REASON -->``: it cannot be run here.
 
-What installs packages needs no mark: it is not run, but has to name extras that there are.
+What installs packages needs no mark: it is not run, but has to name extras that there are. A ``curl`` behind which no
+output stands has to succeed. Another way to write a block is an error, since it would not be seen.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ ENOUGH = 20.0  # seconds for any one thing; none of them waits for it to pass
 SERVERS = ("uvicorn", "hypercorn", "granian", "asgi-sse serve", "asgi-sse demo")
 ENDLESS = ("curl -N", "asgi-sse tail")
 
-_FENCE = re.compile(r"^( *)```(\w*)(.*)$")
+_FENCE = re.compile(r"^( *)```(\w*)( .*)?$")
+_OTHER_FENCE = re.compile(r"[\s>*+-]*(```|~~~)|=== \"|[!?]{3} ")  # and what mkdocs alone shows as more than text
 _COMMENT = re.compile(r"^ *<!-- (.+) -->$")
 _TITLE = re.compile(r'title="([^"]+)"')
 
@@ -85,8 +87,9 @@ def read_blocks(page: Path) -> list[Block]:
         fence = _FENCE.match(lines[number])
         number += 1
         if fence is None:
+            assert not _OTHER_FENCE.match(lines[number - 1]), f"{page}:{number}: write it as ```language"
             continue
-        indent, language, rest = fence.groups()
+        indent, language, rest = fence.groups(default="")
         comment = _COMMENT.match(lines[number - 2]) if number > 1 else None
         title = _TITLE.search(rest)
         begin = number
@@ -165,11 +168,11 @@ class Session:
     def run(self, block: Block, expected: str) -> None:
         """Run its lines; what is still to come may come until the page's end."""
         lines = block.text.replace("\\\n", " ").splitlines()
-        outputs = [output for line in lines if (output := self._run(line, block))]
+        outputs = [output for line in lines if (output := self._run(line, block, expected))]
         if expected:
             self._waiting.append((block, expected, outputs))
 
-    def _run(self, line: str, block: Block) -> Output | None:
+    def _run(self, line: str, block: Block, expected: str) -> Output | None:
         for old, new in self._replaced.items():
             line = line.replace(old, new)
         line = re.sub(r"^python -m asgi_sse\b", "asgi-sse", line)
@@ -190,7 +193,7 @@ class Session:
             return None
         for port, actual in self._ports.items():
             line = line.replace(f":{port}", f":{actual}")
-        line = re.sub(r"\bcurl ", "curl -sS ", line)  # without its progress
+        line = re.sub(r"\bcurl ", f"curl -sS {'' if expected else '--fail '}", line)  # without its progress
         line = re.sub(r"\basgi-sse ", "python -m asgi_sse ", line)  # it may not be installed
         path = f"{Path(sys.executable).parent}:{environment()['PATH']}"
         endless = " ".join(words).startswith(ENDLESS)

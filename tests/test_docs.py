@@ -25,6 +25,8 @@ from pages import ENOUGH, PAGES, ROOT, Block, Browser, in_order, read_blocks, se
 from serving import environment
 
 import asgi_sse
+from asgi_sse import broker, testing
+from asgi_sse.cli import main
 from asgi_sse.options import StreamOptions
 from asgi_sse.testing import open_stream
 
@@ -36,13 +38,18 @@ if not PAGES.exists():
 
 yaml: Any = import_module("yaml")  # which uvicorn[standard] needs too
 
-ALL = [ROOT / "README.md", ROOT / "MIGRATING.md", *sorted(PAGES.rglob("*.md"))]
+ALL = [
+    *(ROOT / f"{name}.md" for name in ("README", "MIGRATING", "CONTRIBUTING", "SECURITY", "CHANGELOG")),
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+    *sorted(PAGES.rglob("*.md")),
+]
 BLOCKS = {page: read_blocks(page) for page in ALL}
 RUN_ELSEWHERE = {  # by which test
     "nginx": ("docs/pages/guides/proxies.md", "test_proxies.py"),
     "caddyfile": ("docs/pages/guides/proxies.md", "test_proxies.py"),
 }
-NOTHING_TO_RUN = {"", "text", "diff"}
+TARGET = re.compile(r"""(?:\]\(|\ssrc="|\ssrcset=")([^)"\s]+)[)"]""")  # of a link, or of an image in HTML
+PLACES = [*ALL, *(ROOT / folder / "README.md" for folder in ("examples", "examples/mcp", "tests/fuzz"))]  # of links
 
 
 def name_of(page: Path) -> str:
@@ -62,17 +69,22 @@ def pages_with(*languages: str, mark: str = "") -> pytest.MarkDecorator:
 @pytest.mark.parametrize("page", ALL, ids=name_of)
 def test_each_block_is_run_or_says_why_not(page: Path) -> None:
     blocks = BLOCKS[page]
+    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
     for number, block in enumerate(blocks):
-        if block.language in NOTHING_TO_RUN:
-            assert not block.mark, f"{block}: there is nothing to run"
-        elif block.command == "not run":
+        named = {extra for found in re.findall(r"(?:asgi-sse|\.)\[(.*?)\]", block.text) for extra in found.split(",")}
+        assert block.language != "sh" or named <= extras, f"{block}: there are no such extras"
+        if block.command == "not run":
             assert len(block.mark.removeprefix("not run:").split()) >= 2, f"{block}: say why it is not run"
+        elif block.language == "text":
+            behind = number > 0 and blocks[number - 1].command == "run"
+            assert behind or page.parent.name == "benchmarks", f"{block}: of what is it the output?"
+        elif block.language == "diff":
+            assert page.name == "MIGRATING.md", f"{block}: who runs it?"
         elif block.command == "command":
             assert page.name == "README.md", f"{block}: who runs it?"
+            assert block.mark in {"command: demo", "command: test"}, f"{block}: who runs it?"
         elif block.installs:
-            project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-            named = {extra for extras in re.findall(r"asgi-sse\[(.*?)\]", block.text) for extra in extras.split(",")}
-            assert named <= set(project["optional-dependencies"]), f"{block}: there are no such extras"
+            assert named, f"{block}: say above it how it is run"
         elif block.language == "sh":
             how = "<!-- run -->, or <!-- not run: REASON -->"
             assert block.mark in {"run", "run: to the end"}, f"{block}: say above it how it is run: {how}"
@@ -274,7 +286,10 @@ def test_python(page: Path, page_module: ModuleType, tmp_path: Path, monkeypatch
         exec(block.compiled(), names)
         if names.get("app") is not before:
             apps.append(names["app"])
-        tests |= {name: value for name, value in names.items() if name.startswith("test_") and callable(value)}
+        found = {name: value for name, value in names.items() if name.startswith("test_") and callable(value)}
+        for name in found.keys() & tests.keys():
+            assert found[name] is tests[name], f"{block}: there is a {name} before, which would not be run"
+        tests |= found
     for test in tests.values():
         if inspect.signature(test).parameters:  # of fixtures
             run_by_pytest(page, tmp_path)
@@ -342,6 +357,10 @@ def test_commands(page: Path, tmp_path: Path, browser: Callable[[], Browser]) ->
 
                 assert expected, f"{block}: say what it logs"
                 reader.log_of(browser().run(block.text, reader.origin, enough), expected, block)
+    for block in blocks:
+        if block.is_module and not sys.dont_write_bytecode:
+            path = tmp_path / block.title
+            assert any(path.parent.glob(f"__pycache__/{path.stem}.*")), f"{block}: nobody has imported it"
 
 
 def engines_for(page: Path, stack: ExitStack, directory: Path) -> dict[str, str]:
@@ -366,12 +385,15 @@ def anchors_of(page: Path) -> set[str]:
     return {title.strip().replace(" ", "-") for title in plain}
 
 
-@pytest.mark.parametrize(
-    "page", [*ALL, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "examples/README.md"], ids=name_of
-)
+def test_the_migration_is_what_there_is_to_import() -> None:
+    (block,) = (block for block in BLOCKS[ROOT / "MIGRATING.md"] if block.language == "diff")
+    exec("\n".join(line[1:] for line in block.text.splitlines() if line.startswith("+")), {})
+
+
+@pytest.mark.parametrize("page", PLACES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^ *```.*?^ *```|`[^`\n]*`", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for target in TARGET.findall(text):
         if re.match(r"https?:", target):
             continue
         path, _, anchor = target.partition("#")
@@ -400,8 +422,10 @@ def test_included_pages_have_links_of_the_site(page: Path) -> None:
     text = hook(page.read_text(), page=SimpleNamespace(file=file))
     assert len(text) > 100
     text = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
-    for target in re.findall(r"\]\((?!https?:|#)([^)\s#]+)", text):
-        place = (page.parent / target).resolve().relative_to(PAGES)
+    for target in TARGET.findall(text):
+        if re.match(r"https?:|#", target):
+            continue
+        place = (page.parent / target.partition("#")[0]).resolve().relative_to(PAGES)
         image = place.parts[0] == "included"  # which the hook adds to the site
         assert (ROOT.joinpath(*place.parts[1:]) if image else PAGES / place).exists(), target
 
@@ -417,6 +441,16 @@ def test_the_options_table_names_each_default() -> None:
     documented = inspect.getdoc(asgi_sse.EventSourceResponse) or ""
     for field in fields(StreamOptions):
         assert f"{field.name}:" in documented
+
+
+@pytest.mark.parametrize("name", ["demo", "serve", "publish", "tail", "bench"])
+def test_the_commands_have_the_options_that_their_page_says(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, found = re.split(rf"^## {name}$", (PAGES / "reference/cli.md").read_text(), flags=re.MULTILINE)
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    heads = "".join(line for line in capsys.readouterr().out.splitlines() if line.startswith("  -"))
+    option = re.compile(r"--[a-z][a-z-]+")
+    assert {*option.findall(found.partition("\n## ")[0])} == {*option.findall(heads)} - {"--help"}
 
 
 def test_the_clocks_of_the_deployment_fit() -> None:
@@ -450,5 +484,5 @@ def test_the_architecture_names_every_room() -> None:
 
 def test_each_public_name_has_a_place_in_the_reference() -> None:
     text = "".join(page.read_text() for page in (PAGES / "reference").glob("*.md"))
-    for name in asgi_sse.__all__:
+    for name in (*asgi_sse.__all__, *testing.__all__, *broker.__all__):
         assert re.search(rf"^::: asgi_sse\.(?:\w+\.)*{name}$", text, re.MULTILINE), name

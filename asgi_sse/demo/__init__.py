@@ -1,1 +1,1 @@
-"""The demo that ``python -m asgi_sse`` serves: this machine's load, live."""
+"""The demo that ``python -m asgi_sse`` serves: a page that shows what streams can do."""
