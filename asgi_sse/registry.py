@@ -316,7 +316,7 @@ class StreamRegistry:
             self._drains.remove(drain)
             seconds = loop.time() - began
             if new:
-                self._tally.drains += 1
+                self._tally.drained()
                 report = self._report(new, drain, seconds)
                 logger.info(
                     "drained %d stream%s (%s): %s", len(new), "s" * (len(new) != 1), cause, report,
@@ -403,7 +403,7 @@ class StreamRegistry:
 
     def count_compressed(self, kind: str) -> None:
         """A middleware has encoded, held or buffered a stream."""
-        self._tally.compressed[kind] = self._tally.compressed.get(kind, 0) + 1
+        self._tally.was_compressed(kind)
 
     def _server_stops(self, server: Server, cause: str, certain: bool) -> None:  # noqa: FBT001
         known = self.is_draining(server)
@@ -429,7 +429,7 @@ class StreamRegistry:
     def add(self, stream: Stream) -> None:
         """See `stream.Keeper`."""
         self._streams[stream] = current_heartbeat()
-        self._tally.opened += 1
+        self._tally.began()
         self._observers.tell("begun", stream)
         if self.is_draining(stream.server):  # by another thread, since the response looked
             self._drain_streams([stream], self._drain_timeout)
