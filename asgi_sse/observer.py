@@ -11,7 +11,10 @@ logger = logging.getLogger(__name__)
 
 
 class Observer:
-    """Is told of streams. What it does not care for, it leaves as it is; what it raises is logged."""
+    """Is told of streams. What it does not care for, it leaves as it is; what it raises is logged.
+
+    Of a stream that an app sends by itself, the task is one of its own, with a copy of its request's context.
+    """
 
     def begun(self, stream: Stream) -> None:
         """In the task and the context of its request, before its source runs."""
@@ -24,7 +27,10 @@ class Observer:
         """
 
     def ended(self, stream: Stream) -> None:
-        """It has ended, and its source is cleaned up or left behind. In the task and the context of its request."""
+        """It has ended, and its source is cleaned up or left behind. In the task and the context of its request.
+
+        One whose event loop was closed under it ends where that is found out, and has lasted 0 seconds.
+        """
 
 
 class Observers:

@@ -237,7 +237,7 @@ class StreamRegistry:
     def when_ended(self, told: Callable[[Stream], object]) -> Callable[[], None]:
         """Call `told` with each stream that has ended, and whose ``reason`` says why.
 
-        In the task and the context of its request. What it raises is logged.
+        In the task and the context of its request, as `Observer.ended`. What it raises is logged.
 
         Returns:
             What undoes that.
@@ -454,8 +454,9 @@ class StreamRegistry:
         if heartbeat is None:
             return
         heartbeat.forget(stream)
-        reason: CloseReason = stream.reason or "disconnected"
-        seconds = stream.age
+        if stream.reason is None:  # its event loop was closed under it
+            stream.reason = "disconnected"
+        reason, seconds = stream.reason, stream.age
         self._tally.ended(reason, seconds, stream.events, stream.bytes_sent)
         if logger.isEnabledFor(logging.DEBUG):
             _log_end(stream, reason, seconds)

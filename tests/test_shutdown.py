@@ -558,6 +558,8 @@ async def test_a_stop_shortens_a_drain_that_is_under_way(handled: list[int], cap
 
 def test_streams_whose_event_loop_was_closed_under_them_hold_up_nothing() -> None:
     registry = StreamRegistry()
+    reasons: list[str | None] = []
+    registry.when_ended(lambda stream: reasons.append(stream.reason))
     loop = asyncio.new_event_loop()
     stream = open_stream(EventSourceResponse(idle(), registry=registry))
     loop.run_until_complete(stream.__aenter__())
@@ -566,6 +568,7 @@ def test_streams_whose_event_loop_was_closed_under_them_hold_up_nothing() -> Non
     assert len(registry) == 1
     assert anyio.run(registry.drain, 1.0).seconds < 0.5
     assert len(registry) == 0
+    assert reasons == list(registry.statistics().closed) == ["disconnected"]
     for task in tasks:
         task._log_destroy_pending = False  # type: ignore[attr-defined]
 
