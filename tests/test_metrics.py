@@ -343,8 +343,11 @@ async def test_the_endpoint_in_frameworks() -> None:
 def test_wrong_arguments() -> None:
     with pytest.raises(TypeError, match="'x' is no registry; give a StreamRegistry"):
         Collector("x")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="brokers: 'x' is none; give a Broker"):
-        Collector(brokers=["x"])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="is no registry; give a StreamRegistry"):
+        Collector([StreamRegistry()])  # type: ignore[arg-type]
+    for brokers in (["x"], [["x"]], {"a": "x"}, "x", 5, None):
+        with pytest.raises(TypeError, match=r"brokers: .* is none; give a Broker"):
+            Collector(brokers=brokers)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="both given"):
         MetricsEndpoint(broker=Broker(), brokers=[Broker()])
     with pytest.raises(TypeError, match="collector_registry='x' is none"):
