@@ -14,6 +14,7 @@ from typing import Final
 import anyio
 from anyio.lowlevel import RunVar
 
+from ._checks import check_number
 from ._eventloop import EventLoop, current_loop
 from ._types import CloseReason
 from .errors import shown_text
@@ -194,6 +195,7 @@ class StreamRegistry:
             they do not all come back at once.
 
     Raises:
+        TypeError: `drain_timeout` is no number.
         ValueError: A value is out of range.
     """
 
@@ -201,7 +203,8 @@ class StreamRegistry:
         low, high = drain_retry
         if not (isinstance(low, int) and isinstance(high, int) and 0 <= low <= high):
             raise ValueError(f"drain_retry={drain_retry!r} is no range; give two whole milliseconds, the lower first")
-        self._drain_timeout = _seconds("drain_timeout", drain_timeout)
+        check_number("drain_timeout", drain_timeout)
+        self._drain_timeout = drain_timeout
         self._drain_retry = (low, high)
         self._streams: dict[Stream, Heartbeat] = {}
         self._abandoned: set[Stream] = set()  # kept, or asyncio could collect a task that still runs
@@ -279,9 +282,11 @@ class StreamRegistry:
             What became of the streams.
 
         Raises:
-            ValueError: `timeout` is no length of time.
+            TypeError: `timeout` is no number.
+            ValueError: It is out of range.
         """
-        within = self._drain_timeout if timeout is None else _seconds("timeout", timeout)
+        check_number("timeout", timeout, optional=True)
+        within = self._drain_timeout if timeout is None else timeout
         self._draining = True
         self._tell(None, within)
         return await self._drain(list(self._streams), within, "by call")
@@ -524,9 +529,3 @@ def default_registry() -> StreamRegistry:
         registry = StreamRegistry()
         _default.set(registry)
         return registry
-
-
-def _seconds(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-        raise ValueError(f"{name}={value!r} is no length of time; give seconds of at least 0")
-    return value

@@ -476,8 +476,19 @@ async def test_the_heartbeat_serves_many_streams() -> None:
     assert sorted(pings) == [(1, 100), (2, 50), (5, 20), (10, 10), (30, 3), (60, 1)]
 
 
-@pytest.mark.parametrize("arguments", [{"drain_timeout": -1}, {"drain_timeout": True}, {"drain_retry": (5, 1)},
+@pytest.mark.parametrize("arguments", [{"drain_timeout": -1}, {"drain_timeout": math.nan}, {"drain_retry": (5, 1)},
                                        {"drain_retry": (-1, 5)}, {"drain_retry": (0.5, 5)}])  # fmt: skip
 def test_bad_input(arguments: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="drain_"):
         StreamRegistry(**arguments)  # type: ignore[arg-type]
+
+
+async def test_what_is_no_length_of_time() -> None:
+    with pytest.raises(TypeError, match="drain_timeout=True is bool; give a number"):
+        StreamRegistry(drain_timeout=True)
+    registry = StreamRegistry()
+    with pytest.raises(TypeError, match="timeout='1' is str; give a number, or None"):
+        await registry.drain("1")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="timeout=-1 is out of range; give at least 0"):
+        await registry.drain(-1)
+    assert not registry.draining
