@@ -195,6 +195,9 @@ class Request:
         """The id that the client saw last: its ``Last-Event-ID``, else ``last_event_id`` of the query.
 
         The query serves a first connection, on which a browser's EventSource sends no such header.
+
+        Raises:
+            HTTPError: 414, as `query`, which is not looked at where there is the header.
         """
         # Browsers send the header's value as UTF-8 (WHATWG HTML, 9.2.3); ASGI hands out bytes.
         values = [value for name, value in self.scope["headers"] if name.lower() == b"last-event-id"]
