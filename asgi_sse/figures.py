@@ -119,16 +119,16 @@ class Sources:
     """
 
     def __init__(self, registries: Iterable[StreamRegistry], brokers: Brokers) -> None:
-        known = list(dict.fromkeys(registries))
-        for registry in known:
+        known = _numbered(registries)
+        for registry in known.values():
             if not isinstance(registry, StreamRegistry):
                 raise TypeError(f"{shown(registry)} is no registry; give a StreamRegistry, such as app.registry")
-        self._registries = _labelled("registry", {str(number): registry for number, registry in enumerate(known)})
+        self._registries = _labelled("registry", known)
         if isinstance(brokers, Mapping):
             named = {str(name): broker for name, broker in brokers.items()}
         else:
-            several = dict.fromkeys([brokers] if isinstance(brokers, Broker) else brokers)
-            named = {str(number): broker for number, broker in enumerate(several)}
+            several = brokers if isinstance(brokers, Iterable) else [brokers]
+            named = _numbered(several)
         for broker in named.values():
             if not isinstance(broker, Broker):
                 raise TypeError(f"brokers: {shown(broker)} is none; give a Broker")
@@ -169,6 +169,11 @@ class Sources:
         key = (figure.name, *labels.values())
         self._highest[key] = highest = max(value, self._highest.get(key, 0))
         return highest
+
+
+def _numbered(things: Iterable[Any]) -> dict[str, Any]:
+    """Each once. By its identity, since what is of a wrong kind, and to be told of, may have no hash."""
+    return {str(number): thing for number, thing in enumerate({id(thing): thing for thing in things}.values())}
 
 
 def _labelled(label: str, named: Mapping[str, Any], *, always: bool = False) -> list[tuple[Labels, Any]]:

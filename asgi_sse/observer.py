@@ -1,6 +1,7 @@
 """`Observer`: sees streams come and go, for who counts, traces or shows them."""
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import Final, Literal
 
@@ -11,7 +12,10 @@ logger = logging.getLogger(__name__)
 
 
 class Observer:
-    """Is told of streams. What it does not care for, it leaves as it is; what it raises is logged."""
+    """Is told of streams. What it does not care for, it leaves as it is; what it raises is logged.
+
+    Of a stream that an app sends by itself, the task is one of its own, with a copy of its request's context.
+    """
 
     def begun(self, stream: Stream) -> None:
         """In the task and the context of its request, before its source runs."""
@@ -24,23 +28,35 @@ class Observer:
         """
 
     def ended(self, stream: Stream) -> None:
-        """It has ended, and its source is cleaned up or left behind. In the task and the context of its request."""
+        """It has ended, and its source is cleaned up or left behind. In the task and the context of its request.
+
+        One whose event loop was closed under it ends where that is found out, and has lasted 0 seconds.
+        """
 
 
 class Observers:
     """Those of one registry, or of all."""
 
-    __slots__ = ("all",)
+    __slots__ = ("_lock", "all")
 
     def __init__(self) -> None:
         self.all: tuple[Observer, ...] = ()  # replaced, and never changed: other threads look at it
+        self._lock = threading.Lock()  # for who replaces it
 
     def add(self, observer: Observer) -> Callable[[], None]:
         """Tell `observer` from now on; until what is given is called."""
-        self.all = (*self.all, observer)
+        with self._lock:
+            self.all = (*self.all, observer)
+        removed = False
 
         def remove() -> None:
-            self.all = tuple(other for other in self.all if other is not observer)
+            nonlocal removed
+            with self._lock:
+                if not removed:  # once: it may have been added again
+                    removed = True
+                    known = list(self.all)
+                    known.remove(observer)
+                    self.all = tuple(known)
 
         return remove
 

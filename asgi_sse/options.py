@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ._checks import check_number
 from ._types import CloseReason
 from .event import JSONDumps, ServerSentEvent, check_separator
 
@@ -34,21 +35,12 @@ class StreamOptions:
     def __post_init__(self) -> None:
         """Check each value: a stream must not find out when its client is waiting."""
         for name in ("ping", "send_timeout", "max_lifetime"):
-            _check_seconds(name, getattr(self, name), optional=True)
+            check_number(name, getattr(self, name), optional=True)
         for name in ("cleanup_timeout", "open_timeout"):
-            _check_seconds(name, getattr(self, name), optional=False)
+            check_number(name, getattr(self, name))
         for name in ("ping_message_factory", "on_error", "on_close", "json_dumps"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise TypeError(f"{name}={getattr(self, name)!r} is not callable; give a function, or None")
         check_separator(self.sep)
         if self.retry is not None:
             ServerSentEvent(retry=self.retry)
-
-
-def _check_seconds(name: str, value: object, *, optional: bool) -> None:
-    if value is None and optional:
-        return
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} is {type(value).__name__}; give seconds{', or None for none' * optional}")
-    if not value >= 0:
-        raise ValueError(f"{name}={value!r} is no length of time; give seconds of at least 0")

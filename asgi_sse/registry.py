@@ -14,6 +14,7 @@ from typing import Final
 import anyio
 from anyio.lowlevel import RunVar
 
+from ._checks import check_number
 from ._eventloop import EventLoop, current_loop
 from ._types import CloseReason
 from .errors import shown_text
@@ -194,6 +195,7 @@ class StreamRegistry:
             they do not all come back at once.
 
     Raises:
+        TypeError: `drain_timeout` is no number.
         ValueError: A value is out of range.
     """
 
@@ -201,7 +203,8 @@ class StreamRegistry:
         low, high = drain_retry
         if not (isinstance(low, int) and isinstance(high, int) and 0 <= low <= high):
             raise ValueError(f"drain_retry={drain_retry!r} is no range; give two whole milliseconds, the lower first")
-        self._drain_timeout = _seconds("drain_timeout", drain_timeout)
+        check_number("drain_timeout", drain_timeout)
+        self._drain_timeout = drain_timeout
         self._drain_retry = (low, high)
         self._streams: dict[Stream, Heartbeat] = {}
         self._abandoned: set[Stream] = set()  # kept, or asyncio could collect a task that still runs
@@ -237,7 +240,7 @@ class StreamRegistry:
     def when_ended(self, told: Callable[[Stream], object]) -> Callable[[], None]:
         """Call `told` with each stream that has ended, and whose ``reason`` says why.
 
-        In the task and the context of its request. What it raises is logged.
+        In the task and the context of its request, as `Observer.ended`. What it raises is logged.
 
         Returns:
             What undoes that.
@@ -279,9 +282,11 @@ class StreamRegistry:
             What became of the streams.
 
         Raises:
-            ValueError: `timeout` is no length of time.
+            TypeError: `timeout` is no number.
+            ValueError: It is out of range.
         """
-        within = self._drain_timeout if timeout is None else _seconds("timeout", timeout)
+        check_number("timeout", timeout, optional=True)
+        within = self._drain_timeout if timeout is None else timeout
         self._draining = True
         self._tell(None, within)
         return await self._drain(list(self._streams), within, "by call")
@@ -316,7 +321,7 @@ class StreamRegistry:
             self._drains.remove(drain)
             seconds = loop.time() - began
             if new:
-                self._tally.drains += 1
+                self._tally.drained()
                 report = self._report(new, drain, seconds)
                 logger.info(
                     "drained %d stream%s (%s): %s", len(new), "s" * (len(new) != 1), cause, report,
@@ -403,7 +408,7 @@ class StreamRegistry:
 
     def count_compressed(self, kind: str) -> None:
         """A middleware has encoded, held or buffered a stream."""
-        self._tally.compressed[kind] = self._tally.compressed.get(kind, 0) + 1
+        self._tally.was_compressed(kind)
 
     def _server_stops(self, server: Server, cause: str, certain: bool) -> None:  # noqa: FBT001
         known = self.is_draining(server)
@@ -429,7 +434,7 @@ class StreamRegistry:
     def add(self, stream: Stream) -> None:
         """See `stream.Keeper`."""
         self._streams[stream] = current_heartbeat()
-        self._tally.opened += 1
+        self._tally.began()
         self._observers.tell("begun", stream)
         if self.is_draining(stream.server):  # by another thread, since the response looked
             self._drain_streams([stream], self._drain_timeout)
@@ -454,8 +459,9 @@ class StreamRegistry:
         if heartbeat is None:
             return
         heartbeat.forget(stream)
-        reason: CloseReason = stream.reason or "disconnected"
-        seconds = stream.age
+        if stream.reason is None:  # its event loop was closed under it
+            stream.reason = "disconnected"
+        reason, seconds = stream.reason, stream.age
         self._tally.ended(reason, seconds, stream.events, stream.bytes_sent)
         if logger.isEnabledFor(logging.DEBUG):
             _log_end(stream, reason, seconds)
@@ -523,9 +529,3 @@ def default_registry() -> StreamRegistry:
         registry = StreamRegistry()
         _default.set(registry)
         return registry
-
-
-def _seconds(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-        raise ValueError(f"{name}={value!r} is no length of time; give seconds of at least 0")
-    return value

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from http import HTTPStatus
@@ -30,7 +31,14 @@ def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
 
 
-_json: Final = json.JSONDecoder(parse_constant=_no_number)
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):  # 1e999 is JSON, but the infinity that it would become is none
+        raise ValueError("a number is too large")
+    return number
+
+
+_json: Final = json.JSONDecoder(parse_float=_finite, parse_constant=_no_number)
 _SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")  # one, or half of a pair: a pair is fine
 
 
@@ -187,6 +195,9 @@ class Request:
         """The id that the client saw last: its ``Last-Event-ID``, else ``last_event_id`` of the query.
 
         The query serves a first connection, on which a browser's EventSource sends no such header.
+
+        Raises:
+            HTTPError: 414, as `query`, which is not looked at where there is the header.
         """
         # Browsers send the header's value as UTF-8 (WHATWG HTML, 9.2.3); ASGI hands out bytes.
         values = [value for name, value in self.scope["headers"] if name.lower() == b"last-event-id"]
@@ -238,8 +249,8 @@ class Request:
         """The body, parsed as JSON: UTF-8, as RFC 8259 has it, and so that it can be sent on in an event.
 
         Raises:
-            HTTPError: 400, it is no JSON, or too deep; has a lone surrogate, or a number of over 4,300 digits; 413, it
-                has more than `limit` bytes.
+            HTTPError: 400, it is no JSON, or too deep; has a lone surrogate, a number of over 4,300 digits, or one that
+                no float holds; 413, it has more than `limit` bytes.
             StreamClosedError: As `body`.
         """
         body = await self.body(limit)

@@ -17,7 +17,7 @@ after 15 s or 60 s, of a page that is left soon, of one that is open for a day."
 
 @dataclass(slots=True)
 class Tally:
-    """Counts of streams, none of which ever goes down.
+    """Counts of streams, none of which ever goes down. Servers in several threads may count in one.
 
     Attributes:
         opened: Streams begun.
@@ -39,14 +39,32 @@ class Tally:
     compressed: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     durations: list[int] = field(default_factory=lambda: [0] * (len(DURATIONS) + 1))
+    # Reentrant, since a handler of a signal may end streams while its thread counts.
+    _lock: threading.RLock = field(init=False, default_factory=threading.RLock, repr=False, compare=False)
+
+    def began(self) -> None:
+        """A stream has begun."""
+        with self._lock:
+            self.opened += 1
 
     def ended(self, reason: CloseReason, seconds: float, events: int, size: int) -> None:
         """A stream has ended."""
-        self.closed[reason] = self.closed.get(reason, 0) + 1
-        self.events += events
-        self.bytes += size
-        self.seconds += seconds
-        self.durations[bisect_left(DURATIONS, seconds)] += 1
+        with self._lock:
+            self.closed[reason] = self.closed.get(reason, 0) + 1
+            self.events += events
+            self.bytes += size
+            self.seconds += seconds
+            self.durations[bisect_left(DURATIONS, seconds)] += 1
+
+    def drained(self) -> None:
+        """A drain has ended."""
+        with self._lock:
+            self.drains += 1
+
+    def was_compressed(self, kind: str) -> None:
+        """A middleware has encoded, held or buffered a stream."""
+        with self._lock:
+            self.compressed[kind] = self.compressed.get(kind, 0) + 1
 
     def add(self, other: "Tally") -> None:
         """Count what `other` has counted as well."""

@@ -156,7 +156,7 @@ class _Spans(Observer):
     def ended(self, stream: Stream) -> None:
         """See `Observer`."""
         _describe(stream)
-        self._instruments.durations.record(stream.age, {"sse.close_reason": _reason(stream)})
+        self._instruments.durations.record(stream.age, {"sse.close_reason": str(stream.reason)})
 
 
 class _NotSampled:
@@ -186,12 +186,8 @@ def _describe(stream: Stream) -> None:
                 "sse.events": stream.events,
                 "sse.bytes": stream.bytes_sent,
                 "sse.duration": stream.age,
-                "sse.close_reason": _reason(stream),
+                "sse.close_reason": str(stream.reason),
             }
         )
         if stream.reason == "failed":  # a middleware between may keep the error from who has made the span
             span.set_status(trace.StatusCode.ERROR)
-
-
-def _reason(stream: Stream) -> str:
-    return stream.reason or "disconnected"

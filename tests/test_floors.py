@@ -13,7 +13,7 @@ PACKAGE = Path(asgi_sse.__file__).parent
 
 FLOORS = [
     {"_types", "errors"},
-    {"event", "decoder", "log", "_eventloop"},
+    {"event", "decoder", "log", "_checks", "_eventloop"},
     {"outbox", "inbox", "server", "source", "lifespan", "options", "tally"},
     {"stream", "shutdown", "compression"},
     {"observer"},

@@ -190,7 +190,8 @@ def test_a_path_of_a_million_segments_is_not_taken_apart() -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        b"[" * 100_000, b"9" * 5000, b"NaN", b'{"a": -Infinity}', b'"\xff"', b'"\xed\xa0\x80"', b'"\\ud800"',
+        b"[" * 100_000, b"9" * 5000, b"NaN", b'{"a": -Infinity}', b"[1e999]", b"-1e400", b"9" * 400 + b".0",
+        b'"\xff"', b'"\xed\xa0\x80"', b'"\\ud800"',
         b'{"\\uDC00": 1}', b'"\\ude00\\ud83d"', "1".encode("utf-16"), b"", b"\xef\xbb\xbf\xef\xbb\xbf1",
     ],
     ids=lambda body: repr(body[:12]),
@@ -265,6 +266,24 @@ async def test_an_id_forges_no_line_of_the_log(caplog: pytest.LogCaptureFixture)
         await stream.receive()
     (record,) = caplog.records
     assert record.message.isprintable()  # as it was written: what it says of itself changes
+
+
+@pytest.mark.anyio
+async def test_names_of_channels_fill_no_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """A request may name a hundred, of 200 characters each."""
+
+    def on_join(subscription: Any) -> None:
+        raise LookupError
+
+    broker = Broker(on_join=on_join)
+    query = "&".join(f"channel=c{number:03}{'x' * 190}" for number in range(MAX_CHANNELS))
+    async with open_stream(create_app({"/": broker.endpoint()}), f"/?{query}") as stream:
+        assert stream.status == 200
+        await stream.read()
+    (record,) = caplog.records
+    assert len(record.message) < 300
+    assert len(vars(record)["sse_channel"]) <= 200
+    assert len(repr(broker.subscribe(*(f"c{number}" for number in range(1000))))) < 300
 
 
 @pytest.mark.anyio

@@ -182,6 +182,18 @@ async def test_how_far_the_slowest_subscription_is_behind(channels: list[str]) -
     assert lag() == 0
 
 
+async def test_what_a_subscription_has_read_ahead_is_behind_as_well() -> None:
+    broker = Broker()
+    other, slowest = aiter(broker.subscribe("b")), aiter(broker.subscribe("a"))
+    for channel, reader in (("b", other), ("a", slowest)):
+        broker.publish_nowait(channel, "first")
+        await anext(reader)
+    for channel in ["b"] * 50 + ["a"] * 101:
+        broker.publish_nowait(channel, "next")
+    await anext(slowest)  # of as many as it reads at once
+    assert read(Collector(StreamRegistry(), brokers=broker))["asgi_sse_broker_lag_events"] == 100
+
+
 # All that there are in a process
 
 
@@ -331,8 +343,11 @@ async def test_the_endpoint_in_frameworks() -> None:
 def test_wrong_arguments() -> None:
     with pytest.raises(TypeError, match="'x' is no registry; give a StreamRegistry"):
         Collector("x")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="brokers: 'x' is none; give a Broker"):
-        Collector(brokers=["x"])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="is no registry; give a StreamRegistry"):
+        Collector([StreamRegistry()])  # type: ignore[arg-type]
+    for brokers in (["x"], [["x"]], {"a": "x"}, "x", 5, None):
+        with pytest.raises(TypeError, match=r"brokers: .* is none; give a Broker"):
+            Collector(brokers=brokers)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="both given"):
         MetricsEndpoint(broker=Broker(), brokers=[Broker()])
     with pytest.raises(TypeError, match="collector_registry='x' is none"):

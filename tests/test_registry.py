@@ -1,6 +1,7 @@
 """`StreamRegistry`: the running streams, and how they end when the server stops."""
 
 import math
+import sys
 import threading
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -14,6 +15,7 @@ from asgi_sse import DrainReport, EventDecoder, EventSourceResponse, Request, St
 from asgi_sse.observer import Observer
 from asgi_sse.registry import current_heartbeat, default_registry
 from asgi_sse.stream import Stream
+from asgi_sse.tally import Tally
 from asgi_sse.testing import open_stream
 
 pytestmark = pytest.mark.anyio
@@ -150,6 +152,30 @@ async def test_how_long_streams_have_lasted() -> None:
     assert not statistics.draining
     registry.begin_drain()
     assert registry.statistics().draining
+
+
+def test_what_several_threads_count_is_counted() -> None:
+    """Servers in threads may share a registry, and a count that was lost would be seen to go down."""
+    registry, tally = StreamRegistry(), Tally()
+
+    def count() -> None:
+        for _ in range(20_000):
+            registry.count_compressed("held")
+            tally.ended("finished", 2.0, 3, 4)
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert registry.statistics().compressed == {"held": 80_000}
+    assert (tally.closed, tally.events, tally.bytes) == ({"finished": 80_000}, 240_000, 320_000)
+    assert (tally.seconds, tally.durations[1]) == (160_000, 80_000)
 
 
 async def test_a_client_that_does_not_read_shows() -> None:
@@ -450,8 +476,19 @@ async def test_the_heartbeat_serves_many_streams() -> None:
     assert sorted(pings) == [(1, 100), (2, 50), (5, 20), (10, 10), (30, 3), (60, 1)]
 
 
-@pytest.mark.parametrize("arguments", [{"drain_timeout": -1}, {"drain_timeout": True}, {"drain_retry": (5, 1)},
+@pytest.mark.parametrize("arguments", [{"drain_timeout": -1}, {"drain_timeout": math.nan}, {"drain_retry": (5, 1)},
                                        {"drain_retry": (-1, 5)}, {"drain_retry": (0.5, 5)}])  # fmt: skip
 def test_bad_input(arguments: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="drain_"):
         StreamRegistry(**arguments)  # type: ignore[arg-type]
+
+
+async def test_what_is_no_length_of_time() -> None:
+    with pytest.raises(TypeError, match="drain_timeout=True is bool; give a number"):
+        StreamRegistry(drain_timeout=True)
+    registry = StreamRegistry()
+    with pytest.raises(TypeError, match="timeout='1' is str; give a number, or None"):
+        await registry.drain("1")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="timeout=-1 is out of range; give at least 0"):
+        await registry.drain(-1)
+    assert not registry.draining

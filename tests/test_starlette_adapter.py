@@ -799,7 +799,7 @@ async def test_a_websocket_is_denied_with_a_stream() -> None:
         ({"sep": "|"}, ValueError, "sep must be one of"),
         ({"ping": "ten"}, TypeError, "ping interval must be int"),
         ({"ping": -1}, ValueError, "ping interval must be >= 0"),
-        ({"send_timeout": -1}, ValueError, "send_timeout=-1 is no length of time"),
+        ({"send_timeout": -1}, ValueError, "send_timeout=-1 is out of range; give at least 0"),
         ({"shutdown_grace_period": float("nan")}, ValueError, "shutdown_grace_period must be >= 0"),
         ({"max_lifetime": "long"}, TypeError, "max_lifetime='long' is str"),
         ({"on_error": 1}, TypeError, "on_error=1 is not callable"),

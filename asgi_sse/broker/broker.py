@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
+from .._checks import check_number
 from .._eventloop import current_loop
 from ..errors import BrokerError
 from ..log import EventLog, check_name
@@ -14,7 +15,7 @@ from ..outbox import current_flusher
 from ..source import check_content
 from .backend import Publication
 from .channel import Channel
-from .checks import check_key, check_number, name_of
+from .checks import check_key, name_of
 from .endpoint import Authorize, BrokerEndpoint
 from .engines import backend_of
 from .hub import Hub, unnumbered

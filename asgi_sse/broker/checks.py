@@ -22,21 +22,6 @@ def name_of(channel: str | Channel) -> str:
     return channel.name if isinstance(channel, Channel) else check_pattern(channel)
 
 
-def check_number(name: str, value: object, *, optional: bool = False, positive: bool = False) -> None:
-    """See that `value` is a number of at least 0.
-
-    Raises:
-        TypeError: It is no number.
-        ValueError: It is out of range.
-    """
-    if value is None and optional:
-        return
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{name}={shown(value)} is {type(value).__name__}; give a number{', or None' * optional}")
-    if not value >= 0 or (positive and value == 0):
-        raise ValueError(f"{name}={value!r} is out of range; give {'more than' if positive else 'at least'} 0")
-
-
 def check_key(key: object) -> str | None:
     """See that `key` may be an idempotency key, or is none.
 

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import anyio
 
+from .._checks import check_number
 from ..errors import shown
 from ..log import check_name, check_pattern, is_pattern, pattern_test
 from ..response import EventSourceResponse
 from ..routing import Answering, HTTPError
 from .channel import Channel, come_back
-from .checks import check_number, name_of
+from .checks import name_of
 from .hub import UnavailableError
 
 if TYPE_CHECKING:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final
 
+from .._checks import check_number
 from ..errors import BrokerError
 from ..log import EventLog, check_name
 from .backend import Publication
-from .checks import check_key, check_number
+from .checks import check_key
 from .engines import backend_of
 from .hub import Hub, unnumbered
 from .remote import RemoteBackend

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 
 from .._eventloop import Child, EventLoop, current_loop
+from ..errors import shown_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,8 +102,8 @@ class Presence:
 
 
 def _names(subscription: Subscription) -> str:
-    # Not its repr, which has what its client has sent.
-    return " ".join(subscription.names)
+    # Not its repr, which has the id that its client has sent.
+    return shown_text(" ".join(subscription.names))  # which its client may have chosen, and a hundred of them
 
 
 def _about(hook: str, subscription: Subscription) -> tuple[str, str, str]:

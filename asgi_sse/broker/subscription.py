@@ -88,11 +88,11 @@ class Subscription(Cursor):
         return self._begun_with if self._given is None else f"{self._epoch}-{self._given}"
 
     def __repr__(self) -> str:
-        return f"<Subscription {' '.join(self.names)} at {shown_text(self.last_event_id)}>"
+        return f"<Subscription {shown_text(' '.join(self.names))} at {shown_text(self.last_event_id)}>"
 
     def unread(self, beyond: int) -> int:
         """See `hub.Reader`."""
-        return super().unread(beyond) + len(self._batch)
+        return super().unread(beyond - len(self._batch)) + len(self._batch)
 
     def wake(self) -> None:
         """See `hub.Reader`."""
