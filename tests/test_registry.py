@@ -136,6 +136,26 @@ async def test_an_observer_sees_a_stream_before_its_last_message_leaves() -> Non
     assert course[3:] == ["source", "sent"]
 
 
+async def test_who_observes_twice_is_told_twice_until_each_is_undone() -> None:
+    registry = StreamRegistry()
+    told: list[str] = []
+
+    class Noting(Observer):
+        def ended(self, stream: Stream) -> None:
+            told.append(stream.path)
+
+    observer = Noting()
+    undo, undo_other = registry.observe(observer), registry.observe(observer)
+    for path, times in (("/two", 2), ("/one", 1), ("/none", 0)):
+        async with open_stream(EventSourceResponse(["x"], registry=registry), path) as stream:
+            assert [event.data async for event in stream] == ["x"]
+        assert told.count(path) == times
+        undo()
+        undo()  # once more is nothing
+        if path == "/one":
+            undo_other()
+
+
 async def test_how_long_streams_have_lasted() -> None:
     registry = StreamRegistry()
 
