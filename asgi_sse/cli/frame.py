@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from typing import Final
+from urllib.parse import urlsplit
 
 NAME: Final = "asgi-sse"
 INTERRUPTED: Final = 130  # what a shell reports for 128 + SIGINT
@@ -107,7 +108,11 @@ def count(text: str) -> int:
 
 def web_url(text: str) -> str:
     """A URL of HTTP."""
-    if not re.match(r"https?://[^/?#\s]", text):
+    try:
+        good = re.match(r"https?://[^/?#\s]", text) is not None and urlsplit(text).port != 0
+    except ValueError:  # a port beyond the last one, or half an address of IPv6
+        good = False
+    if not good:
         raise argparse.ArgumentTypeError(f"{text!r} is no URL of HTTP; give one such as 'http://127.0.0.1:8000/events'")
     return text
 

@@ -111,10 +111,10 @@ def _run(options: argparse.Namespace) -> int:
             return _print(follower, options)
     except StoppedError as exc:
         return fail(str(exc))
-    except BrokenPipeError:
+    except OSError as exc:  # of the output: those of the network are the follower's
         # What is left in the buffer would be tried again at the end of Python, which would say that it cannot.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
+        return _BROKEN_PIPE if isinstance(exc, BrokenPipeError) else fail(f"cannot write: {exc.strerror}")
 
 
 def _print(events: Any, options: argparse.Namespace) -> int:
