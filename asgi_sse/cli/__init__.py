@@ -7,7 +7,7 @@ from typing import Final
 
 from .. import __version__
 from . import bench, demo, publish, serve, tail
-from .frame import INTERRUPTED, NAME, Commands
+from .frame import INTERRUPTED, NAME, Commands, OutputError, unwritten
 
 _EPILOG: Final = """\
 examples:
@@ -61,4 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = options.run(options)
     except KeyboardInterrupt:
         status = INTERRUPTED
+    except OutputError as exc:
+        status = unwritten(exc)
     return status

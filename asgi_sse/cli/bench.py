@@ -19,6 +19,7 @@ from .frame import (
     positive_seconds,
     rate,
     safe,
+    say,
     web_url,
 )
 from .hub import PUBLISH_TOKEN, tokens_in
@@ -127,7 +128,7 @@ def _run(options: argparse.Namespace) -> int:
     except SSEError as exc:
         return fail(str(exc))
     result = _result(load, options.connections, seconds, busy)
-    print(json.dumps(result) if options.json else _as_text(result), flush=True)
+    say(json.dumps(result) if options.json else _as_text(result))
     if interrupted:
         return INTERRUPTED
     return 1 if load.errors else 0

@@ -2,13 +2,16 @@
 
 import argparse
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
 from typing import Final
+from urllib.parse import urlsplit
 
 NAME: Final = "asgi-sse"
 INTERRUPTED: Final = 130  # what a shell reports for 128 + SIGINT
+_BROKEN_PIPE: Final = 141  # and for 128 + SIGPIPE
 _LAST_PORT: Final = 65535
 
 # C0 but for tab and line feed, DEL and C1 can drive a terminal; what turns the direction of text can hide a part of it.
@@ -52,6 +55,29 @@ def fail(message: str) -> int:
 def note(message: str) -> None:
     """Tell who runs the command, on the standard error."""
     print(f"{NAME}: {safe(message)}", file=sys.stderr, flush=True)
+
+
+class OutputError(Exception):
+    """The standard output takes nothing more: its reader has gone, or its disk is full."""
+
+
+def say(text: str) -> None:
+    """Print what the command is asked for.
+
+    Raises:
+        OutputError: It cannot be written. `main` ends the command by `unwritten`.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as exc:
+        raise OutputError(exc.strerror) from exc
+
+
+def unwritten(exc: OutputError) -> int:
+    """The exit status of a command whose output cannot be written."""
+    # What is left in the buffer would be tried again at the end of Python, which would say that it cannot.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return _BROKEN_PIPE if isinstance(exc.__cause__, BrokenPipeError) else fail(f"cannot write: {exc}")
 
 
 def missing(exc: ModuleNotFoundError, what: str, extra: str, *modules: str) -> int:
@@ -107,7 +133,11 @@ def count(text: str) -> int:
 
 def web_url(text: str) -> str:
     """A URL of HTTP."""
-    if not re.match(r"https?://[^/?#\s]", text):
+    try:
+        good = re.match(r"https?://[^/?#\s]", text) is not None and urlsplit(text).port != 0
+    except ValueError:  # a port beyond the last one, or half an address of IPv6
+        good = False
+    if not good:
         raise argparse.ArgumentTypeError(f"{text!r} is no URL of HTTP; give one such as 'http://127.0.0.1:8000/events'")
     return text
 

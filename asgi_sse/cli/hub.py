@@ -140,7 +140,7 @@ class _Tokens:
         found = [hmac.compare_digest(given.encode("utf-8", "replace"), token) for token in self._tokens]
         if not any(found):
             challenge = 'Bearer realm="asgi-sse", error="invalid_token"'  # RFC 6750, 3.1
-            raise HTTPError(401, "that token is none", {"www-authenticate": challenge})
+            raise HTTPError(401, "that token is not known", {"www-authenticate": challenge})
 
 
 def _bearer(request: Request) -> str | None:

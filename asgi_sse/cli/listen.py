@@ -8,7 +8,7 @@ from typing import Any
 import uvicorn
 
 from .._types import ASGIApp
-from .frame import INTERRUPTED, fail
+from .frame import INTERRUPTED, fail, say
 
 
 @asynccontextmanager
@@ -50,7 +50,7 @@ def serve(
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             async with during_startup():
                 await super().startup(sockets)
-            print(told(url), flush=True)
+            say(told(url))
 
     with listener:
         # Its log of requests is off: it would have the query, and with it the tokens of those who cannot send a header.

@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Final
 
-from .frame import Commands, fail, missing, positive_seconds
+from .frame import Commands, fail, missing, positive_seconds, say
 from .hub import PUBLISH_TOKEN, tokens_in
 
 _DESCRIPTION: Final = """\
@@ -69,7 +69,7 @@ def _run(options: argparse.Namespace) -> int:
         )
     except (SSEError, ModuleNotFoundError, ValueError) as exc:
         return fail(str(exc))
-    print(event_id)
+    say(event_id)
     return 0
 
 
@@ -95,5 +95,5 @@ def _to_hub(options: argparse.Namespace, data: bytes) -> int:
         return fail(f"not acknowledged: {kind}; it may have been published, and with --key it is safe to try again")
     if response.status_code != 201:
         return fail(f"the hub answered {response.status_code}: {' '.join(response.text[:500].split())}")
-    print(response.json()["id"])
+    say(response.json()["id"])
     return 0

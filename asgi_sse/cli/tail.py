@@ -2,15 +2,12 @@
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any, Final
 
 from ..event import ServerSentEvent
-from .frame import Commands, add_headers, count, fail, missing, note, positive_seconds, safe, web_url
-
-_BROKEN_PIPE: Final = 141  # what a shell reports for 128 + SIGPIPE
+from .frame import Commands, add_headers, count, fail, missing, note, positive_seconds, safe, say, web_url
 
 _DESCRIPTION: Final = """\
 Prints the events of a stream as they come, and goes on where it was when the
@@ -111,10 +108,6 @@ def _run(options: argparse.Namespace) -> int:
             return _print(follower, options)
     except StoppedError as exc:
         return fail(str(exc))
-    except BrokenPipeError:
-        # What is left in the buffer would be tried again at the end of Python, which would say that it cannot.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
 
 
 def _print(events: Any, options: argparse.Namespace) -> int:
@@ -125,7 +118,7 @@ def _print(events: Any, options: argparse.Namespace) -> int:
         if wanted and event.event not in wanted:
             continue
         line = _as_json(event) if options.json else _as_text(event)
-        print(safe(line) if tty else line, flush=True)
+        say(safe(line) if tty else line)
         printed += 1
         if printed == options.count:
             break

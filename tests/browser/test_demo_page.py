@@ -141,6 +141,21 @@ def test_works_by_keyboard_alone(open_page: OpenPage, demo: str) -> None:
     expect(page.locator("#posts")).to_contain_text("by keyboard")
 
 
+def test_nothing_stands_out_of_its_box(open_page: OpenPage, demo: str) -> None:
+    page = open_page(demo, viewport={"width": 360, "height": 740})
+    expect(page.locator("#running")).to_contain_text("/live")
+    for width in (360, 480, 840, 960, 1000, 1200):  # 960: two tabs beside each other on a usual screen
+        page.set_viewport_size({"width": width, "height": 740})
+        out = page.evaluate("""() => {
+            for (const id of ["in", "out"]) document.getElementById(id).textContent = "99.9 KiB/s";
+            document.querySelector("#running td:nth-child(2)").textContent = "disconnected";
+            document.querySelector("#running td").textContent = "/crowd \u00d7 30";
+            const boxes = [...document.querySelectorAll(".tables, .machine, html")];
+            return boxes.filter((box) => box.scrollWidth > box.clientWidth).map((box) => box.className);
+        }""")
+        assert out == [], width
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_light_and_dark_on_a_phone(scheme: str, open_page: OpenPage, demo: str) -> None:
     page = open_page(demo, color_scheme=scheme, viewport={"width": 360, "height": 740}, reduced_motion="reduce")
