@@ -71,6 +71,14 @@ def safe(text: str) -> str:
     return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
+def show(line: str) -> None:
+    """Print what a server sent; what the output cannot carry, or would act on a terminal, stands as an escape."""
+    if sys.stdout.isatty():
+        line = safe(line)
+    encoding = sys.stdout.encoding or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
 # Kinds of arguments. What argparse says of one that is none begins with the option's name.
 
 

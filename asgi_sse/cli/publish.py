@@ -2,9 +2,9 @@
 
 import argparse
 import sys
-from typing import Final
+from typing import Any, Final
 
-from .frame import Commands, fail, missing, positive_seconds
+from .frame import Commands, fail, missing, positive_seconds, show
 from .hub import PUBLISH_TOKEN, tokens_in
 
 _DESCRIPTION: Final = """\
@@ -88,12 +88,30 @@ def _to_hub(options: argparse.Namespace, data: bytes) -> int:
             headers={"authorization": f"Bearer {token}"} if token else {},
             timeout=options.timeout,
         )
-    except httpx.ConnectError as exc:
+    except (httpx.ConnectError, httpx.ConnectTimeout) as exc:
         return fail(f"not published: {options.url} cannot be reached: {exc}")
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as exc:  # ValueError: what no header can carry
+    # Of a URL, a name that is no host's, a header, or the proxy or certificates that the environment names.
+    except (
+        httpx.InvalidURL,
+        httpx.LocalProtocolError,
+        httpx.UnsupportedProtocol,
+        ImportError,
+        OSError,
+        ValueError,
+    ) as exc:
+        return fail(f"not published: the request cannot be made: {exc}")
+    except httpx.HTTPError as exc:
         kind = str(exc) or type(exc).__name__
         return fail(f"not acknowledged: {kind}; it may have been published, and with --key it is safe to try again")
+    return _answered(options.url, response)
+
+
+def _answered(url: str, response: Any) -> int:
     if response.status_code != 201:
         return fail(f"the hub answered {response.status_code}: {' '.join(response.text[:500].split())}")
-    print(response.json()["id"])
+    try:
+        event_id = str(response.json()["id"])
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return fail(f"{url} is no hub: it answered 201, but without the event's id")
+    show(event_id)
     return 0

@@ -1,6 +1,7 @@
 """``asgi-sse tail``."""
 
 import argparse
+import codecs
 import json
 import os
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..event import ServerSentEvent
-from .frame import Commands, add_headers, count, fail, missing, note, positive_seconds, safe, web_url
+from .frame import Commands, add_headers, count, fail, missing, note, positive_seconds, show, web_url
 
 _BROKEN_PIPE: Final = 141  # what a shell reports for 128 + SIGPIPE
 
@@ -118,22 +119,22 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _print(events: Any, options: argparse.Namespace) -> int:
-    tty = sys.stdout.isatty()
+    # Of what an encoding lacks, JSON has escapes of its own.
+    ascii_alone = codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8"
     wanted = set(options.event or ())
     printed = 0
     for event in events:
         if wanted and event.event not in wanted:
             continue
-        line = _as_json(event) if options.json else _as_text(event)
-        print(safe(line) if tty else line, flush=True)
+        show(_as_json(event, ascii_alone=ascii_alone) if options.json else _as_text(event))
         printed += 1
         if printed == options.count:
             break
     return 0
 
 
-def _as_json(event: ServerSentEvent) -> str:
-    return json.dumps({"id": event.id, "event": event.event, "data": event.data}, ensure_ascii=False)
+def _as_json(event: ServerSentEvent, *, ascii_alone: bool) -> str:
+    return json.dumps({"id": event.id, "event": event.event, "data": event.data}, ensure_ascii=ascii_alone)
 
 
 def _as_text(event: ServerSentEvent) -> str:
