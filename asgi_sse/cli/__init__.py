@@ -1,13 +1,14 @@
 """The command ``asgi-sse``, which is ``python -m asgi_sse`` too: each command of it is in a room of its own."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Final
 
 from .. import __version__
 from . import bench, demo, publish, serve, tail
-from .frame import INTERRUPTED, NAME, Commands
+from .frame import BROKEN_PIPE, INTERRUPTED, NAME, Commands
 
 _EPILOG: Final = """\
 examples:
@@ -25,7 +26,8 @@ Without a command it runs the demo. "asgi-sse COMMAND --help" has the options of
 each, its exit statuses, and the environment variables that it reads.
 
 exit status: 0 done; 1 it failed, and the last line of the standard error says
-why; 2 wrong arguments; 130 interrupted (Ctrl-C).
+why; 2 wrong arguments; 130 interrupted (Ctrl-C); 141 if who reads the output
+has gone.
 """
 
 
@@ -61,4 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = options.run(options)
     except KeyboardInterrupt:
         status = INTERRUPTED
+    except BrokenPipeError:
+        # What is left in the buffer would be tried again at the end of Python, which would say that it cannot.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = BROKEN_PIPE
     return status

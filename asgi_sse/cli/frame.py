@@ -9,6 +9,7 @@ from typing import Final
 
 NAME: Final = "asgi-sse"
 INTERRUPTED: Final = 130  # what a shell reports for 128 + SIGINT
+BROKEN_PIPE: Final = 141  # … + SIGPIPE
 _LAST_PORT: Final = 65535
 
 # C0 but for tab and line feed, DEL and C1 can drive a terminal; what turns the direction of text can hide a part of it.

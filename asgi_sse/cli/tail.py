@@ -3,15 +3,12 @@
 import argparse
 import codecs
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any, Final
 
 from ..event import ServerSentEvent
 from .frame import Commands, add_headers, count, fail, missing, note, positive_seconds, show, web_url
-
-_BROKEN_PIPE: Final = 141  # what a shell reports for 128 + SIGPIPE
 
 _DESCRIPTION: Final = """\
 Prints the events of a stream as they come, and goes on where it was when the
@@ -112,10 +109,6 @@ def _run(options: argparse.Namespace) -> int:
             return _print(follower, options)
     except StoppedError as exc:
         return fail(str(exc))
-    except BrokenPipeError:
-        # What is left in the buffer would be tried again at the end of Python, which would say that it cannot.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
 
 
 def _print(events: Any, options: argparse.Namespace) -> int:
