@@ -389,8 +389,8 @@ async def test_the_clients_of_a_drain_take_nothing_over_from_a_block_that_was_cu
     async with listener, LifespanManager(app), anyio.create_task_group() as tasks:
         tasks.start_soon(listener.serve, answer)
         scope = {"server": listener.extra(SocketAttribute.local_address)}
-        async with open_stream(app, "/drain", method="POST", scope=scope) as stream:
-            assert stream.status == 204
+        async with open_stream(app, "/drain", method="POST", scope=scope):
+            pass  # whether it finds anybody open, of whom nobody stays, is by chance
         with anyio.fail_after(ENOUGH):
             await enough.wait()
         tasks.cancel_scope.cancel()
