@@ -1011,7 +1011,7 @@ def test_bench_ends_at_ctrl_c_wherever_it_is(options: list[str]) -> None:
         try:
             url = f"http://127.0.0.1:{server.server_address[1]}/"
             with command("bench", url, "--duration", "600", "--json", *options) as process:
-                assert waiting.wait(ENOUGH)
+                assert waiting.wait(ENOUGH), process.communicate()
                 process.send_signal(signal.SIGINT)
                 out, error = process.communicate()
         finally:
