@@ -5,6 +5,7 @@ It does nothing for a test without ``@pytest.mark.asgi_sse``, unless the ini opt
 
 from collections.abc import Generator
 from typing import Any
+from unittest import TestCase
 
 import pytest
 
@@ -41,7 +42,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
     if guard is None:
         pytest.fail(str(wrong), pytrace=False)
     test: Any = getattr(item, "obj", None)
-    if guard.takes(test):
+    # unittest runs its own async tests, as they are, and is interrupted as by any other test.
+    if guard.takes(test) and not issubclass(getattr(item, "cls", None) or object, TestCase):
         item.obj = guard.around(test)  # type: ignore[attr-defined]
     result = None
     try:

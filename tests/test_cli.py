@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def answering(*answers: bytes) -> Iterator[tuple[str, list[str]]]:
             length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
             while length and len(body) < int(length[1]):
                 body += self.request.recv(65_536)
-            asked.append((head + b"\r\n\r\n" + body).decode())
+            asked.append((head + b"\r\n\r\n" + body).decode(errors="replace"))
             answer = left.pop(0) if len(left) > 1 else left[0]
             # Else a client may ask again while it is closed, and the next answer is lost.
             self.request.sendall(answer.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
@@ -217,21 +218,12 @@ def test_no_such_host(name: str, host: str, capsys: pytest.CaptureFixture[str]) 
         ("bench http://127.0.0.1:1/", "h11", "bench", "cli"),
     ],
 )
-def test_missing_extra(
-    arguments: str,
-    missing: str,
-    what: str,
-    extra: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    for loaded in list(sys.modules):
-        if loaded.startswith(("asgi_sse.demo", "asgi_sse.cli.")):
-            monkeypatch.delitem(sys.modules, loaded)
-    monkeypatch.setitem(sys.modules, missing, None)
-    assert main(arguments.split()) == 1
+def test_missing_extra(arguments: str, missing: str, what: str, extra: str) -> None:
+    # In a process of its own: a module that is imported anew would be another one for the tests that follow.
+    code = f"import sys; sys.modules[{missing!r}] = None; from asgi_sse.cli import main; sys.exit(main({arguments.split()}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=ENOUGH, check=False)
     told = f'asgi-sse: error: {what} needs {missing}, which is not installed: pip install "asgi-sse[{extra}]"\n'
-    assert capsys.readouterr() == ("", told)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", told)
 
 
 def test_help_needs_no_extra() -> None:
@@ -471,12 +463,17 @@ async def test_metrics() -> None:
         assert answer.status == 404
 
 
-@pytest.mark.anyio
-async def test_without_the_client_of_prometheus_there_are_no_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "asgi_sse.metrics", raising=False)
-    monkeypatch.setitem(sys.modules, "prometheus_client", None)
-    async with open_stream(create_hub(), "/metrics") as answer:
-        assert answer.status == 404
+def test_without_the_client_of_prometheus_there_are_no_metrics() -> None:
+    code = (
+        "import sys, anyio; sys.modules['prometheus_client'] = None\n"
+        "from asgi_sse.cli.hub import create_hub\n"
+        "from asgi_sse.testing import open_stream\n"
+        "async def main():\n"
+        "    async with open_stream(create_hub(), '/metrics') as answer:\n"
+        "        print(answer.status)\n"
+        "anyio.run(main)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "404\n"
 
 
 # The hub, as a process
@@ -604,6 +601,42 @@ def test_publish_to_what_is_no_broker(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "redis://127.0.0.1:1/0" in last_line(capsys)
 
 
+@pytest.mark.parametrize("body", ["hi", "[]", "{}", "[" * 100_000])
+def test_publish_to_what_is_no_hub(body: str, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = f"HTTP/1.1 201 Created\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+    with answering(answer.encode()) as (url, _):
+        assert main(["publish", url, "a", "x"]) == 1
+        assert last_line(capsys) == f"asgi-sse: error: {url} is no hub: it answered 201, but without the event's id"
+
+
+def test_publish_shows_nothing_that_acts_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = b'{"id": "\\u001b[2Jx"}'
+    with answering(b"HTTP/1.1 201 Created\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)) as (url, _):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        assert main(["publish", url, "a", "x"]) == 0
+    assert capsys.readouterr().out == "\\u001b[2Jx\n"
+
+
+def test_publish_says_when_nothing_was_sent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for url in ("http://[::g/", "http://a..b/", "http://"):
+        assert main(["publish", url, "a", "x"]) == 1
+        assert last_line(capsys).startswith("asgi-sse: error: not published: the request cannot be made: ")
+    with socket.socket() as taken:  # whose queue of connections is full
+        taken.bind(("127.0.0.1", 0))
+        taken.listen(0)
+        address = taken.getsockname()
+        with socket.create_connection(address):
+            assert main(["publish", f"http://127.0.0.1:{address[1]}", "a", "x", "--timeout", "0.2"]) == 1
+    assert last_line(capsys).startswith(f"asgi-sse: error: not published: http://127.0.0.1:{address[1]} cannot be ")
+    monkeypatch.setenv("HTTP_PROXY", "foo://bar")
+    assert main(["publish", "http://127.0.0.1:1", "a", "x"]) == 1
+    assert last_line(capsys).startswith("asgi-sse: error: not published: the request cannot be made: ")
+
+
 def test_publish_says_when_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
     with answering(b"") as (url, _):
         assert main(["publish", url, "a", "x"]) == 1
@@ -654,6 +687,15 @@ def test_tail_waits_longer_after_each_failure(
     assert len(pauses) == 11
 
 
+def test_tail_does_not_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the stream asks it to."""
+    pauses: list[float] = []
+    monkeypatch.setattr("asgi_sse.cli.follow.time.sleep", pauses.append)
+    with answering(STREAM + b"retry: 0\n\n", STREAM, GONE) as (url, _):
+        assert main(["tail", url]) == 0
+    assert pauses == [0.1, 0.1]
+
+
 @pytest.mark.parametrize(
     ("answer", "told"),
     [
@@ -662,6 +704,7 @@ def test_tail_waits_longer_after_each_failure(
             "the server answered 503 Service Unavailable: full\\u001b[2Jxx",
         ),
         (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "the server answered 404 Not Found"),
+        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 9\r\n\r\n", "the server answered 404 Not Found"),  # and is cut
         (
             b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 0\r\n\r\n",
             "that is no event stream, its Content-Type is 'text/html'",
@@ -674,9 +717,35 @@ def test_tail_waits_longer_after_each_failure(
     ],
 )
 def test_tail_stops_at_what_is_no_stream(answer: bytes, told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with answering(answer) as (url, _):
+    with answering(answer) as (url, asked):
         assert main(["tail", url]) == 1
     assert last_line(capsys).startswith(f"asgi-sse: error: {told}")
+    assert "302" in answer.decode() or len(asked) == 1
+
+
+def test_tail_does_not_wait_for_the_reason(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The answer is an error, and its body never comes."""
+    monkeypatch.setattr("asgi_sse.cli.follow._REASON_TIMEOUT", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor() as pool:
+
+        def answer() -> socket.socket:
+            connection, _ = listener.accept()
+            connection.recv(65_536)
+            connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 10\r\n\r\n")
+            return connection
+
+        answered = pool.submit(answer)
+        assert main(["tail", f"http://127.0.0.1:{listener.getsockname()[1]}/"]) == 1
+        answered.result(ENOUGH).close()
+    assert last_line(capsys) == "asgi-sse: error: the server answered 404 Not Found"
+
+
+def test_tail_and_what_the_environment_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "foo://bar")
+    assert main(["tail", "http://127.0.0.1:1/"]) == 1
+    assert last_line(capsys).startswith("asgi-sse: error: the request cannot be made: ")
 
 
 def test_tail_of_one_connection(capsys: pytest.CaptureFixture[str]) -> None:
@@ -687,6 +756,31 @@ def test_tail_of_one_connection(capsys: pytest.CaptureFixture[str]) -> None:
         assert last_line(capsys).startswith("asgi-sse: error: the connection failed: ")
         assert main(["tail", url, "-H", "a b: c"]) == 1
         assert last_line(capsys).startswith("asgi-sse: error: the request cannot be made: ")
+    assert main(["tail", "http://a..b/"]) == 1
+    assert last_line(capsys).startswith("asgi-sse: error: the request cannot be made: ")
+
+
+def test_tail_begins_at_an_id_that_is_no_text(capsys: pytest.CaptureFixture[str]) -> None:
+    with answering(STREAM + b"retry: 1\nid: 7\ndata: x\n\n", GONE) as (url, asked):
+        # As the shell gives a byte that is no UTF-8; and what is given by hand does not outlive the first event.
+        assert main(["tail", url, "--since", "\udcff", "-H", "Last-Event-ID: 5"]) == 0
+        assert asked[0].count("last-event-id") == asked[1].count("last-event-id") == 1
+        assert asked_for(asked[1], "last-event-id") == "7"
+    assert capsys.readouterr().out == "x\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [("--no-reconnect", "\\xf6\\u2713\\U0001f600\n"), ("--json", '"\\u00f6\\u2713\\ud83d\\ude00"}\n')],
+)
+def test_tail_to_an_output_that_is_not_of_unicode(option: str, told: str) -> None:
+    with (
+        answering(STREAM + "data: \u00f6\u2713\U0001f600\n\n".encode()) as (url, _),
+        command("tail", url, "--count", "1", option, variables={"PYTHONIOENCODING": "ascii"}) as process,
+    ):
+        out, error = process.communicate()
+    assert (process.returncode, error) == (0, "")
+    assert out.endswith(told)
 
 
 def test_tail_finds_a_connection_dead(running: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -900,3 +994,42 @@ def test_bench_shows_how_far_it_is_and_stops_at_ctrl_c(running: str) -> None:
     assert process.returncode == 130
     assert json.loads(out)["connections"]["opened"] == 2
     assert b"[#" in shown or b"[-" in shown
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--connections", "2", "--rate", "0.01"],  # it waits for the next connection
+        ["--connections", "1", "--publish-rate", "50", "--timeout", "600"],  # it waits for what is never answered
+    ],
+)
+def test_bench_ends_at_ctrl_c_wherever_it_is(options: list[str]) -> None:
+    waiting = threading.Event()
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            """One stream, on which nothing comes; what is posted is not answered."""
+            posted = self.request.recv(65_536).startswith(b"POST")
+            if not posted:
+                self.request.sendall(STREAM)
+            if posted == ("--publish-rate" in options):
+                waiting.set()
+            while self.request.recv(65_536):
+                pass
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_address[1]}/"
+            with command("bench", url, "--duration", "600", "--json", *options) as process:
+                assert waiting.wait(ENOUGH), process.communicate()
+                process.send_signal(signal.SIGINT)
+                out, error = process.communicate()
+        finally:
+            server.shutdown()
+            thread.join()
+    assert (process.returncode, error) == (130, "")
+    result = json.loads(out)
+    assert result["seconds"] < ENOUGH
+    assert list(result["errors"]) == ["publishing: not answered before the end"] * ("--publish-rate" in options)

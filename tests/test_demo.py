@@ -18,6 +18,7 @@ import httpx
 import psutil
 import pytest
 import uvicorn
+from anyio.abc import SocketAttribute, SocketStream
 from asgi_lifespan import LifespanManager
 
 from asgi_sse import EventDecoder, ServerSentEvent
@@ -224,11 +225,17 @@ async def test_a_post_that_is_none(post: Any, status: int) -> None:
 
 
 @pytest.mark.anyio
-async def test_posts_are_bounded_in_number() -> None:
+async def test_posts_are_bounded_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 5.0
+    # Five more are allowed each second: on a slow machine the 21st would be one of them.
+    monkeypatch.setattr("asgi_sse.demo.limits.time", SimpleNamespace(monotonic=lambda: now))
     app = create_demo()
     answers = [await say(app, {"name": "Ann", "text": "hi"}) for _ in range(21)]
     assert [answer.status for answer in answers[:-1]] == [204] * 20
     assert (answers[-1].status, answers[-1].headers["retry-after"]) == (429, "1")
+    now = 5.4
+    answers = [await say(app, {"name": "Ann", "text": "hi"}) for _ in range(3)]
+    assert [answer.status for answer in answers] == [204, 204, 429]
 
 
 @pytest.mark.anyio
@@ -241,6 +248,7 @@ async def test_no_other_site_may_ask_for_anything(path: str) -> None:
         {"sec-fetch-site": "none"},
         {"origin": "http://127.0.0.1:9000", "host": "127.0.0.1:8000"},
         {"origin": "null", "host": "127.0.0.1:8000"},
+        {"origin": "http://[", "host": "127.0.0.1:8000"},  # of no browser
     ):
         async with open_stream(app, path, method="POST", headers=headers) as stream:
             assert stream.status == 403
@@ -356,6 +364,38 @@ def test_a_drain_brings_all_clients_back_spread_out() -> None:
         assert all(1000 <= retry <= 5000 for retry in retries.values())
         assert all(came[number] >= retries[number] for number in came)
         assert len({retry // 400 for retry in retries.values()}) > 4  # thirty at random in ten such slots
+
+
+@pytest.mark.anyio
+@pytest.mark.real_time
+async def test_the_clients_of_a_drain_take_nothing_over_from_a_block_that_was_cut(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their next connection begins anew, behind the last whole event."""
+    monkeypatch.setattr("asgi_sse.demo.swarm._PATIENCE", 0.1)  # they do not stay
+    asked: list[bytes] = []
+    enough = anyio.Event()
+
+    async def answer(stream: SocketStream) -> None:
+        async with stream:
+            asked.append(await stream.receive())
+            block = b"retry: 1\nid: 1\ndata: x\n\nid: 2\ndata: cut" if len(asked) < 31 else b"\ndata: y\n\n"
+            await stream.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + block)
+        if len(asked) > 150:
+            enough.set()
+
+    app = create_demo()
+    listener = await anyio.create_tcp_listener(local_host="127.0.0.1", local_port=0)
+    async with listener, LifespanManager(app), anyio.create_task_group() as tasks:
+        tasks.start_soon(listener.serve, answer)
+        scope = {"server": listener.extra(SocketAttribute.local_address)}
+        async with open_stream(app, "/drain", method="POST", scope=scope):
+            pass  # whether it finds anybody open, of whom nobody stays, is by chance
+        with anyio.fail_after(ENOUGH):
+            await enough.wait()
+        tasks.cancel_scope.cancel()
+    ids = {name for request in asked for name in re.findall(rb"last-event-id: (.*)\r", request)}
+    assert ids == {b"1"}
 
 
 @pytest.mark.anyio

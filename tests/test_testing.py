@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -615,6 +616,77 @@ async def test_our_transport_on_a_running_app() -> None:
         assert decoder.retry <= 5000
 
 
+@on_both
+async def test_messages_have_their_place_as_on_a_server() -> None:
+    end = {"type": "http.response.body", "body": b"data: x\n\n"}
+    for messages, told in [
+        ([HEAD, HEAD], r"sent http\.response\.start twice"),
+        ([end], r"sent http\.response\.body before"),
+        ([HEAD, end, end], r"sent http\.response\.body behind the last one"),
+    ]:
+
+        async def sends(scope: Any, receive: Any, send: Any, messages: Any = messages) -> None:
+            for message in messages:
+                await send(message)
+
+        with pytest.raises(RuntimeError, match=told):
+            async with open_stream(sends) as stream:
+                [event async for event in stream]
+
+
+@on_both
+async def test_who_has_the_whole_response_is_gone() -> None:
+    """For the app, as on servers, though nobody has read it."""
+    heard = []
+
+    async def waits(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send(HEAD)
+        await send({"type": "http.response.body", "body": b"data: x\n\n"})
+        heard.append(await receive())
+
+    async with open_stream(waits) as stream:
+        await anyio.sleep(1)
+        assert heard == [{"type": "http.disconnect"}]
+        await stream.expect("x")
+        await stream.expect_end()
+
+
+@on_both
+@pytest.mark.parametrize("headers", [{"last-event-id": "\u2713"}, [("a", b"b")]])
+async def test_headers_that_are_none(headers: Any) -> None:
+    with pytest.raises(ValueError, match=r"latin-1"):
+        async with open_stream(make_app(), "/ticks", headers=headers):
+            pass
+
+
+@on_both
+@pytest.mark.parametrize(
+    ("way", "expected"), [("cancelled", None), ("late", TimeoutError), ("failed", RuntimeError), ("complete", None)]
+)
+async def test_nothing_of_a_lifespan_is_left_running(way: str, expected: type[Exception] | None) -> None:
+    left = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await receive()
+            if way == "failed":
+                await send({"type": "lifespan.startup.failed", "message": "no"})
+            if way == "complete":
+                await send({"type": "lifespan.startup.complete"})
+                await receive()
+                await send({"type": "lifespan.shutdown.complete"})
+            await anyio.sleep_forever()
+        finally:
+            left.append(way)
+
+    with anyio.move_on_after(0.1 if way == "cancelled" else float("inf")):
+        with pytest.raises(expected) if expected else nullcontext():
+            async with running(app, timeout=0.05 if way == "late" else 15):
+                assert way == "complete"
+    assert left == [way]
+
+
 # The plugin
 
 PLUGIN = ["-p", "asgi_sse.pytest_plugin", "-p", "no:cacheprovider", "-W", "error"]
@@ -764,6 +836,7 @@ def test_a_test_that_is_not_async_is_interrupted(pytester: pytest.Pytester) -> N
     pytester.makepyfile(
         APP
         + """
+import unittest
 from starlette.testclient import TestClient
 
 @pytest.mark.filterwarnings("default")
@@ -786,6 +859,16 @@ async def test_virtual_on_trio():
 def test_blocked():
     time.sleep(30)
 
+class TestOfUnittest(unittest.IsolatedAsyncioTestCase):
+    async def test_hangs(self):
+        async with open_stream(app, "/ticks") as stream:
+            async for event in stream:
+                pass
+
+    async def test_is_fine(self):
+        async with open_stream(app, "/ticks") as stream:
+            await stream.expect("0")
+
 def test_fine():
     assert app
 """
@@ -796,8 +879,8 @@ def test_fine():
         "    for item in items: item.add_marker(pytest.mark.asgi_sse(timeout=0.3))"
     )
     result = pytester.runpytest_inprocess(*PLUGIN)
-    result.assert_outcomes(failed=4, passed=1)
-    result.stdout.fnmatch_lines([*HUNG] * 3)
+    result.assert_outcomes(failed=5, passed=2)
+    result.stdout.fnmatch_lines([*HUNG] * 4)
 
 
 def test_it_does_nothing_unless_it_is_asked(pytester: pytest.Pytester) -> None:

@@ -25,7 +25,8 @@ Without a command it runs the demo. "asgi-sse COMMAND --help" has the options of
 each, its exit statuses, and the environment variables that it reads.
 
 exit status: 0 done; 1 it failed, and the last line of the standard error says
-why; 2 wrong arguments; 130 interrupted (Ctrl-C).
+why; 2 wrong arguments; 130 interrupted (Ctrl-C); 141 if who reads the output
+has gone.
 """
 
 

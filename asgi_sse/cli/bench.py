@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 _OTHER_FILES: Final = 100
 """Beside its readers: its own libraries, and the connections by which it publishes."""
 
+_LAST_ANSWERS: Final = 2.0
+"""Seconds that what was published has to be answered, behind Ctrl-C."""
+
 _BUSY: Final = 0.8
 """Of one core, from which on the times are those of this process too."""
 
@@ -160,13 +163,12 @@ async def _measure(load: "Load", options: argparse.Namespace) -> tuple[float, fl
         token = options.publish or next(iter(tokens_in(PUBLISH_TOKEN)), None)
         publisher = asyncio.create_task(load.publish(token, options.publish_rate or 1.0, over))
     if load.open:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(interrupted.wait(), options.duration)
+        await _wait(interrupted, options.duration)
     seconds = time.perf_counter() - began
     busy = (time.process_time() - cpu) / seconds
     over.set()
     if publisher is not None:
-        await publisher
+        await _last_answers(publisher, interrupted)
     await load.finish()
     if progress is not None:
         progress.cancel()
@@ -181,13 +183,31 @@ async def _ramp(load: "Load", options: argparse.Namespace, interrupted: asyncio.
     connecting: set[asyncio.Task[None]] = set()
     for number in range(options.connections):
         connecting.add(asyncio.create_task(load.connect()))
-        await asyncio.sleep(max(0.0, began + (number + 1) / options.rate - time.perf_counter()))
+        await _wait(interrupted, began + (number + 1) / options.rate - time.perf_counter())
         if interrupted.is_set():
             break
     waiting = asyncio.create_task(interrupted.wait())
     done: asyncio.Future[Any] = asyncio.gather(*connecting)
     await asyncio.wait([waiting, done], return_when=asyncio.FIRST_COMPLETED)
     for one in (waiting, done):
+        one.cancel()
+        with suppress(asyncio.CancelledError):
+            await one
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    """Wait for `event`, but no longer than that."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+
+
+async def _last_answers(publisher: asyncio.Task[None], interrupted: asyncio.Event) -> None:
+    """Wait until all that was published is answered, which a server may never do; who interrupts that waits no more."""
+    waiting = asyncio.create_task(interrupted.wait())
+    await asyncio.wait([publisher, waiting], return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait([publisher], timeout=_LAST_ANSWERS)
+    for one in (waiting, publisher):
         one.cancel()
         with suppress(asyncio.CancelledError):
             await one

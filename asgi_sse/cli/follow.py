@@ -18,11 +18,14 @@ _RETRY: Final = 3.0
 """Seconds until it reconnects, where the stream does not say: what this library's streams say, and browsers have."""
 
 _LONGEST_RETRY: Final = 86_400_000  # of milliseconds: a day, beyond which a stream hardly means what it says
-_LEAST_PAUSE: Final = 0.1
+_LEAST_PAUSE: Final = 0.1  # a stream that says "retry: 0", and ends, would be asked for 500 times a second
 _LONGEST_PAUSE: Final = 60.0
 """Seconds, behind many failures; a stream may ask for more."""
 
 _CONNECT_TIMEOUT: Final = 10.0
+_REASON_TIMEOUT: Final = 2.0
+"""Seconds for what an answer that is no stream says, which may never come."""
+
 _MAX_EVENT: Final = 64 * 1024 * 1024
 _MAX_SHOWN: Final = 500
 _WHITESPACE: Final = " \t\r\n"  # of HTTP
@@ -55,6 +58,9 @@ class Follower:
 
     Attributes:
         last_event_id: That of the last event.
+
+    Raises:
+        StoppedError: The environment names a proxy, or certificates, that cannot be used.
     """
 
     def __init__(
@@ -84,12 +90,12 @@ class Follower:
         self._detailed = detailed
         self._retry = _RETRY
         self._failures = 0
-        self._client = httpx.Client(
-            follow_redirects=True,
-            timeout=httpx.Timeout(
-                _CONNECT_TIMEOUT if silence is None else min(silence, _CONNECT_TIMEOUT), read=silence
-            ),
-        )
+        connecting = _CONNECT_TIMEOUT if silence is None else min(silence, _CONNECT_TIMEOUT)
+        self._timeout = httpx.Timeout(connecting, read=silence)
+        try:
+            self._client = httpx.Client(follow_redirects=True)
+        except (ImportError, OSError, ValueError) as exc:  # of a proxy, or certificates, that the environment names
+            raise StoppedError(f"the request cannot be made: {exc}") from None
 
     def __enter__(self) -> Self:
         return self
@@ -106,7 +112,11 @@ class Follower:
         while True:
             try:
                 with self._client.stream(
-                    self._method, self._url, headers=self._request_headers(), content=self._body
+                    self._method,
+                    self._url,
+                    headers=self._request_headers(),
+                    content=self._body,
+                    extensions={"timeout": self._timeout.as_dict()},
                 ) as response:
                     if response.status_code == 204:
                         self._told("the server says that there is no more (204)")
@@ -116,7 +126,7 @@ class Follower:
                     self._detailed(f"connected to {response.url}")
                     yield from self._events(response)
                 ended = "the stream has ended"
-            except (httpx.InvalidURL, *_FOR_GOOD) as exc:
+            except (httpx.InvalidURL, UnicodeError, *_FOR_GOOD) as exc:  # UnicodeError: of a host's name
                 raise StoppedError(f"the request cannot be made: {exc}") from None
             except httpx.RequestError as exc:
                 ended = f"the connection failed: {str(exc) or type(exc).__name__}"
@@ -132,8 +142,11 @@ class Follower:
 
     def _request_headers(self) -> httpx.Headers:
         # As UTF-8, and as Fetch normalises a header's value.
-        last = self.last_event_id.strip(_WHITESPACE).encode()
-        return httpx.Headers([*self._headers.raw, *([(b"last-event-id", last)] if last else [])])
+        last = self.last_event_id.strip(_WHITESPACE).encode("utf-8", "surrogateescape")
+        if not last:
+            return self._headers
+        given = [(name, value) for name, value in self._headers.raw if name.lower() != b"last-event-id"]
+        return httpx.Headers([*given, (b"last-event-id", last)])
 
     def _events(self, response: httpx.Response) -> Iterator[ServerSentEvent]:
         decoder = EventDecoder(max_event_bytes=_MAX_EVENT)
@@ -154,7 +167,7 @@ class Follower:
 
     def _pause(self) -> float:
         if not self._failures:
-            return self._retry
+            return max(self._retry, _LEAST_PAUSE)
         growing = max(self._retry, _LEAST_PAUSE) * 2.0 ** min(self._failures - 1, 20)
         pause = min(growing, max(self._retry, _LONGEST_PAUSE))
         return pause * random.uniform(0.5, 1)  # noqa: S311 (it spreads those who were cut at the same time)
@@ -167,12 +180,22 @@ def _check(response: httpx.Response) -> None:
         StoppedError: It is another one, of which nothing is expected to change.
     """
     if response.status_code != 200:
-        text = " ".join(next(response.iter_bytes(), b"")[:_MAX_SHOWN].decode("utf-8", "replace").split())
+        text = _reason(response)
         phrase = f"{response.status_code} {response.reason_phrase}".strip()
         raise StoppedError(f"the server answered {phrase}{': ' * bool(text)}{text}")
     kind = response.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != "text/event-stream":
         raise StoppedError(f"that is no event stream, its Content-Type is {kind!r}")
+
+
+def _reason(response: httpx.Response) -> str:
+    """The beginning of what it says, if that comes: what is to be done is told by its status alone."""
+    response.request.extensions["timeout"]["read"] = _REASON_TIMEOUT
+    try:
+        body = next(response.iter_bytes(), b"")
+    except httpx.RequestError:
+        body = b""
+    return " ".join(body[:_MAX_SHOWN].decode("utf-8", "replace").split())
 
 
 class _Details:

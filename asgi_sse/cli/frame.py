@@ -62,13 +62,16 @@ class OutputError(Exception):
 
 
 def say(text: str) -> None:
-    """Print what the command is asked for.
+    """Print what the command is asked for; what the output cannot carry, or would act on a terminal, as an escape.
 
     Raises:
         OutputError: It cannot be written. `main` ends the command by `unwritten`.
     """
+    if sys.stdout.isatty():
+        text = safe(text)
+    encoding = sys.stdout.encoding or "utf-8"
     try:
-        print(text, flush=True)
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except OSError as exc:
         raise OutputError(exc.strerror) from exc
 

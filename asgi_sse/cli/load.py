@@ -75,6 +75,9 @@ class Load:
         headers: Of the requests.
         timeout: Seconds that each connection has until its head.
 
+    Raises:
+        SSEError: The URL or a header is none.
+
     Attributes:
         asked: Connections that were begun.
         opened: Those that had the head of a stream.
@@ -95,13 +98,17 @@ class Load:
     """
 
     def __init__(self, url: str, headers: Iterable[tuple[bytes, bytes]], timeout: float) -> None:
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+            given_port = parts.port
+        except ValueError as exc:
+            raise SSEError(f"{url!r} is no URL: {exc}") from None
         self.url = url
         self.headers = list(headers)
         self._timeout = timeout
         self._host = parts.hostname or ""
         self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
-        self._port = parts.port or (443 if self._ssl else 80)
+        self._port = given_port or (443 if self._ssl else 80)
         self._address = self._host
         own = [
             (b"Host", parts.netloc.rpartition("@")[2].encode()),
@@ -197,6 +204,9 @@ class Load:
         sent = time.perf_counter()
         try:
             response = await client.post(self.url, content=f"{self._mark}{sent!r}}}")
+        except asyncio.CancelledError:
+            self.errors["publishing: not answered before the end"] += 1
+            raise
         except httpx.HTTPError as exc:
             self.errors[f"publishing: {str(exc) or type(exc).__name__}"] += 1
             return

@@ -2,10 +2,13 @@
 
 import argparse
 import sys
-from typing import Final
+from typing import Any, Final
 
 from .frame import Commands, fail, missing, positive_seconds, say
 from .hub import PUBLISH_TOKEN, tokens_in
+
+_TIMEOUT: Final = 5.0
+_HUB_TIMEOUT: Final = _TIMEOUT + 1  # a hub waits for its engine that long itself, and then says what has become of it
 
 _DESCRIPTION: Final = """\
 Publishes an event to a channel, and prints the event's id: to the apps whose
@@ -45,7 +48,9 @@ def add(commands: Commands) -> None:
     parser.add_argument("--prefix", default="asgi_sse", help="that of the broker (default: %(default)s)")
     parser.add_argument("--token", help="of a hub")
     parser.add_argument(
-        "--timeout", type=positive_seconds, default=5.0, help="seconds to wait for the answer (default: %(default)g)"
+        "--timeout",
+        type=positive_seconds,
+        help=f"seconds to wait for the answer (default: {_TIMEOUT:g}; of a hub: {_HUB_TIMEOUT:g})",
     )
 
 
@@ -65,7 +70,7 @@ def _run(options: argparse.Namespace) -> int:
             {"data": data, "event": options.event},
             idempotency_key=options.key,
             prefix=options.prefix,
-            timeout=options.timeout,
+            timeout=options.timeout or _TIMEOUT,
         )
     except (SSEError, ModuleNotFoundError, ValueError) as exc:
         return fail(str(exc))
@@ -86,14 +91,32 @@ def _to_hub(options: argparse.Namespace, data: bytes) -> int:
             params={name: value for name, value in given.items() if value is not None},
             content=data,
             headers={"authorization": f"Bearer {token}"} if token else {},
-            timeout=options.timeout,
+            timeout=options.timeout or _HUB_TIMEOUT,
         )
-    except httpx.ConnectError as exc:
+    except (httpx.ConnectError, httpx.ConnectTimeout) as exc:
         return fail(f"not published: {options.url} cannot be reached: {exc}")
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as exc:  # ValueError: what no header can carry
+    # Of a URL, a name that is no host's, a header, or the proxy or certificates that the environment names.
+    except (
+        httpx.InvalidURL,
+        httpx.LocalProtocolError,
+        httpx.UnsupportedProtocol,
+        ImportError,
+        OSError,
+        ValueError,
+    ) as exc:
+        return fail(f"not published: the request cannot be made: {exc}")
+    except httpx.HTTPError as exc:
         kind = str(exc) or type(exc).__name__
         return fail(f"not acknowledged: {kind}; it may have been published, and with --key it is safe to try again")
+    return _answered(options.url, response)
+
+
+def _answered(url: str, response: Any) -> int:
     if response.status_code != 201:
         return fail(f"the hub answered {response.status_code}: {' '.join(response.text[:500].split())}")
-    say(response.json()["id"])
+    try:
+        event_id = str(response.json()["id"])
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return fail(f"{url} is no hub: it answered 201, but without the event's id")
+    say(event_id)
     return 0

@@ -1,13 +1,14 @@
 """``asgi-sse tail``."""
 
 import argparse
+import codecs
 import json
 import sys
 from pathlib import Path
 from typing import Any, Final
 
 from ..event import ServerSentEvent
-from .frame import Commands, add_headers, count, fail, missing, note, positive_seconds, safe, say, web_url
+from .frame import Commands, add_headers, count, fail, missing, note, positive_seconds, say, web_url
 
 _DESCRIPTION: Final = """\
 Prints the events of a stream as they come, and goes on where it was when the
@@ -111,22 +112,22 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _print(events: Any, options: argparse.Namespace) -> int:
-    tty = sys.stdout.isatty()
+    # Of what an encoding lacks, JSON has escapes of its own.
+    ascii_alone = codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8"
     wanted = set(options.event or ())
     printed = 0
     for event in events:
         if wanted and event.event not in wanted:
             continue
-        line = _as_json(event) if options.json else _as_text(event)
-        say(safe(line) if tty else line)
+        say(_as_json(event, ascii_alone=ascii_alone) if options.json else _as_text(event))
         printed += 1
         if printed == options.count:
             break
     return 0
 
 
-def _as_json(event: ServerSentEvent) -> str:
-    return json.dumps({"id": event.id, "event": event.event, "data": event.data}, ensure_ascii=False)
+def _as_json(event: ServerSentEvent, *, ascii_alone: bool) -> str:
+    return json.dumps({"id": event.id, "event": event.event, "data": event.data}, ensure_ascii=ascii_alone)
 
 
 def _as_text(event: ServerSentEvent) -> str:

@@ -40,6 +40,7 @@ async function slot(signal, waits) {
     const release = await hold(name, { ifAvailable: true });
     if (release) return release;
   }
+  signal.throwIfAborted();  // while it was looked for, and nobody waits any more
   waits();
   const first = new AbortController();
   signal.addEventListener("abort", () => first.abort());
@@ -293,10 +294,14 @@ function count(here) {
 }
 
 function show({ name, text: said }) {
-  const posts = $("posts");
-  posts.querySelector(".none")?.remove();
+  $("posts").querySelector(".none")?.remove();
   const item = make("li");
   item.append(make("b", colour(name), name), said);
+  add(item);
+}
+
+function add(item) {
+  const posts = $("posts");
   posts.append(item);
   while (posts.children.length > 30) posts.firstChild.remove();
   posts.scrollTop = posts.scrollHeight;
@@ -307,8 +312,7 @@ async function post(said) {
     await ask("say", { name: me, text: said });
     return true;
   } catch (error) {
-    $("posts").append(make("li", "none", `Not sent: ${error.message}`));
-    $("posts").scrollTop = $("posts").scrollHeight;
+    add(make("li", "none", `Not sent: ${error.message}`));
     return false;
   }
 }
@@ -482,7 +486,7 @@ function bytes(value) {
 function figures({ at, cpu, memory, network, load, rss }) {
   const mean = cpu.reduce((sum, value) => sum + value, 0) / (cpu.length || 1);
   // By the server's clock: what was missed comes all at once, and has its place.
-  samples = samples.filter((sample) => at - sample.at <= WINDOW);
+  samples = samples.filter((sample) => Math.abs(at - sample.at) <= WINDOW);  // a clock can be put back
   samples.push({ at, cpu: mean, in: network?.in ?? 0, out: network?.out ?? 0 });
   text("cpu", percent(mean));
   cores(cpu);

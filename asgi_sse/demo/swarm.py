@@ -115,18 +115,20 @@ class Swarm:
 
 
 async def _client(number: int, host: str, port: int, path: str, said: MemoryObjectSendStream[dict[str, Any]]) -> None:
-    decoder = EventDecoder()
+    retry, last_event_id = _RETRY, ""
 
     async def say(state: str, **more: int) -> None:
         await said.send({"client": number, "state": state, "at": now(), **more})
 
     while True:
+        decoder = EventDecoder()  # a block that was cut is of no event
+        decoder.last_event_id = last_event_id
         try:
             async with await anyio.connect_tcp(host, port) as stream:
                 await _follow(stream, f"{host}:{port}", path, decoder, partial(say, "open"))
         except (OSError, anyio.BrokenResourceError, h11.RemoteProtocolError):
             pass  # cut: a client comes back from that as from a proper end
-        retry = _RETRY if decoder.retry is None else decoder.retry
+        retry, last_event_id = retry if decoder.retry is None else decoder.retry, decoder.last_event_id
         await say("away", retry=retry)
         await anyio.sleep(retry / 1000)
 

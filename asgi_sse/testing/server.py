@@ -68,7 +68,6 @@ class RunningApp:
         with real_deadline(timeout):
             await self._until(lambda: bool(self._sent) or self._returned)
         if not (self._sent or self._returned):
-            self._child.cancel()
             raise TimeoutError(
                 f"the start-up of {shown(self._app)} has not completed within {timeout:g} s; give running() another "
                 "timeout if it may take longer"
@@ -110,10 +109,19 @@ class RunningApp:
                 f"{', '.join(left)}: still running {timeout:g} s after the server began to stop. A deploy hangs here: "
                 "answer with an EventSourceResponse, or put SSEMiddleware around the app, which ends its streams"
             )
-        if not (len(self._sent) > 1 or self._returned) and self._child is not None:
-            self._child.cancel()
+        if not (len(self._sent) > 1 or self._returned):
             raise TimeoutError(f"the shutdown of {shown(self._app)} has not completed within {timeout:g} s")
         await self._check("shutdown")
+
+    async def leave(self) -> None:
+        """Nobody asks the app for anything more: it returns from its lifespan, or is cancelled."""
+        if len(self._sent) > 1:  # it has told that its shutdown is over, and has no more to do than to return
+            with real_deadline(_TASK_ENDS):
+                await self._until(lambda: self._returned)
+        if self._child is not None and not self._returned:
+            self._child.cancel()
+            with real_deadline(_TASK_ENDS):
+                await self._until(lambda: self._returned)
 
     async def _check(self, phase: str) -> None:
         """Raise what went wrong, if the app has not told that `phase` is complete."""
@@ -205,15 +213,19 @@ async def running(app: ASGIApp, *, timeout: float = 15.0) -> AsyncIterator[Runni
     if not callable(app):
         raise TypeError(f"app={shown(app)} is not an ASGI app; give what a server is given")
     server = RunningApp(app)
-    await server.start(timeout)
     try:
-        yield server
-    except BaseException as error:
+        await server.start(timeout)
+        try:
+            yield server
+        except BaseException as error:
+            with anyio.CancelScope(shield=True):
+                try:
+                    await server.stop(timeout)
+                except Exception as exc:
+                    error.add_note(f"And on stopping the app: {type(exc).__name__}: {exc}")
+            raise
         with anyio.CancelScope(shield=True):
-            try:
-                await server.stop(timeout)
-            except Exception as exc:
-                error.add_note(f"And on stopping the app: {type(exc).__name__}: {exc}")
-        raise
-    with anyio.CancelScope(shield=True):
-        await server.stop(timeout)
+            await server.stop(timeout)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await server.leave()

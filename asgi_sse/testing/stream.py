@@ -57,6 +57,7 @@ class OpenStream:
         self._messages: deque[Message] = deque()
         self._changed = anyio.Event()
         self._disconnected = False
+        self._answered = False  # to the end of the body, which may not be read yet
         self._returned = False
         self._child: Child | None = None
         self._error: BaseException | None = None  # of the app, until it is raised
@@ -388,7 +389,7 @@ class OpenStream:
         if self._body is not None:
             body, self._body = self._body, None
             return {"type": "http.request", "body": body, "more_body": False}
-        while not self._disconnected:
+        while not (self._disconnected or self._answered):
             await self._changed.wait()
         return {"type": "http.disconnect"}
 
@@ -399,13 +400,27 @@ class OpenStream:
             await self._changed.wait()
         if self._disconnected:
             return
+        self._check(message["type"])
         if message["type"] == "http.response.start":
             self.status = message["status"]
             self.raw_headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
             self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in self.raw_headers}
         elif message["type"] == "http.response.body":
             self._messages.append(message)
+            self._answered = not message.get("more_body", False)
         self._notify()
+
+    def _check(self, kind: str) -> None:
+        """See that a message has its place in a response: servers raise otherwise, and cut the connection.
+
+        Raises:
+            RuntimeError: It has none.
+        """
+        begun = self.status > 0
+        if kind in ("http.response.start", "http.response.body") and begun != (kind == "http.response.body"):
+            raise RuntimeError(f"the app sent {kind} {'twice' if begun else 'before http.response.start'}: {self!r}")
+        if kind == "http.response.body" and self._answered:
+            raise RuntimeError(f"the app sent {kind} behind the last one, which has no more_body: {self!r}")
 
     def _notify(self) -> None:
         self._changed.set()
@@ -471,7 +486,7 @@ async def open_stream(
 
     Raises:
         TypeError: `app` or `body` is none.
-        ValueError: `path` or `capacity` is none.
+        ValueError: `path`, `capacity` or a header is none.
         TimeoutError: No head came within `timeout` seconds.
         AssertionError: The app returned without a response, or does not return when its client has left.
         Exception: What the app raised: at once if it was before the head, else on reading, or at the
@@ -500,7 +515,7 @@ async def open_stream(
         "raw_path": raw_path.encode(),
         "query_string": query.encode(),
         "root_path": "",
-        "headers": [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in pairs],
+        "headers": [_header(name, value) for name, value in pairs],
         "client": ("127.0.0.1", 50000),
         "server": ("127.0.0.1", 80),
         **(scope or {}),
@@ -524,6 +539,16 @@ def assert_event(
     differing = _differing(received, data, event, id)
     if differing:
         raise AssertionError(f"expected {_expected(data, event, id)}; {received!r} came: its {differing} differs")
+
+
+def _header(name: str, value: str) -> tuple[bytes, bytes]:
+    try:
+        return name.lower().encode("latin-1"), value.encode("latin-1")
+    except (AttributeError, UnicodeEncodeError):
+        raise ValueError(
+            f"headers: {shown(name)}: {shown(value)} is none; give text, each character of which is a byte. As "
+            "UTF-8, which browsers send in Last-Event-ID, it is value.encode().decode('latin-1')"
+        ) from None
 
 
 def _json_body(value: Any) -> bytes:

@@ -196,6 +196,17 @@ def test_tabs_share_the_connections_of_their_browser(open_page: OpenPage, demo: 
     expect(pages[4].locator("#notice")).to_contain_text("six connections")
     pages[4].click("text=Hello!")  # there are connections left for requests
     expect(pages[0].locator("#posts")).to_contain_text(pages[4].text_content("#me"))
+    # One that is closed while it still looks for a connection does not wait for it.
+    state = pages[4].evaluate("""async () => {
+        live.close();
+        live.open("live");
+        live.close();
+        for (const _ of "as many as it asks for, and more") await navigator.locks.query();
+        return document.body.dataset.state;
+    }""")
+    assert state == "closed"
+    pages[4].click("#toggle")
+    expect(pages[4].locator("#state")).to_have_text("Waiting for a connection")
     pages[0].click("#toggle")
     expect(pages[4].locator("#state")).to_have_text("Open")
     expect(pages[4].locator("#notice")).to_be_hidden()
