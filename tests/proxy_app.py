@@ -35,6 +35,7 @@ async def quiet(request: Request) -> EventSourceResponse:
 
 app = create_app(
     {
+        "/events": answer,
         "/events/quiet": quiet,
         "/events/answer": answer,
         "/events/of/{channel}": broker.endpoint(),
