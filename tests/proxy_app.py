@@ -45,6 +45,7 @@ async def quiet(request: Request) -> EventSourceResponse:
 
 app = create_app(
     {
+        "/events": answer,
         "/events/quiet": quiet,
         "/events/replay": replay,
         "/events/answer": answer,

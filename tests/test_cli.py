@@ -220,7 +220,10 @@ def test_no_such_host(name: str, host: str, capsys: pytest.CaptureFixture[str]) 
 )
 def test_missing_extra(arguments: str, missing: str, what: str, extra: str) -> None:
     # In a process of its own: a module that is imported anew would be another one for the tests that follow.
-    code = f"import sys; sys.modules[{missing!r}] = None\nfrom asgi_sse.cli import main; sys.exit(main({arguments.split()}))"
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None; from asgi_sse.cli import main; "
+        f"sys.exit(main({arguments.split()}))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=ENOUGH, check=False)
     told = f'asgi-sse: error: {what} needs {missing}, which is not installed: pip install "asgi-sse[{extra}]"\n'
     assert (done.returncode, done.stdout, done.stderr) == (1, "", told)

@@ -222,7 +222,10 @@ async def test_an_app_that_does_not_heed_the_disconnect_is_told_and_cancelled() 
         finally:
             ended.append(True)
 
-    with pytest.raises(AssertionError, match=r"not returned 0.05 s after its client has left.*http.disconnect"):
+    with pytest.raises(
+        AssertionError,
+        match=r"not returned 0.05 s after its client has left: <OpenStream GET / 200 open>.*http.disconnect",
+    ):
         async with open_stream(heedless, timeout=0.05):
             pass
     assert ended

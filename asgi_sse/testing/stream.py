@@ -295,11 +295,12 @@ class OpenStream:
         self._notify()
         patience = self._request[4]
         if not await self._has_returned(patience) and self._child is not None:
+            shown = repr(self)  # of now: once cancelled it says that the app has returned
             self._child.cancel()
             if not await self._has_returned(_LAST_CALL):
                 self._child.cancel_again()
             raise AssertionError(
-                f"the app has not returned {patience:g} s after its client has left: {self!r}. It has to end when "
+                f"the app has not returned {patience:g} s after its client has left: {shown}. It has to end when "
                 "receive() gives http.disconnect, as an EventSourceResponse does"
             )
         self._raise_error()
