@@ -1,6 +1,7 @@
 """Both event loops for every async test, on a virtual clock unless a test asks for real time."""
 
 import asyncio
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,10 @@ import pytest
 from trio.testing import MockClock
 
 from asgi_sse.testing import VirtualTimeLoop
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As of a job in the background of a shell script; the tests send it to processes, which would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _eager(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> Callable[[], asyncio.AbstractEventLoop]:
