@@ -117,7 +117,7 @@ async def test_a_drain_is_a_record(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.anyio
-async def test_no_record_is_made_that_nobody_wants(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_ordinary_stream_has_no_record_above_debug(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "asgi_sse")
     async with open_stream(EventSourceResponse(["x"])) as stream:
         assert len([event async for event in stream]) == 1
