@@ -117,7 +117,10 @@ def test_requests(server: Server) -> None:
     if not (server.h2 and server.name.startswith("hypercorn")):
         # hypercorn 0.18 breaks the connection, on trio the whole worker, when an app answers before it has read the
         # body of an HTTP/2 request (KeyError in protocol/h2.py).
-        too_large = server.client.post("/echo", content=b"x" * 100_001)
+        # On a connection of its own: granian 2.8 closes it after such an answer, one time in four without a
+        # "connection: close" that would keep the client from using it again.
+        with server.connect() as client:
+            too_large = client.post("/echo", content=b"x" * 100_001)
         assert (too_large.status_code, too_large.text) == (413, "the body has more than 100000 bytes")
     refused = server.client.get("/refuses")
     assert (refused.status_code, refused.text) == (403, "not you")
