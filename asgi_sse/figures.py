@@ -1,5 +1,6 @@
 """`FIGURES`: what is to be known of streams and brokers, by which names; and `Sources`, which they are read from."""
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias, get_args
@@ -134,6 +135,7 @@ class Sources:
                 raise TypeError(f"brokers: {shown(broker)} is none; give a Broker")
         self._brokers = _labelled("broker", named, always=isinstance(brokers, Mapping))
         self._highest: dict[tuple[str, ...], float] = {}
+        self._lock = threading.Lock()  # scrapes may come in several threads
 
     def streams(self) -> list[tuple[Labels, RegistryStatistics]]:
         """The statistics of streams."""
@@ -167,7 +169,8 @@ class Sources:
         loop was closed under it and nothing of it is left.
         """
         key = (figure.name, *labels.values())
-        self._highest[key] = highest = max(value, self._highest.get(key, 0))
+        with self._lock:
+            self._highest[key] = highest = max(value, self._highest.get(key, 0))
         return highest
 
 

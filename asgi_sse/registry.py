@@ -235,7 +235,7 @@ class StreamRegistry:
 
     def statistics(self) -> RegistryStatistics:
         """The figures as of now. From any thread."""
-        return _statistics(self._tally, list(self._streams), len(self._abandoned), draining=self.draining)
+        return _statistics([self], Tally())
 
     def when_ended(self, told: Callable[[Stream], object]) -> Callable[[], None]:
         """Call `told` with each stream that has ended, and whose ``reason`` says why.
@@ -490,31 +490,29 @@ _census: Census[StreamRegistry] = Census()
 
 def statistics_of_all() -> RegistryStatistics:
     """The figures of all registries that there have been in this process. From any thread."""
-    registries, tally = _census.take()
+    return _statistics(*_census.take())
+
+
+def _statistics(registries: list[StreamRegistry], tally: Tally) -> RegistryStatistics:
+    """Those of `registries`, and of what `tally` has counted of others."""
+    # What has ended comes first: a stream that ends in between, in another thread, is missing then for a moment. The
+    # other way round it would be there twice, and a counter that is once too high stays so.
     for registry in registries:
         tally.add(registry._tally)  # noqa: SLF001 (of this class)
-    return _statistics(
-        tally,
-        [stream for registry in registries for stream in registry],
-        sum(len(registry._abandoned) for registry in registries),  # noqa: SLF001
-        draining=any(registry.draining for registry in registries),
-    )
-
-
-def _statistics(tally: Tally, running: list[Stream], abandoned: int, *, draining: bool) -> RegistryStatistics:
+    running = [stream for registry in registries for stream in registry]
     return RegistryStatistics(
         open=len(running),
         opened=tally.opened,
-        closed=dict(tally.closed),
-        abandoned=abandoned,
+        closed=tally.closed,
+        abandoned=sum(len(registry._abandoned) for registry in registries),  # noqa: SLF001
         events=tally.events + sum(stream.events for stream in running),
         bytes=tally.bytes + sum(stream.bytes_sent for stream in running),
         longest_wait=max((stream.waiting for stream in running), default=0.0),
         drains=tally.drains,
-        compressed=dict(tally.compressed),
+        compressed=tally.compressed,
         seconds=tally.seconds,
         durations=tuple(tally.durations),
-        draining=draining,
+        draining=any(registry.draining for registry in registries),
     )
 
 

@@ -67,17 +67,18 @@ class Tally:
             self.compressed[kind] = self.compressed.get(kind, 0) + 1
 
     def add(self, other: "Tally") -> None:
-        """Count what `other` has counted as well."""
-        self.opened += other.opened
-        self.events += other.events
-        self.bytes += other.bytes
-        self.drains += other.drains
-        self.seconds += other.seconds
-        for reason, number in list(other.closed.items()):
-            self.closed[reason] = self.closed.get(reason, 0) + number
-        for kind, number in list(other.compressed.items()):
-            self.compressed[kind] = self.compressed.get(kind, 0) + number
-        self.durations = [one + two for one, two in zip(self.durations, other.durations, strict=True)]
+        """Count what `other` has counted as well, as of one moment. From any thread."""
+        with other._lock:
+            self.opened += other.opened
+            self.events += other.events
+            self.bytes += other.bytes
+            self.drains += other.drains
+            self.seconds += other.seconds
+            for reason, number in other.closed.items():
+                self.closed[reason] = self.closed.get(reason, 0) + number
+            for kind, number in other.compressed.items():
+                self.compressed[kind] = self.compressed.get(kind, 0) + number
+            self.durations = [one + two for one, two in zip(self.durations, other.durations, strict=True)]
 
 
 class Census(Generic[T]):
