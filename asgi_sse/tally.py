@@ -68,7 +68,7 @@ class Tally:
 
     def add(self, other: "Tally") -> None:
         """Count what `other` has counted as well, as of one moment. From any thread."""
-        with other._lock:
+        with other._lock:  # noqa: SLF001 (of this class)
             self.opened += other.opened
             self.events += other.events
             self.bytes += other.bytes
