@@ -13,12 +13,13 @@ import anyio.lowlevel
 
 from ._eventloop import Child, Wait
 from ._types import Message, Receive, Scope, Send
+from .draining import DrainingEvent
 from .inbox import Changing
 from .options import StreamOptions
 from .registry import StreamRegistry
 from .response import EVENT_STREAM_HEADERS
 from .server import Server
-from .stream import DrainingEvent, Stream
+from .stream import Stream
 
 PATIENCE: Final = 0.5
 """Seconds that an app has to find its disconnect in ``receive()``, before it is cancelled."""

@@ -1,6 +1,5 @@
-"""The running streams: their heartbeat, their figures, and their end when the server stops."""
+"""The running streams: their figures, and their end when the server stops."""
 
-import heapq
 import logging
 import math
 import random
@@ -8,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from typing import Final
 
 import anyio
@@ -18,6 +16,7 @@ from ._checks import check_number
 from ._eventloop import EventLoop, current_loop
 from ._types import CloseReason
 from .errors import shown_text
+from .heartbeat import Heartbeat, current_heartbeat
 from .observer import Observer, Observers, Told
 from .server import Server
 from .shutdown import ShutdownWatch
@@ -32,86 +31,6 @@ a body that nobody takes and for the server to report the end of its connection.
 
 _DOUBT: Final = 5.0
 """Seconds past the drain's deadline after which a server that was said to stop by a signal alone is taken to run on."""
-
-_VOID: Final = 64
-"""Void entries from which on it is worth to look whether they are the most."""
-
-
-class Heartbeat:
-    """Looks at each stream of one event loop when the stream has asked for it.
-
-    One timer serves all streams: it is set for the earliest time that any of them asked for (a later one
-    that was set before goes off as well, and finds what it finds). A stream has one valid entry; what
-    became void is left in the heap until its time comes, since a busy stream moves its next ping with
-    every send.
-    """
-
-    def __init__(self, loop: EventLoop) -> None:
-        self._loop = loop
-        self._entries: list[tuple[float, int, list[Stream]]] = []
-        self._void = 0
-        self._numbers = count()
-        self._timers: list[float] = []  # when those go off that are set
-
-    def arm(self, stream: Stream, when: float) -> None:
-        """Look at `stream` at `when`, or before."""
-        if when < stream.check_at:
-            self.forget(stream)
-            stream.check_at = when
-            stream.entry = [stream]
-            heapq.heappush(self._entries, (when, next(self._numbers), stream.entry))
-            self._set_timer()
-
-    def forget(self, stream: Stream) -> None:
-        """Let go of `stream`; its entry stays behind, empty."""
-        if stream.entry:
-            stream.entry.clear()
-            self._void += 1
-            if self._void > _VOID and self._void > len(self._entries) // 2:
-                self._entries = [entry for entry in self._entries if entry[2]]
-                heapq.heapify(self._entries)
-                self._void = 0
-        stream.check_at = math.inf
-
-    def _set_timer(self) -> None:
-        if self._entries and self._entries[0][0] < min(self._timers, default=math.inf):
-            when = self._entries[0][0]
-            self._timers.append(when)
-            self._loop.call_at(when, partial(self._beat, when))
-
-    def _beat(self, when: float) -> None:
-        self._timers.remove(when)
-        now = max(when, self._loop.time())  # asyncio may call early by the resolution of its clock
-        due = []
-        while self._entries and self._entries[0][0] <= now:
-            entry = heapq.heappop(self._entries)[2]
-            self._void -= not entry
-            due += entry
-        for stream in due:
-            stream.entry = []
-            stream.check_at = math.inf
-            try:
-                self.arm(stream, stream.tick())
-            except Exception:
-                logger.exception(
-                    "the heartbeat of %r failed; the stream goes on without one",
-                    stream,
-                    extra={"sse_path": shown_text(stream.path)},
-                )
-        self._set_timer()
-
-
-_heartbeat: RunVar[Heartbeat] = RunVar("asgi_sse heartbeat")
-
-
-def current_heartbeat() -> Heartbeat:
-    """The heartbeat of the event loop that the caller runs in."""
-    try:
-        return _heartbeat.get()
-    except LookupError:
-        heartbeat = Heartbeat(current_loop())
-        _heartbeat.set(heartbeat)
-        return heartbeat
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import anyio
 
 from ._types import CloseReason, Message, Receive, Scope, Send
 from .compression import watch_head
+from .draining import DrainingEvent
 from .errors import SendTimeoutError, StreamClosedError, shown
 from .event import ItemEncoder, JSONDumps, ServerSentEvent, encode_item
 from .inbox import Inbox
@@ -20,7 +21,7 @@ from .options import StreamOptions
 from .registry import StreamRegistry, default_registry
 from .server import Server, server_of
 from .source import check_content, iterate
-from .stream import DrainingEvent, Stream
+from .stream import Stream
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from urllib.parse import parse_qsl, unquote
 from asgiref.compatibility import double_to_single_callable
 
 from ._types import ASGIApp, Receive, Scope, Send
+from .draining import DrainingEvent
 from .errors import StreamClosedError, shown
 from .inbox import Inbox
 from .response import PASSAGE_KEY, SCOPE_KEY, Defaults, EventSourceResponse, encode_header
 from .server import Server, server_of
-from .stream import DrainingEvent
 
 METHODS: Final = ("GET", "HEAD", "POST")  # POST since prompts are too large for a URL
 _PARSED_BYTES: Final = 65_536

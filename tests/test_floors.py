@@ -14,9 +14,9 @@ PACKAGE = Path(asgi_sse.__file__).parent
 FLOORS = [
     {"_types", "errors"},
     {"event", "decoder", "log", "_checks", "_eventloop"},
-    {"outbox", "inbox", "server", "source", "lifespan", "options", "tally"},
+    {"outbox", "inbox", "server", "source", "draining", "lifespan", "options", "tally"},
     {"stream", "shutdown", "compression"},
-    {"observer"},
+    {"observer", "heartbeat"},
     {"registry"},
     {"response"},
     {"routing", "healing", "cors"},

@@ -18,6 +18,7 @@ from starlette.endpoints import HTTPEndpoint
 from starlette.responses import Response
 
 from .. import event as core
+from ..draining import DrainingEvent
 from ..errors import InvalidEventError, SendTimeoutError, shown
 from ..inbox import Inbox
 from ..options import StreamOptions
@@ -26,7 +27,6 @@ from ..response import PASSAGE_KEY, encode_header, registry_of
 from ..response import EventSourceResponse as PlainResponse
 from ..server import Server, server_of
 from ..source import ThreadedIterator
-from ..stream import DrainingEvent, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from .._types import CloseReason, Message, Receive, Scope, Send
+    from ..stream import Stream
 
 __all__ = [
     "AppStatus",

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from .._types import Scope, Send
+    from ..draining import DrainingEvent
     from ..event import ServerSentEvent
     from ..inbox import Inbox
     from ..routing import Request
     from ..server import Server
-    from ..stream import DrainingEvent
     from .broker import Broker
     from .subscription import Subscription
 
