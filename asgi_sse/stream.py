@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 from functools import partial
 from inspect import isawaitable
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, Protocol
 
 import anyio
 import anyio.lowlevel
@@ -22,7 +22,8 @@ import anyio.lowlevel
 from ._eventloop import Child, EventLoop, Wait
 from ._types import CloseReason, Message, Send
 from .draining import DrainingEvent
-from .errors import InvalidEventError, SendTimeoutError, StreamClosedError, shown_text
+from .driver import Driver
+from .errors import SendTimeoutError, StreamClosedError, shown_text
 from .event import ItemEncoder, ServerSentEvent, encode_item
 from .options import StreamOptions
 from .outbox import Buffer, Feed, Lockstep, Outbox, current_flusher
@@ -147,11 +148,11 @@ class Stream:
     """
 
     __slots__ = (
-        "__weakref__", "_around_watch", "_began", "_child", "_connection", "_context", "_deadline", "_draining",
+        "__weakref__", "_around_watch", "_began", "_connection", "_context", "_deadline", "_draining", "_driver",
         "_encode", "_error", "_expires_at", "_farewell", "_grace_ends", "_head", "_helpers", "_inbox", "_keeper",
-        "_lifetime_ends", "_live", "_loop", "_open_at", "_options", "_outbox", "_pending", "_pumping", "_source",
-        "_source_done", "_state", "_stopped", "_wait", "abandoned", "buffer", "check_at", "client", "ended_itself",
-        "entry", "forced", "path", "reason", "send_error", "server",
+        "_lifetime_ends", "_live", "_loop", "_open_at", "_options", "_outbox", "_pending", "_source_done", "_state",
+        "_wait", "abandoned", "buffer", "check_at", "client", "ended_itself", "entry", "forced", "path", "reason",
+        "send_error", "server",
     )  # fmt: skip
 
     def __init__(
@@ -176,7 +177,7 @@ class Stream:
         loop = server.loop
         self._loop: EventLoop = loop
         self.server = server
-        self._source: AsyncIterator[Any] | None = source  # until it is closed
+        self._driver = Driver(self, source, child)
         self._head = head
         self._inbox = inbox
         self._connection = connection
@@ -195,11 +196,8 @@ class Stream:
         feed.attach(self._outbox.flush_now if lockstep and live is None else self._outbox.wake)
         self._around_watch: Callable[[], AbstractContextManager[object]] = _plainly
         self._wait: Wait = loop.wait()
-        self._child = child
         self._helpers: tuple[_Helper, ...] = ()
         self._source_done: anyio.Event | None = None
-        self._pumping = False
-        self._stopped = False  # the source has been cancelled
         self._state = _State.OPEN
         self._error: BaseException | None = None
         self._farewell = b""
@@ -292,12 +290,10 @@ class Stream:
             Exception: What the source raised, after the stream was cleaned up.
         """
         self._keeper.add(self)
-        if self._source is None:
-            self._pumping = True  # another app's task is the source, and has sent its head; or a feed that has no task
-            if not self._pending:
-                self._open()
-        else:
-            self._child = self._loop.spawn(self._pump, "asgi_sse source")
+        if self._driver.source is not None:
+            self._driver.start(self._loop, "asgi_sse source")
+        elif not self._pending:  # another app's task is the source, and has sent its head; or a feed that has no task
+            self._open()
         if self._options.open_timeout == 0 and not self._pending:
             # The source's first step comes before the second turn, so that an error in it still has its own status.
             # Before the first one on asyncio; trio takes the tasks and callbacks of one turn in any order.
@@ -339,8 +335,10 @@ class Stream:
                     await self._tell_reason()
 
     async def _insist(self) -> None:
-        source = [helper.main for helper in self._helpers] if self._source is None else self._source
-        for child in (self._child, *(helper.child for helper in self._helpers)):
+        source: Any = self._driver.source
+        if source is None:
+            source = [helper.main for helper in self._helpers]
+        for child in (self._driver.child, *(helper.child for helper in self._helpers)):
             if child is not None:
                 child.cancel_again()
         await self._wait_for_source(_LAST_CALL)
@@ -372,7 +370,7 @@ class Stream:
 
     @property
     def _has_tasks(self) -> bool:
-        return self._child is not None or bool(self._helpers)
+        return self._driver.child is not None or bool(self._helpers)
 
     async def _wait_for_source(self, seconds: float) -> None:
         if self._has_tasks:
@@ -392,74 +390,45 @@ class Stream:
 
         What was pushed is still sent, unless the error is a cancellation: then nobody shall wait for the client.
         """
-        if self._child is None:
+        if self._driver.child is None:
             return
         if error is not None and self.reason is None:
             self._open()  # the app has sent its head, whether or not it has left
             self._fail(error)
         if error is not None and not isinstance(error, Exception):
-            self._child = None
+            self._driver.child = None
             self._over("failed")
-        self._source_ended()
+        self.source_ended()
 
-    # The source's task
+    # What drives the source
 
-    async def _pump(self) -> None:
-        source, buffer, encode = cast("AsyncIterator[Any]", self._source), self.buffer, self._encode
-        sep, json_dumps = self._options.sep, self._options.json_dumps
-        interrupt: type[BaseException] = anyio.get_cancelled_exc_class()
-        opened = False
-        self._pumping = True
-        try:
-            following = source.__anext__
-            step: Awaitable[Any] | None = None if self._stopped else following()
-            while step is not None:
-                item = await step
-                if self._stopped:
-                    break  # it swallowed its cancellation, and yielded
-                try:
-                    full = buffer.push(encode(item, sep, json_dumps))
-                    if not opened:
-                        self._open()
-                        opened = True
-                    del item  # or an idle stream would keep its last event
-                    if full:
-                        await buffer.room()
-                except (InvalidEventError, interrupt) as exc:
-                    step = await self._throw(exc)
-                else:
-                    step = following()
-        except StopAsyncIteration:
-            pass
-        except BaseException as exc:
-            self._source_raised(exc)
-            # What it raised, or what its item did: its clean-up may take no longer than any.
-            if self._error is not None:
-                self._stopped = True
-                self.ended_itself = self.reason is None
-                self.close("failed")
-        await self._close_source()
-        self._source_ended()
+    def take(self, item: Any) -> Awaitable[None] | None:
+        """See `driver.Owner`."""
+        options = self._options
+        full = self.buffer.push(self._encode(item, options.sep, options.json_dumps))
+        if not self._outbox.opened:
+            self._open()
+        return self.buffer.room() if full else None
 
-    async def _throw(self, exc: BaseException) -> Awaitable[Any]:
-        """Raise `exc` at the source's yield: so its traceback names the line, and a cancellation is seen everywhere."""
-        throw: Callable[[BaseException], Awaitable[Any]] | None = getattr(self._source, "athrow", None)
-        if throw is None:
-            raise exc
-        if isinstance(exc, InvalidEventError):
-            await anyio.lowlevel.checkpoint()  # or a source that catches each would starve the loop
-        return throw(exc)
+    def source_raised(self, error: BaseException) -> None:
+        """See `driver.Owner`."""
+        self._source_raised(error)
+        if self._error is not None:  # its clean-up may take no longer than any
+            self._driver.stopped = True
+            self.ended_itself = self.ended_itself or self.reason is None
+            self.close("failed")
 
-    async def _close_source(self) -> None:
-        if self._child is not None:
-            self._child.spare()
-        try:
-            close = getattr(self._source, "aclose", None)
-            if close is not None:
-                await close()
-        except BaseException as exc:
-            self._source_raised(exc)
-        self._source = None  # whoever keeps the response does not keep what the source holds
+    def source_ended(self) -> None:
+        """See `driver.Owner`."""
+        self._driver.child = None
+        self.ended_itself = self.ended_itself or self.reason is None
+        self._task_ended()
+        if self._state is _State.CLOSED:
+            return
+        if self._error is not None:
+            self.close("failed")
+        else:
+            self.live_ended()
 
     def run_beside(self, main: Callable[[], Awaitable[None]]) -> None:
         """Run `main` in a task that ends with the stream; what it raises fails the stream."""
@@ -497,19 +466,8 @@ class Stream:
     def _source_raised(self, exc: BaseException) -> None:
         # A cancellation that is not ours is the source's own: it awaited something that was cancelled. Anything else,
         # KeyboardInterrupt too, is for the request's task to raise.
-        if not (self._stopped and isinstance(exc, anyio.get_cancelled_exc_class())):
+        if not (self._driver.stopped and isinstance(exc, anyio.get_cancelled_exc_class())):
             self._fail(exc)
-
-    def _source_ended(self) -> None:
-        self._child = None
-        self.ended_itself = self.ended_itself or self.reason is None
-        self._task_ended()
-        if self._state is _State.CLOSED:
-            return
-        if self._error is not None:
-            self.close("failed")
-        else:
-            self.live_ended()
 
     def live_ended(self) -> None:
         """There is nothing more to take, ever."""
@@ -518,10 +476,7 @@ class Stream:
         self.close("drained" if self._state is _State.DRAINING else "finished")
 
     def _stop_source(self) -> None:
-        if not self._stopped:
-            self._stopped = True
-            if self._child is not None and self._pumping:  # else its first step finds that it is to close the source
-                self._child.cancel()
+        self._driver.stop()
         for helper in self._helpers:
             if helper.runs and helper.child is not None:
                 helper.runs = False  # once is enough

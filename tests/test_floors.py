@@ -14,7 +14,7 @@ PACKAGE = Path(asgi_sse.__file__).parent
 FLOORS = [
     {"_types", "errors"},
     {"event", "decoder", "log", "_checks", "_eventloop"},
-    {"outbox", "inbox", "server", "source", "draining", "lifespan", "options", "tally"},
+    {"outbox", "inbox", "server", "source", "driver", "draining", "lifespan", "options", "tally"},
     {"stream", "shutdown", "compression"},
     {"observer", "heartbeat"},
     {"registry"},

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 import anyio
 import anyio.lowlevel
 
-from .._eventloop import Child, EventLoop, current_loop
-from ..errors import BrokerError, InvalidEventError
+from .._eventloop import EventLoop, current_loop
+from ..driver import Driver
+from ..errors import BrokerError
 from ..event import ServerSentEvent
 from ..source import iterate
 from .hub import unnumbered
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+    from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
 
 logger = logging.getLogger(__name__)
 
@@ -81,18 +82,16 @@ class Pump:
     ) -> None:
         self.loop: EventLoop = current_loop()
         self.error: BaseException | None = None
-        self._source: AsyncIterator[Any] | None = iterate(source)
+        self._driver = Driver(self, iterate(source))
         self._destination = destination
         self._on_end = on_end
-        self._child: Child | None = None
-        self._interrupt: type[BaseException] = anyio.get_cancelled_exc_class()
-        self._pumping = False
         self._stopped: Outcome | None = None  # why it was told to stop
+        self._outcome: Outcome = "finished"  # where it was not
         self._ending = False
 
     def begin(self) -> None:
         """Let the source run."""
-        self._child = self.loop.spawn(self._pump, "asgi_sse run")
+        self._driver.start(self.loop, "asgi_sse run")
 
     def stop(self, outcome: Outcome) -> None:
         """End it early, and say so. From any thread."""
@@ -103,18 +102,18 @@ class Pump:
     def _stop(self, outcome: Outcome) -> None:
         if self._stopped is None and not self._ending:
             self._stopped = outcome
-            if self._child is not None and self._pumping:  # else its first step finds that it is to close the source
-                self._child.cancel()
+            self._driver.stop()
             self.loop.call_at(self.loop.time() + _CLEANUP, self._insist)
 
     def _insist(self) -> None:
-        if not self._ending and self._child is not None:
+        child = self._driver.child
+        if not self._ending and child is not None:
             name = self._destination.name
             logger.warning(
-                "the source of run %s was not cleaned up within %g s: %r", name, _CLEANUP, self._source,
+                "the source of run %s was not cleaned up within %g s: %r", name, _CLEANUP, self._driver.source,
                 extra={"sse_run": name},
             )  # fmt: skip
-            self._child.cancel_again()
+            child.cancel_again()
             self.loop.call_at(self.loop.time() + _LAST_CALL, self._leave_behind)
 
     def _leave_behind(self) -> None:
@@ -122,67 +121,34 @@ class Pump:
             self._ending = True
             self._end_now(self._stopped)
 
-    # The source's task
+    # What drives the source
 
-    async def _pump(self) -> None:
-        outcome: Outcome = "finished"
-        self._pumping = True
-        try:
-            if self._stopped is None:
-                await self._publish()
-        except GeneratorExit:
-            raise  # collected with its event loop
-        except BaseException as exc:
-            outcome = self._raised(exc)
-        if self._child is not None:
-            self._child.spare()
-        try:
-            close = getattr(self._source, "aclose", None)
-            if close is not None:
-                await close()
-        except BaseException as exc:
-            outcome = self._raised(exc)
-        self._source = None
-        if not self._ending:  # else it came out of its clean-up after all
-            self._ending = True
-            outcome = self._stopped or outcome
-            await self._end(outcome)
+    def take(self, item: Any) -> Awaitable[None]:
+        """See `driver.Owner`."""
+        return self._destination.put(unnumbered(item))
 
-    async def _publish(self) -> None:
-        source: Any = self._source
-        throw = getattr(source, "athrow", None)
-        step: Awaitable[Any] = source.__anext__()
-        while True:
-            try:
-                item = await step
-            except StopAsyncIteration:
-                return
-            if self._stopped is not None:
-                return  # it swallowed its cancellation, and yielded
-            try:
-                await self._destination.put(unnumbered(item))
-            except (InvalidEventError, self._interrupt) as exc:  # at its yield, so that the traceback names the line
-                if throw is None:
-                    raise
-                if isinstance(exc, InvalidEventError):
-                    await anyio.lowlevel.checkpoint()  # or a source that catches each would starve the loop
-                step = throw(exc)
-            else:
-                step = source.__anext__()
-
-    def _raised(self, exc: BaseException) -> Outcome:
-        told = self._stopped is not None or (self._child is not None and self._child.cancelled)
-        if isinstance(exc, self._interrupt) and told:
-            return "cancelled"  # by us, or because the event loop ends
-        self.error = self.error or exc
+    def source_raised(self, error: BaseException) -> None:
+        """See `driver.Owner`."""
+        child = self._driver.child
+        told = self._stopped is not None or (child is not None and child.cancelled)
+        if told and isinstance(error, anyio.get_cancelled_exc_class()):
+            self._outcome = "cancelled"  # by us, or because the event loop ends
+            return
+        self._outcome = "failed"
+        self.error = self.error or error
         name = self._destination.name
-        logger.error("the source of run %s raised", name, exc_info=exc, extra={"sse_run": name})
-        return "failed"
+        logger.error("the source of run %s raised", name, exc_info=error, extra={"sse_run": name})
+
+    def source_ended(self) -> Awaitable[None] | None:
+        """See `driver.Owner`."""
+        if self._ending:
+            return None  # it came out of its clean-up after all
+        self._ending = True
+        return self._end(self._stopped or self._outcome)
 
     # The end
 
     async def _end(self, outcome: Outcome) -> None:
-        self._child = None
         if outcome == "lost":  # another process has said so
             self._destination.give_up(outcome)
             return
@@ -199,7 +165,7 @@ class Pump:
             self._destination.give_up(outcome)
 
     def _end_now(self, outcome: Outcome) -> None:
-        self._child = None
+        self._driver.child = None
         if outcome == "lost":
             self._destination.give_up(outcome)
         else:
