@@ -4,6 +4,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import h2.connection
@@ -117,9 +118,10 @@ def test_requests(server: Server) -> None:
     if not (server.h2 and server.name.startswith("hypercorn")):
         # hypercorn 0.18 breaks the connection, on trio the whole worker, when an app answers before it has read the
         # body of an HTTP/2 request (KeyError in protocol/h2.py).
-        # On a connection of its own: granian 2.8 closes it after such an answer, one time in four without a
-        # "connection: close" that would keep the client from using it again.
-        with server.connect() as client:
+        # Over HTTP/1.1 on a connection of its own: granian 2.8 closes it after such an answer, one time in four without
+        # a "connection: close" that would keep the client from using it again. Over HTTP/2 on one that knows the
+        # server's window already: httpx fails where a body still waits for it when the answer comes.
+        with nullcontext(server.client) if server.h2 else server.connect() as client:
             too_large = client.post("/echo", content=b"x" * 100_001)
         assert (too_large.status_code, too_large.text) == (413, "the body has more than 100000 bytes")
     refused = server.client.get("/refuses")
