@@ -402,13 +402,20 @@ class Stream:
 
     # What drives the source
 
-    def take(self, item: Any) -> Awaitable[None] | None:
+    def taker(self) -> Callable[[Any], Awaitable[None] | None]:
         """See `driver.Owner`."""
-        options = self._options
-        full = self.buffer.push(self._encode(item, options.sep, options.json_dumps))
-        if not self._outbox.opened:
-            self._open()
-        return self.buffer.room() if full else None
+        buffer, encode, opened = self.buffer, self._encode, False
+        push, sep, json_dumps = buffer.push, self._options.sep, self._options.json_dumps
+
+        def take(item: Any) -> Awaitable[None] | None:
+            nonlocal opened
+            full = push(encode(item, sep, json_dumps))
+            if not opened:
+                self._open()
+                opened = True
+            return buffer.room() if full else None
+
+        return take
 
     def source_raised(self, error: BaseException) -> None:
         """See `driver.Owner`."""

@@ -123,9 +123,9 @@ class Pump:
 
     # What drives the source
 
-    def take(self, item: Any) -> Awaitable[None]:
+    def taker(self) -> Callable[[Any], Awaitable[None]]:
         """See `driver.Owner`."""
-        return self._destination.put(unnumbered(item))
+        return lambda item: self._destination.put(unnumbered(item))
 
     def source_raised(self, error: BaseException) -> None:
         """See `driver.Owner`."""
