@@ -25,8 +25,10 @@ from .draining import DrainingEvent
 from .driver import Driver
 from .errors import SendTimeoutError, StreamClosedError, shown_text
 from .event import ItemEncoder, ServerSentEvent, encode_item
+from .feed import Buffer, Feed, Lockstep
+from .flusher import current_flusher
 from .options import StreamOptions
-from .outbox import Buffer, Feed, Lockstep, Outbox, current_flusher
+from .outbox import Outbox
 from .server import Server, abort_transport
 
 logger = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from asgi_sse import (
     Subscription,
     create_app,
 )
-from asgi_sse.log import pattern_test
+from asgi_sse.broker.names import pattern_test
 from asgi_sse.testing import open_stream
 
 if TYPE_CHECKING:

@@ -26,6 +26,7 @@ from asgi_sse import (
     ServerSentEvent,
     SSEMiddleware,
     create_app,
+    feed,
     healing,
     inbox,
     outbox,
@@ -35,7 +36,7 @@ from asgi_sse.broker import checks, memory
 from asgi_sse.broker import endpoint as broker_endpoint
 from asgi_sse.broker.endpoint import MAX_CHANNELS, Access
 from asgi_sse.broker.hub import UnavailableError
-from asgi_sse.log import MAX_NAME
+from asgi_sse.broker.names import MAX_NAME
 from asgi_sse.options import StreamOptions
 from asgi_sse.source import MAX_THREADS
 from asgi_sse.testing import open_stream
@@ -451,7 +452,7 @@ def default(function: Callable[..., Any], name: str) -> Any:
         ("channels that one request names", "100", MAX_CHANNELS == 100),
         ("a channel's name", "200", MAX_NAME == 200),
         ("what is sent to one client", "64 KiB", outbox.MESSAGE_BYTES == 2**16),
-        ("what a source may be ahead", "16 KiB", outbox.TURN_BYTES == 2**14),
+        ("what a source may be ahead", "16 KiB", feed.TURN_BYTES == 2**14),
         ("how long a client may take", "30 s", StreamOptions().send_timeout == 30),
         ("synchronous sources", "256", MAX_THREADS == 256),
         ("events that a channel keeps", "1,000", default(Broker, "history") == 1000),

@@ -220,6 +220,17 @@ async def test_a_source_that_meets_a_cancellation_has_failed() -> None:
     assert await run.wait() == "failed"
 
 
+@pytest.mark.parametrize("error", [GeneratorExit, KeyboardInterrupt])
+async def test_a_source_fails_by_whatever_it_raises(error: type[BaseException]) -> None:
+    async def source() -> AsyncIterator[str]:
+        yield "word 0"
+        raise error
+
+    run = await Broker().run("chat", source())
+    assert [event.data async for event in run.subscribe()] == said(1, "failed")
+    assert isinstance(run.error, error)
+
+
 @pytest.mark.parametrize("source", ["publishes", "raises"])
 async def test_a_source_is_begun_with_no_lock_held(source: str) -> None:
     broker = Broker()

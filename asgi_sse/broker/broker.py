@@ -10,8 +10,8 @@ import anyio
 from .._checks import check_number
 from .._eventloop import current_loop
 from ..errors import BrokerError
-from ..log import EventLog, check_name
-from ..outbox import current_flusher
+from ..flusher import current_flusher
+from ..log import EventLog
 from ..source import check_content
 from .backend import Publication
 from .channel import Channel
@@ -20,6 +20,7 @@ from .endpoint import Authorize, BrokerEndpoint
 from .engines import backend_of
 from .hub import Hub, unnumbered
 from .memory import MemoryBackend
+from .names import check_name
 from .presence import Presence
 from .run import Run
 from .runs import Runs

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 from ..errors import shown
-from ..log import check_pattern
 from .channel import Channel
+from .names import check_pattern
 
 _LONGEST_KEY: Final = 200
 """Characters of an idempotency key, which becomes a part of a key of Redis."""

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 from ..event import ServerSentEvent
 from ..inbox import Changing
-from ..log import is_pattern
 from .hub import clock
+from .names import is_pattern
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from ..log import Entry, ResetReason
+    from ..log import ResetReason
+    from ..ring import Entry
     from .hub import Hub
     from .run import Run
     from .snapshot import Snapshot

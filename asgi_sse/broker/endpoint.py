@@ -14,12 +14,12 @@ import anyio
 
 from .._checks import check_number
 from ..errors import shown
-from ..log import check_name, check_pattern, is_pattern, pattern_test
 from ..response import EventSourceResponse
 from ..routing import Answering, HTTPError
 from .channel import Channel, come_back
 from .checks import name_of
 from .hub import UnavailableError
+from .names import check_name, check_pattern, is_pattern, pattern_test
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from .._eventloop import EventLoop, current_loop, running_loop
 from ..errors import BrokerError, InvalidEventError, shown
 from ..event import ServerSentEvent, as_event
-from ..log import Entry, EventLog, is_pattern, pattern_test
 from ..routing import HTTPError
+from .names import is_pattern, pattern_test
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
+
+    from ..log import EventLog
+    from ..ring import Entry
 
 clock: Final = time.monotonic
 

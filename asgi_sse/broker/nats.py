@@ -33,11 +33,11 @@ import nats.errors
 import nats.js.errors
 
 from ..errors import BrokerError
-from ..log import check_name
 from . import wire
 from .backend import Claim, Publication
 from .hub import TooLargeError, clock
 from .jetstream import ANSWER, DELIVERY, HEARTBEAT, Delivery, JetStream, Stream, answer_of
+from .names import check_name
 from .remote import CONTROL, Item, RemoteBackend, logger
 
 if TYPE_CHECKING:

@@ -7,11 +7,12 @@ from typing import Any, Final
 
 from .._checks import check_number
 from ..errors import BrokerError
-from ..log import EventLog, check_name
+from ..log import EventLog
 from .backend import Publication
 from .checks import check_key
 from .engines import backend_of
 from .hub import Hub, unnumbered
+from .names import check_name
 from .remote import RemoteBackend
 
 _AS_OTHERS: Final = {"burst": 1, "history": None, "max_channels": 10_000, "max_age": None}

@@ -50,7 +50,7 @@ from .remote import CONTROL, Item, RemoteBackend, logger
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from ..log import Entry
+    from ..ring import Entry
     from .hub import Hub
 
 _BLOCK_MS: Final = 1000

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 from ..errors import BrokerError
 from ..event import ServerSentEvent
-from ..outbox import current_flusher
+from ..flusher import current_flusher
 from . import wire
 from .backend import Backend, BrokerStatistics, Claim, Publication, State
 from .hub import UnavailableError, clock

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from ..event import ServerSentEvent
-    from ..log import Entry
+    from ..ring import Entry
     from ..routing import Request
     from .backend import Claim
     from .broker import Broker

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable, Iterable, Iterator
 
     from .._eventloop import Child, EventLoop
-    from ..log import Entry
+    from ..ring import Entry
     from .backend import Backend, Claim
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from .._eventloop import EventLoop
-    from ..log import Entry, Ring
+    from ..ring import Entry, Ring
     from ..stream import Stream
     from .hub import Hub
     from .presence import Presence
