@@ -63,73 +63,83 @@ def add(commands: Commands) -> None:
         run=_run,
     )
     add_address(parser)
-    who = parser.add_argument_group("who may do what")
-    who.add_argument(
+    _add_who(parser)
+    _add_events(parser)
+    _add_process(parser)
+
+
+def _add_who(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("who may do what")
+    group.add_argument(
         "--publish-token", action="append", metavar="TOKEN", help="who has it may publish; may be given several times"
     )
-    who.add_argument(
+    group.add_argument(
         "--insecure-publish",
         action="store_true",
         help="without a token everybody may publish who reaches the port, but for pages of origins that are not in "
         "--cors; else nobody may",
     )
-    who.add_argument(
+    group.add_argument(
         "--subscribe-token",
         action="append",
         metavar="TOKEN",
         help='who has it may read, by the header "Authorization: Bearer TOKEN", ?token=TOKEN or the cookie '
         "asgi_sse_token; may be given several times (default: everybody may)",
     )
-    who.add_argument("--patterns", action="store_true", help="readers may name patterns: orders.*, orders.**, **")
-    who.add_argument(
+    group.add_argument("--patterns", action="store_true", help="readers may name patterns: orders.*, orders.**, **")
+    group.add_argument(
         "--cors",
         action="append",
         default=[],
         metavar="ORIGIN",
         help="pages of that origin may read, '*': of any; may be given several times",
     )
-    events = parser.add_argument_group("events")
-    events.add_argument(
+
+
+def _add_events(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("events")
+    group.add_argument(
         "--broker",
         metavar="URL",
         help="memory://, redis://HOST:PORT/DB or nats://HOST:PORT: with an engine, several hubs and apps share their "
         "channels, and events outlive a restart (default: memory://)",
     )
-    events.add_argument("--prefix", default="asgi_sse", help="that of the broker (default: %(default)s)")
-    events.add_argument(
-        "--history", type=count, default=1000, help="events that a channel keeps (default: %(default)s)"
-    )
-    events.add_argument(
+    group.add_argument("--prefix", default="asgi_sse", help="that of the broker (default: %(default)s)")
+    group.add_argument("--history", type=count, default=1000, help="events that a channel keeps (default: %(default)s)")
+    group.add_argument(
         "--max-age", type=positive_seconds, metavar="SECONDS", help="for which events are kept (default: any time)"
     )
-    events.add_argument(
+    group.add_argument(
         "--max-subscribers",
         type=count,
         metavar="N",
         help="of a channel; the next is answered 503 (default: any number)",
     )
-    events.add_argument(
+    group.add_argument(
         "--max-body", type=count, default=1_048_576, metavar="BYTES", help="of a POST (default: %(default)s)"
     )
-    process = parser.add_argument_group("the process")
-    process.add_argument(
+
+
+def _add_process(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the process")
+    group.add_argument(
         "--ping",
         type=seconds,
         default=15.0,
         metavar="SECONDS",
         help="after which an idle stream gets a comment, so that proxies keep it open; 0: never (default: %(default)g)",
     )
-    process.add_argument(
+    group.add_argument(
         "--drain-timeout",
         type=seconds,
         default=5.0,
         metavar="SECONDS",
         help="that clients which do not read have at the end (default: %(default)g)",
     )
-    process.add_argument(
+    group.add_argument(
         "--metrics", choices=("on", "off"), default="on", help="/metrics, for Prometheus (default: %(default)s)"
     )
-    process.add_argument(
+    group.add_argument(
         "--log-level",
         choices=("debug", "info", "warning", "error"),
         default="warning",
