@@ -34,6 +34,7 @@ OF_EXTRAS = {
     "redis_client": {"redis"},
     "nats": {"nats"},
     "jetstream": {"nats"},
+    "nats_runs": {"nats"},
 }
 
 

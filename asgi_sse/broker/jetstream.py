@@ -393,3 +393,30 @@ def _nanoseconds(text: str) -> int:
     """A time as Go writes it, with up to nine digits behind the seconds."""
     seconds, _, fraction = text.removesuffix("Z").partition(".")
     return int(datetime.fromisoformat(f"{seconds}+00:00").timestamp()) * 10**9 + int(fraction.ljust(9, "0"))
+
+
+def servers_of(url: str) -> list[str]:
+    """The servers of a URL; the scheme and the user of the first one are those of all that have none."""
+    scheme, _, places = url.partition("://")
+    servers: list[str] = []
+    user = ""
+    for place in places.split(","):
+        own, separator, rest = place.strip().rpartition("://")
+        given, at, host = rest.rpartition("@")
+        user = user or given
+        login = given if at else user
+        if host:
+            servers.append(f"{own if separator else scheme}://{login + '@' if login else ''}{host}")
+    if not servers:
+        raise ValueError(f"url={shown_server(url)!r} names no server; give nats://HOST:PORT")
+    return servers
+
+
+def shown_server(url: str) -> str:
+    """A URL without its password, or its token."""
+    head, at, tail = url.rpartition("@")
+    if not at:
+        return url
+    scheme, separator, user = head.partition("://")
+    name, colon, _ = user.partition(":")
+    return f"{scheme}{separator}{name + ':' if colon else ''}***@{tail}"

@@ -19,14 +19,12 @@ If numbers are left out, what the stream begins with tells whether its limits to
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
-from base64 import b32encode
 from collections import deque
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from hashlib import blake2s
-from math import ceil, inf
+from math import inf
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import nats.errors
@@ -36,8 +34,9 @@ from ..errors import BrokerError
 from . import wire
 from .backend import Claim, Publication
 from .hub import TooLargeError, clock
-from .jetstream import ANSWER, DELIVERY, HEARTBEAT, Delivery, JetStream, Stream, answer_of
+from .jetstream import ANSWER, DELIVERY, HEARTBEAT, Delivery, JetStream, Stream, answer_of, servers_of, shown_server
 from .names import check_name
+from .nats_runs import Bucket
 from .remote import CONTROL, Item, RemoteBackend, logger
 
 if TYPE_CHECKING:
@@ -64,15 +63,6 @@ _CHECK: Final = 2.0
 _WINDOW: Final = 120.0
 """Seconds for which the server knows the ids of messages."""
 
-_LEASE: Final = 30.0
-"""Seconds for which a run goes on of whose process nothing is heard."""
-
-_RUNS: Final = 100_000
-"""Runs that the bucket knows."""
-
-_SPARE: Final = 60
-"""Seconds for which the server keeps a run's entry longer than anybody looks at it."""
-
 
 class _Mark(NamedTuple):
     """A message that was read: no other one has its number and its time."""
@@ -87,28 +77,6 @@ class _Sent(NamedTuple):
     place: int
     item: Item
     answer: asyncio.Future[Msg]
-
-
-@dataclass(slots=True)
-class _Run:
-    """What the bucket has of a run.
-
-    Attributes:
-        claim: The run.
-        token: Of the call that has made it: who has got no answer to that finds out so that it was its own.
-        revision: The number of the entry.
-        age: Seconds since it was written.
-    """
-
-    claim: Claim
-    token: str
-    revision: int
-    age: float
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nobody is to find it any more."""
-        return self.age >= (self.claim.ttl if self.claim.outcome else _LEASE)
 
 
 class NatsBackend(RemoteBackend):
@@ -162,8 +130,7 @@ class NatsBackend(RemoteBackend):
             "duplicate_window": int(_WINDOW * 1e9),
             "allow_direct": True,
         }
-        self._bucket = f"KV_{self._name}_runs"
-        self._keys = f"$KV.{self._name}_runs."
+        self._runs = Bucket(f"{self._name}_runs", lambda: self._js, lambda: clock() - self._skew)
         self._link: JetStream | None = None
         self._proven: JetStream | None = None  # it, once its stream is known to be the one that was read
         self._consumer: Consumer | None = None
@@ -546,53 +513,6 @@ class NatsBackend(RemoteBackend):
 
     # Runs
 
-    def _subject(self, run: str) -> str:
-        return self._keys + b32encode(run.encode()).decode().rstrip("=")
-
-    async def _entry(self, run: str) -> _Run | None:
-        found = await self._js.message(self._bucket, last_by_subj=self._subject(run))
-        if found is None:
-            return None
-        fields = json.loads(found.payload)
-        token = fields.pop("token")
-        return _Run(Claim(**fields), token, found.number, clock() - self._skew - found.time / 1e9)
-
-    async def _write(self, run: str, claim: Claim, token: str, revision: int) -> bool:
-        """Put it in the place of that revision. False: there is another one."""
-        headers = {"Nats-Expected-Last-Subject-Sequence": str(revision)}
-        if await self._forgets():
-            headers["Nats-TTL"] = str(ceil(claim.ttl if claim.outcome else _LEASE) + _SPARE)
-        try:
-            payload = json.dumps({**asdict(claim), "token": token}).encode()
-            await self._js.request(self._subject(run), payload, headers)
-        except nats.js.errors.APIError as exc:
-            if exc.err_code in {10071, 10164}:
-                return False
-            raise
-        return True
-
-    async def _forgets(self) -> bool:
-        """Whether the server forgets entries by itself, as those from 2.11 on do; of others, the oldest go."""
-        try:
-            stream = await self._js.stream(self._bucket)
-        except nats.js.errors.NotFoundError:
-            await self._js.make_stream(
-                {
-                    "name": self._bucket,
-                    "subjects": [f"{self._keys}>"],
-                    "storage": "file",
-                    "retention": "limits",
-                    "discard": "old",
-                    "max_msgs": _RUNS,
-                    "max_msgs_per_subject": 1,
-                    "allow_rollup_hdrs": True,
-                    "allow_direct": True,
-                    "allow_msg_ttl": True,
-                }
-            )
-            stream = await self._js.stream(self._bucket)
-        return bool(stream.config.get("allow_msg_ttl"))
-
     async def claim(self, name: str, max_bytes: int, ttl: float, *, again: bool, over: int) -> tuple[Claim, bool]:
         """See `Backend`."""
         token = secrets.token_hex(8)
@@ -600,17 +520,17 @@ class NatsBackend(RemoteBackend):
         return await self._claim_or_release(name, token, claim)
 
     async def _release(self, name: str, token: str) -> None:
-        entry = await self._entry(name)
+        entry = await self._runs.entry(name)
         if entry is not None and entry.token == token:
             over = replace(entry.claim, outcome="cancelled", ttl=0)
-            await self._write(name, over, token, entry.revision)
+            await self._runs.write(name, over, token, entry.revision)
 
     async def _claim(
         self, name: str, max_bytes: int, ttl: float, token: str, *, again: bool, over: int
     ) -> tuple[Claim, bool]:
         log = self.hub.log
         while True:
-            entry = await self._entry(name)
+            entry = await self._runs.entry(name)
             if entry is not None and entry.token == token:
                 return entry.claim, True
             if entry is not None and not entry.is_over:
@@ -620,12 +540,12 @@ class NatsBackend(RemoteBackend):
             await self._sync()  # so that it begins behind the end of the one before
             with self.hub.lock:
                 claim = Claim(self._node, log.epoch, log.tail, max_bytes, ttl)
-            if await self._write(name, claim, token, 0 if entry is None else entry.revision):
+            if await self._runs.write(name, claim, token, 0 if entry is None else entry.revision):
                 return claim, True
 
     async def find(self, name: str) -> Claim | None:
         """See `Backend`."""
-        entry = await self._here(partial(self._in_time, partial(self._question, partial(self._entry, name))))
+        entry = await self._here(partial(self._in_time, partial(self._question, partial(self._runs.entry, name))))
         return None if entry is None or entry.is_over else entry.claim
 
     async def renew(self, name: str, claim: Claim) -> bool:
@@ -634,7 +554,7 @@ class NatsBackend(RemoteBackend):
 
     async def _renew(self, name: str, claim: Claim) -> bool:
         while True:
-            entry = await self._entry(name)
+            entry = await self._runs.entry(name)
             if entry is not None and not entry.is_over:
                 if entry.claim.node != self._node:
                     return False
@@ -644,7 +564,7 @@ class NatsBackend(RemoteBackend):
                     claim = entry.claim
             claim = replace(claim, node=self._node)
             token, revision = ("", 0) if entry is None else (entry.token, entry.revision)
-            if await self._write(name, claim, token, revision):
+            if await self._runs.write(name, claim, token, revision):
                 return True
 
     async def _end_run(self, publication: Publication, number: int) -> None:
@@ -653,7 +573,7 @@ class NatsBackend(RemoteBackend):
             return
         try:
             while True:
-                entry = await self._entry(publication.channel)
+                entry = await self._runs.entry(publication.channel)
                 if entry is None or entry.claim.node != self._node or entry.claim.outcome:
                     return
                 if entry.claim.start >= number and entry.claim.epoch == self.hub.log.epoch:
@@ -662,7 +582,7 @@ class NatsBackend(RemoteBackend):
                 ended.outcome, ended.final = publication.end, number
                 if publication.ttl is not None:
                     ended.ttl = publication.ttl
-                if await self._write(publication.channel, ended, entry.token, entry.revision):
+                if await self._runs.write(publication.channel, ended, entry.token, entry.revision):
                     return
         except Exception as exc:
             if isinstance(exc, self.transient):
@@ -678,30 +598,3 @@ class NatsBackend(RemoteBackend):
 def _reach(stream: Stream) -> int:
     """How many of its events are to be in memory."""
     return min(_LIMIT, int(_BYTES / max(stream.size, 1)))
-
-
-def servers_of(url: str) -> list[str]:
-    """The servers of a URL; the scheme and the user of the first one are those of all that have none."""
-    scheme, _, places = url.partition("://")
-    servers: list[str] = []
-    user = ""
-    for place in places.split(","):
-        own, separator, rest = place.strip().rpartition("://")
-        given, at, host = rest.rpartition("@")
-        user = user or given
-        login = given if at else user
-        if host:
-            servers.append(f"{own if separator else scheme}://{login + '@' if login else ''}{host}")
-    if not servers:
-        raise ValueError(f"url={shown_server(url)!r} names no server; give nats://HOST:PORT")
-    return servers
-
-
-def shown_server(url: str) -> str:
-    """A URL without its password, or its token."""
-    head, at, tail = url.rpartition("@")
-    if not at:
-        return url
-    scheme, separator, user = head.partition("://")
-    name, colon, _ = user.partition(":")
-    return f"{scheme}{separator}{name + ':' if colon else ''}***@{tail}"

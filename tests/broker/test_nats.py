@@ -15,10 +15,11 @@ import nats
 from engines import Nats
 
 from asgi_sse import Broker, BrokerError, ServerSentEvent
-from asgi_sse.broker import jetstream
+from asgi_sse.broker import jetstream, nats_runs
 from asgi_sse.broker import nats as back_end
 from asgi_sse.broker.backend import Publication
-from asgi_sse.broker.nats import NatsBackend, servers_of, shown_server
+from asgi_sse.broker.jetstream import servers_of, shown_server
+from asgi_sse.broker.nats import NatsBackend
 from asgi_sse.cli.hub import create_hub
 from asgi_sse.testing import open_stream
 
@@ -497,7 +498,7 @@ async def test_a_run_is_that_of_one_process(server: Nats, monkeypatch: Any) -> N
         assert new
         assert (claim.node, claim.start) == (other._node, found.final)
 
-        monkeypatch.setattr(back_end, "_LEASE", -1)
+        monkeypatch.setattr(nats_runs, "_LEASE", -1)
         assert await owner.find("r") is None
         claim, new = await owner.claim("r", 100, 60, again=False, over=-1)
         assert new
@@ -510,7 +511,7 @@ async def test_a_run_is_that_of_one_process(server: Nats, monkeypatch: Any) -> N
 async def test_who_has_got_no_answer_to_a_claim_has_it_all_the_same(server: Nats, monkeypatch: Any) -> None:
     async with Broker(server.url) as broker:
         back = back_end_of(broker)
-        write, failing = back._write, [True]
+        write, failing = back._runs.write, [True]
 
         async def write_and_fail(*arguments: Any) -> bool:
             written = await write(*arguments)
@@ -518,7 +519,7 @@ async def test_who_has_got_no_answer_to_a_claim_has_it_all_the_same(server: Nats
                 raise TimeoutError
             return written
 
-        monkeypatch.setattr(back, "_write", write_and_fail)
+        monkeypatch.setattr(back._runs, "write", write_and_fail)
         claim, new = await back.claim("r", 100, 60, again=False, over=-1)
         assert new
         assert claim.node == back._node
