@@ -74,9 +74,9 @@ class Tally:
             self.bytes += other.bytes
             self.drains += other.drains
             self.seconds += other.seconds
-            for reason, number in other.closed.items():
+            for reason, number in list(other.closed.items()):  # a handler of a signal may count in between
                 self.closed[reason] = self.closed.get(reason, 0) + number
-            for kind, number in other.compressed.items():
+            for kind, number in list(other.compressed.items()):
                 self.compressed[kind] = self.compressed.get(kind, 0) + number
             self.durations = [one + two for one, two in zip(self.durations, other.durations, strict=True)]
 
