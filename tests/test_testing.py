@@ -835,6 +835,36 @@ def test_fixtures(pytester: pytest.Pytester, plugins: list[str], prefix: str) ->
     pytester.runpytest_inprocess(*PLUGIN, *plugins).assert_outcomes(passed=1)
 
 
+def test_an_interruption_is_not_lost_in_a_destructor(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        APP
+        + """
+import weakref
+
+class Slow:
+    def __del__(self):
+        time.sleep(0.4)
+
+@pytest.mark.asgi_sse(timeout=0.2)
+def test_destructor():
+    Slow()
+    time.sleep(30)
+
+class Thing:
+    pass
+
+@pytest.mark.asgi_sse(timeout=0.2)
+def test_weak_reference():
+    thing = Thing()
+    weakref.finalize(thing, time.sleep, 0.4)
+    del thing
+    time.sleep(30)
+"""
+    )
+    # A lost one is a warning of pytest, and the test is interrupted again after some seconds.
+    pytester.runpytest_inprocess(*PLUGIN).assert_outcomes(failed=2, errors=0, warnings=0)
+
+
 def test_a_test_that_is_not_async_is_interrupted(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         APP

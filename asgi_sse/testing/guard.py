@@ -1,11 +1,14 @@
 """What the plugin of pytest does around one test: it bounds it in real time, and finds the streams that it leaves."""
 
+import _weakrefset
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable
 from functools import wraps
 from inspect import iscoroutinefunction
+from types import FrameType
 from typing import Any, Final
 
 import anyio
@@ -19,9 +22,14 @@ _GRACE: Final = 1.0
 """Seconds that streams have to end after the test, whose clients have just left."""
 
 _AGAIN: Final = 5.0
-"""Seconds after which a test is interrupted again, if its first interruption was lost in a destructor, say."""
+"""Seconds after which a test is interrupted again, if the first one was lost, as in an ``except`` of its own."""
 
 _STEP: Final = 0.01
+
+_POSTPONED: Final = 200
+"""Steps for which an interruption waits for the end of a destructor, which may hang as well."""
+
+_OF_WEAK_REFERENCES: Final = frozenset({weakref.__file__, _weakrefset.__file__})
 
 _HINT: Final = (
     "If it waits for a response: httpx's ASGITransport and Starlette's TestClient give none until the app has "
@@ -66,6 +74,7 @@ class Guard:
         self._leaks = leaks
         self._around = False
         self._alarm: Any = None
+        self._postponed = 0
         self._begun = _Begun()
         self._before: set[OpenStream] = set()
         self._stop_observing: Callable[[], None] | None = None
@@ -127,7 +136,11 @@ class Guard:
         # An async test has the time to be cancelled first: only a blocked event loop comes to this.
         signal.setitimer(signal.ITIMER_REAL, self._timeout + (2 * PATIENCE if self._around else 0), _AGAIN)
 
-    def _interrupt(self, *_: object) -> None:
+    def _interrupt(self, _: int, frame: FrameType | None) -> None:
+        if self._postponed < _POSTPONED and _is_lost_in(frame):
+            self._postponed += 1
+            signal.setitimer(signal.ITIMER_REAL, _STEP, _AGAIN)
+            return
         self._expired()
         raise _Expired(self.failure)
 
@@ -153,3 +166,13 @@ class Guard:
             if stream.state != "closed" or stream.abandoned
         ]
         return lines + [f"  {stream!r}" for stream in open_streams if stream not in self._before]
+
+
+def _is_lost_in(frame: FrameType | None) -> bool:
+    """Whether what is raised there goes no further: out of a destructor, or a callback of a weak reference."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__del__" or code.co_filename in _OF_WEAK_REFERENCES:
+            return True
+        frame = frame.f_back
+    return False
