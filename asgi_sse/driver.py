@@ -33,28 +33,26 @@ class Driver:
     No cancel scope is opened around a step: a source may hold scopes of its own over a ``yield``.
 
     Args:
-        owner: Who takes the items.
         source: The source; ``None`` where `child` makes the items by itself, or nobody does.
         child: The task of another app.
 
     Attributes:
         source: The source, until it is closed.
-        child: The task, until it has ended.
-        stopped: Whether it was told to stop.
+        child: The task, until it has ended or is left behind.
+        stopped: Whether no cancellation is to follow: it was told to stop, or has failed.
     """
 
-    __slots__ = ("_owner", "_runs", "child", "source", "stopped")
+    __slots__ = ("_runs", "child", "source", "stopped")
 
-    def __init__(self, owner: Owner, source: AsyncIterator[Any] | None, child: Child | None = None) -> None:
-        self._owner = owner
+    def __init__(self, source: AsyncIterator[Any] | None, child: Child | None = None) -> None:
         self.source = source
         self.child = child
         self.stopped = False
-        self._runs = source is None  # it has taken its first step
+        self._runs = source is None  # its first step is taken, as that of another app's task long since
 
-    def start(self, loop: EventLoop, name: str) -> None:
-        """Run the source in `loop`; `name` is for task dumps."""
-        self.child = loop.spawn(partial(self._run, loop), name)
+    def start(self, owner: Owner, loop: EventLoop, name: str) -> None:
+        """Run the source in `loop`, for `owner`, whom its task alone holds; `name` is for task dumps."""
+        self.child = loop.spawn(partial(self._run, owner), name)
 
     def stop(self) -> None:
         """End the source early: it sees one cancellation, where it waits, or where its item does."""
@@ -63,13 +61,15 @@ class Driver:
             if self.child is not None and self._runs:  # else its first step finds that it is to close the source
                 self.child.cancel()
 
-    async def _run(self, loop: EventLoop) -> None:
+    async def _run(self, owner: Owner) -> None:
         source: Any = self.source
-        take, following = self._owner.taker(), source.__anext__
+        child = self.child  # which its owner may leave behind
+        take, following, step = owner.taker(), None, None
         interrupt: type[BaseException] = anyio.get_cancelled_exc_class()
         self._runs = True
         try:
-            step: Awaitable[Any] | None = None if self.stopped else following()
+            following = source.__anext__  # which what an ``__aiter__`` gives need not have
+            step = None if self.stopped else following()
             while step is not None:
                 item = await step
                 if self.stopped:
@@ -86,11 +86,12 @@ class Driver:
         except StopAsyncIteration:
             pass
         except BaseException as exc:
-            if isinstance(exc, GeneratorExit) and loop.closed:
-                raise  # this task is collected with its event loop
-            self._owner.source_raised(exc)
-        await self._close()
-        waiting = self._owner.source_ended()
+            if _is_collected(exc, child):
+                raise
+            owner.source_raised(exc)
+        await self._close(owner)
+        del source, following, step  # or what the source holds would live on while its owner's last word waits
+        waiting = owner.source_ended()
         if waiting is not None:
             await waiting
 
@@ -103,14 +104,22 @@ class Driver:
             await anyio.lowlevel.checkpoint()  # or a source that catches each would starve the loop
         return throw(exc)
 
-    async def _close(self) -> None:
-        if self.child is not None:
-            self.child.spare()
+    async def _close(self, owner: Owner) -> None:
+        child = self.child
+        if child is not None:
+            child.spare()
         try:
             close = getattr(self.source, "aclose", None)
             if close is not None:
                 await close()
         except BaseException as exc:
-            self._owner.source_raised(exc)
+            if _is_collected(exc, child):
+                raise
+            owner.source_raised(exc)
         self.source = None  # whoever keeps the response does not keep what the source holds
         self.child = None
+
+
+def _is_collected(error: BaseException, child: Child | None) -> bool:
+    """Whether it ends a task that nobody holds any more, its event loop closed or not: there is nobody to tell."""
+    return isinstance(error, GeneratorExit) and child is not None and not child.running

@@ -58,9 +58,6 @@ class Buffer:
         """The stream is over: what is still pushed goes nowhere."""
         self._wake = _nothing
 
-    def stop(self) -> None:
-        """See `stream.Live`: what was pushed is sent in any case."""
-
     @property
     def pushed(self) -> int:
         """How many items were added, ever."""

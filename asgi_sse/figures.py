@@ -135,7 +135,7 @@ class Sources:
                 raise TypeError(f"brokers: {shown(broker)} is none; give a Broker")
         self._brokers = _labelled("broker", named, always=isinstance(brokers, Mapping))
         self._highest: dict[tuple[str, ...], float] = {}
-        self._lock = threading.Lock()  # scrapes may come in several threads
+        self._lock = threading.RLock()  # scrapes may come in several threads, and in a handler of a signal
 
     def streams(self) -> list[tuple[Labels, RegistryStatistics]]:
         """The statistics of streams."""

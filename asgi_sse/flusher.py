@@ -8,7 +8,7 @@ from anyio.lowlevel import RunVar
 
 from ._eventloop import EventLoop, current_loop
 
-TURN_SOURCES: Final = 4
+_TURN_SOURCES: Final = 4
 """How many waiting sources go on in one loop turn. uvloop accepts one connection a turn: without a
 limit, 200 flat-out sources kept a newcomer waiting for over 10 s; with 4, for 0.06 s."""
 
@@ -47,9 +47,9 @@ class Flusher:
         self._dirty.append(outbox)
         self._schedule()
 
-    def resume(self, source: anyio.Event) -> None:
-        """Set `source` when its turn comes."""
-        self._waiting.append(source)
+    def resume(self, waiting: anyio.Event) -> None:
+        """Set `waiting`, which a source waits for, when its turn comes."""
+        self._waiting.append(waiting)
         self._schedule()
 
     async def turn(self) -> None:
@@ -72,7 +72,7 @@ class Flusher:
         if took >= _LONG_ROUND and not (self._waiting or self._dirty):
             self._loop.call_at(began + took + min(took, _REST), self._go_on)
         else:
-            for _ in range(min(TURN_SOURCES, len(self._waiting))):
+            for _ in range(min(_TURN_SOURCES, len(self._waiting))):
                 self._waiting.popleft().set()
             self._go_on()
 

@@ -278,6 +278,11 @@ class Adopted(Changing, Child):
         """See `Child`."""
         return False
 
+    @property
+    def running(self) -> bool:
+        """See `Child`. Nothing of ours is a step of the app's task."""
+        return False
+
     def cancel_again(self) -> None:
         """See `Child`."""
         if not self._app_done:

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 from functools import partial
 from inspect import isawaitable
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeAlias
 
 import anyio
 import anyio.lowlevel
@@ -41,6 +41,8 @@ _FIRST_ITEM: Final = 1.0
 
 _ABORT_WAIT: Final = 1.0
 """Seconds that the server has to report the end of an aborted connection: it then logs no error."""
+
+_Waiting: TypeAlias = Awaitable[None] | None  # made once, not for each stream
 
 _SENT: Final[Message] = {}  # in place of a head, of which an idle stream need not keep a copy
 
@@ -179,7 +181,7 @@ class Stream:
         loop = server.loop
         self._loop: EventLoop = loop
         self.server = server
-        self._driver = Driver(self, source, child)
+        self._driver = Driver(source, child)
         self._head = head
         self._inbox = inbox
         self._connection = connection
@@ -293,7 +295,7 @@ class Stream:
         """
         self._keeper.add(self)
         if self._driver.source is not None:
-            self._driver.start(self._loop, "asgi_sse source")
+            self._driver.start(self, self._loop, "asgi_sse source")
         elif not self._pending:  # another app's task is the source, and has sent its head; or a feed that has no task
             self._open()
         if self._options.open_timeout == 0 and not self._pending:
@@ -397,19 +399,19 @@ class Stream:
         if error is not None and self.reason is None:
             self._open()  # the app has sent its head, whether or not it has left
             self._fail(error)
+        self._driver.child = None
         if error is not None and not isinstance(error, Exception):
-            self._driver.child = None
             self._over("failed")
         self.source_ended()
 
-    # What drives the source
+    # As the owner of its driver
 
     def taker(self) -> Callable[[Any], Awaitable[None] | None]:
         """See `driver.Owner`."""
         buffer, encode, opened = self.buffer, self._encode, False
         push, sep, json_dumps = buffer.push, self._options.sep, self._options.json_dumps
 
-        def take(item: Any) -> Awaitable[None] | None:
+        def take(item: Any) -> _Waiting:
             nonlocal opened
             full = push(encode(item, sep, json_dumps))
             if not opened:
@@ -421,7 +423,7 @@ class Stream:
 
     def source_raised(self, error: BaseException) -> None:
         """See `driver.Owner`."""
-        self._source_raised(error)
+        self._task_raised(error)
         if self._error is not None:  # its clean-up may take no longer than any
             self._driver.stopped = True
             self.ended_itself = self.ended_itself or self.reason is None
@@ -429,7 +431,6 @@ class Stream:
 
     def source_ended(self) -> None:
         """See `driver.Owner`."""
-        self._driver.child = None
         self.ended_itself = self.ended_itself or self.reason is None
         self._task_ended()
         if self._state is _State.CLOSED:
@@ -438,6 +439,8 @@ class Stream:
             self.close("failed")
         else:
             self.live_ended()
+
+    # Tasks beside the source
 
     def run_beside(self, main: Callable[[], Awaitable[None]]) -> None:
         """Run `main` in a task that ends with the stream; what it raises fails the stream."""
@@ -458,7 +461,7 @@ class Stream:
                 self.ended_itself = True
                 self.fail(exc)
             elif not _is_left_alone(exc):
-                self._source_raised(exc)
+                self._task_raised(exc)
         self._helpers = tuple(other for other in self._helpers if other is not helper)
         self._task_ended()
 
@@ -472,7 +475,7 @@ class Stream:
             self.abandoned = False  # it has come to its end after all
             self._keeper.discard(self)
 
-    def _source_raised(self, exc: BaseException) -> None:
+    def _task_raised(self, exc: BaseException) -> None:
         # A cancellation that is not ours is the source's own: it awaited something that was cancelled. Anything else,
         # KeyboardInterrupt too, is for the request's task to raise.
         if not (self._driver.stopped and isinstance(exc, anyio.get_cancelled_exc_class())):

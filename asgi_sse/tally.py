@@ -67,7 +67,7 @@ class Tally:
             self.compressed[kind] = self.compressed.get(kind, 0) + 1
 
     def add(self, other: "Tally") -> None:
-        """Count what `other` has counted as well, as of one moment. From any thread."""
+        """Count what `other` has counted as well, as of one moment, whichever thread counts there."""
         with other._lock:  # noqa: SLF001 (of this class)
             self.opened += other.opened
             self.events += other.events
@@ -89,8 +89,8 @@ class Census(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._known: list[tuple[weakref.ref[T], Tally]] = []
+        self._lock = threading.RLock()  # as a `Tally` has one
+        self._known: dict[weakref.ref[T], Tally] = {}
         self._gone = Tally()
         self._bound = 64  # entries from which on it is worth to look who is gone
 
@@ -100,7 +100,7 @@ class Census(Generic[T]):
             if len(self._known) >= self._bound:
                 self._fold()
                 self._bound = 2 * len(self._known) + 64
-            self._known.append((weakref.ref(owner), tally))
+            self._known[weakref.ref(owner)] = tally
 
     def take(self) -> tuple[list[T], Tally]:
         """Those who are there, and a copy of what the others had counted. From any thread."""
@@ -112,13 +112,10 @@ class Census(Generic[T]):
 
     def _fold(self) -> list[T]:
         present: list[T] = []
-        known = []
-        for reference, tally in self._known:
+        for reference in list(self._known):
             owner = reference()
-            if owner is None:
-                self._gone.add(tally)
-            else:
+            if owner is not None:
                 present.append(owner)
-                known.append((reference, tally))
-        self._known = known
+            elif (tally := self._known.pop(reference, None)) is not None:  # else a handler of a signal was faster
+                self._gone.add(tally)
         return present

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -289,6 +290,32 @@ async def test_a_scrape_in_another_thread_meets_streams_that_come_and_go() -> No
         if "_total" in name or "_bucket" in name:
             course = [values[name] for values in seen]
             assert course == sorted(course), name
+
+
+def test_a_handler_of_a_signal_may_read_while_its_thread_does() -> None:
+    code = """
+import signal
+from asgi_sse import StreamRegistry
+from asgi_sse.metrics import Collector
+
+collectors = [Collector(StreamRegistry()), Collector()]
+calls = 0
+
+def read(*_):
+    global calls
+    calls += 1
+    for collector in collectors:
+        list(collector.collect())
+    signal.setitimer(signal.ITIMER_REAL, 0.0003)
+
+signal.signal(signal.SIGALRM, read)
+read()
+while calls < 500:
+    for collector in collectors:
+        list(collector.collect())
+signal.setitimer(signal.ITIMER_REAL, 0)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, stdin=subprocess.DEVNULL)
 
 
 # The endpoint

@@ -636,6 +636,16 @@ def test_an_event_loop_is_let_go_of() -> None:
     assert [loop() for loop in loops] == [None] * 5
 
 
+async def test_what_iterates_by_what_is_no_iterator_fails() -> None:
+    class Source:
+        def __aiter__(self) -> Any:
+            return object()
+
+    with pytest.raises(AttributeError, match="__anext__"):
+        async with open_stream(EventSourceResponse(Source())) as stream:
+            await stream.read()
+
+
 def test_a_stream_is_let_go_of_without_the_garbage_collector() -> None:
     class Source:
         def __aiter__(self) -> "Source":
@@ -653,16 +663,25 @@ def test_a_stream_is_let_go_of_without_the_garbage_collector() -> None:
         for _ in range(3):
             source = Source()
             alive.append(weakref.ref(source))
-            async with open_stream(EventSourceResponse(source)) as stream:
-                assert len([event async for event in stream]) == 3
-            del source, stream
-            await asyncio.sleep(0)
+            # Without a client: that of tests is held by its event loop for a while.
+            await asyncio.create_task(EventSourceResponse(source, registry=registry)(scope, receive, send))
+            del source
+        await asyncio.sleep(0)
 
-    alive: list[weakref.ref[Source]] = []
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        assert message["type"].startswith("http.response")
+
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "asgi": {"version": "3.0"}}
+    alive: list[weakref.ref[Any]] = []
+    registry = StreamRegistry()
+    registry.when_ended(lambda stream: alive.append(weakref.ref(stream)))
     gc.disable()
     try:
         asyncio.run(main())
-        assert [source() for source in alive] == [None] * 3
+        assert [kept() for kept in alive] == [None] * 6
     finally:
         gc.enable()
 

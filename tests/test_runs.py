@@ -1,5 +1,6 @@
 """Runs: a source that goes on without its clients, and streams that end when it does."""
 
+import asyncio
 import gc
 import json
 import random
@@ -218,6 +219,71 @@ async def test_a_source_that_meets_a_cancellation_has_failed() -> None:
 
     run = await Broker().run("chat", source())
     assert await run.wait() == "failed"
+
+
+@pytest.mark.parametrize("has_next", [True, False])
+async def test_an_iterator_needs_no_more_than_its_next(has_next: bool) -> None:
+    class Words:
+        left = 2
+
+        async def __anext__(self) -> str:
+            self.left -= 1
+            if self.left < 0:
+                raise StopAsyncIteration
+            return "word"
+
+    class Source:
+        def __aiter__(self) -> Any:
+            return Words() if has_next else object()
+
+    run = await Broker().run("chat", Source())
+    assert await run.wait() == ("finished" if has_next else "failed")
+    assert has_next or isinstance(run.error, AttributeError)
+
+
+async def test_the_last_word_does_not_keep_the_source() -> None:
+    class Source:
+        def __aiter__(self) -> "Source":
+            return self
+
+        async def __anext__(self) -> str:
+            raise StopAsyncIteration
+
+    async def on_end(outcome: str, error: BaseException | None) -> str:
+        await anyio.sleep(1)
+        gc.collect()
+        kept.append(reference())
+        return "bye"
+
+    kept: list[object] = []
+    source = Source()
+    reference = weakref.ref(source)
+    run = await Broker().run("chat", source, on_end=on_end)
+    del source
+    assert await run.wait() == "finished"
+    assert kept == [None]
+
+
+def test_a_run_that_nobody_holds_is_collected_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    async def source() -> AsyncIterator[str]:
+        yield "x"
+        going_on.set()
+        await asyncio.Event().wait()
+
+    async def main() -> None:
+        broker = Broker()
+        await broker.run("chat", source(), on_end=lambda outcome, error: ends.append(outcome))
+        await going_on.wait()
+        del broker
+        for _ in range(3):
+            gc.collect()
+            await asyncio.sleep(0)
+
+    ends: list[str] = []
+    going_on = asyncio.Event()
+    asyncio.run(main())
+    assert ends == []
+    assert {record.name for record in caplog.records} <= {"asyncio"}
 
 
 @pytest.mark.parametrize("error", [GeneratorExit, KeyboardInterrupt])

@@ -26,6 +26,11 @@ class Child(ABC):
     def cancelled(self) -> bool:
         """Whether anybody has cancelled it: else a cancellation that comes out of it is one that it has met."""
 
+    @property
+    @abstractmethod
+    def running(self) -> bool:
+        """Whether the caller is a step of it. A task that is collected gets its GeneratorExit from outside."""
+
     @abstractmethod
     def cancel_again(self) -> None:
         """Interrupt it a last time, its clean-up included."""

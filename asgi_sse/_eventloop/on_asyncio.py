@@ -82,6 +82,10 @@ class AsyncioChild(Child):
     def cancelled(self) -> bool:
         return self._task.cancelling() > 0
 
+    @property
+    def running(self) -> bool:
+        return asyncio.current_task(self._task.get_loop()) is self._task
+
     def cancel_again(self) -> None:
         self._task.cancel()
 

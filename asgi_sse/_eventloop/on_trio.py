@@ -90,6 +90,10 @@ class TrioChild(Child):
     def cancelled(self) -> bool:
         return True  # a Cancelled is raised for nobody else
 
+    @property
+    def running(self) -> bool:
+        return True  # no task of trio's is collected before its end
+
     def cancel_again(self) -> None:
         self._outer.cancel()
         self._inner.shield = False

@@ -1,4 +1,4 @@
-"""`Pump`: drives the source of a run, whoever reads, until it ends or is told to."""
+"""`Pump`: publishes what the source of a run gives, whoever reads, until it ends or is told to."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from .._eventloop import EventLoop, current_loop
 from ..driver import Driver
 from ..errors import BrokerError
 from ..event import ServerSentEvent
-from ..source import iterate
 from .hub import unnumbered
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +36,6 @@ _CLEANUP: Final = 10.0
 
 _LAST_CALL: Final = 0.1
 """Seconds that it has to obey its second cancellation, before it is left behind."""
-
 
 _LAST_WORD: Final = 2.0
 """Seconds for which the last event of a run waits for its engine when the broker is closed."""
@@ -76,13 +74,13 @@ class Pump:
 
     def __init__(
         self,
-        source: AsyncIterable[Any] | Iterable[Any],
+        source: AsyncIterator[Any],
         destination: Destination,
         on_end: Callable[[Outcome, BaseException | None], Any] | None,
     ) -> None:
         self.loop: EventLoop = current_loop()
         self.error: BaseException | None = None
-        self._driver = Driver(self, iterate(source))
+        self._driver = Driver(source)
         self._destination = destination
         self._on_end = on_end
         self._stopped: Outcome | None = None  # why it was told to stop
@@ -91,7 +89,7 @@ class Pump:
 
     def begin(self) -> None:
         """Let the source run."""
-        self._driver.start(self.loop, "asgi_sse run")
+        self._driver.start(self, self.loop, "asgi_sse run")
 
     def stop(self, outcome: Outcome) -> None:
         """End it early, and say so. From any thread."""
@@ -121,7 +119,7 @@ class Pump:
             self._ending = True
             self._end_now(self._stopped)
 
-    # What drives the source
+    # As the owner of its driver
 
     def taker(self) -> Callable[[Any], Awaitable[None]]:
         """See `driver.Owner`."""

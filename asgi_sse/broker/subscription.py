@@ -288,7 +288,7 @@ class Subscription(Cursor):
         return self._behind
 
     def take(self, limit: int) -> bytes:
-        """See `outbox.Feed`."""
+        """See `feed.Feed`."""
         greets, self._greets = self._greets, False
         snapshot = self._snapshot
         if snapshot is not None and snapshot.events and self._lost is None:
@@ -350,7 +350,7 @@ class Subscription(Cursor):
         return b"".join(chunks)
 
     def sent(self) -> None:
-        """See `outbox.Feed`."""
+        """See `feed.Feed`."""
 
     def keep_alive(self) -> bytes:
         """See `stream.Live`: where all there is was read, the place up to which that is so."""
