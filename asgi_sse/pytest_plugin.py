@@ -38,7 +38,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
     try:
         guard = Guard(*marker.args, **marker.kwargs) if marker is not None else Guard()
     except (TypeError, ValueError) as exc:
-        wrong = f"@pytest.mark.{_MARKER}: {exc}; it takes timeout=, seconds or None, and leaks=, a bool"
+        said = str(exc).removeprefix("Guard.__init__() ")
+        wrong = f"@pytest.mark.{_MARKER}: {said}; it takes timeout=, seconds or None, and leaks=, a bool"
     if guard is None:
         pytest.fail(str(wrong), pytrace=False)
     test: Any = getattr(item, "obj", None)

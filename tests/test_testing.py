@@ -114,7 +114,7 @@ async def test_another_event_than_expected_is_shown_with_those_before(wanted: di
     ("call", "message"),
     [
         (lambda s: s.expect("x", timeout=0.5), "expected data='x': no event came within 0.5 s.*before: .*\"n\":1"),
-        (lambda s: s.collect(4, timeout=2.5), "2 of 4 events came within 2.5 s"),
+        (lambda s: s.collect(4, timeout=2.5), r"2 of 4 events came within 2.5 s. <OpenStream GET /ticks 200 open>"),
         (lambda s: s.expect_nothing(1.5), r"expected nothing for 1.5 s; .*\"n\":2.* came"),
         (lambda s: s.expect_end(0.5), r"expected the end of the body; it goes on: no event came within 0.5 s"),
         (lambda s: s.expect_end(2), r"expected the end of the body; .*\"n\":2.* came"),
@@ -329,6 +329,28 @@ async def test_a_farewell_has_its_time() -> None:
         await server.stop()
         await stream.expect("farewell")
         await stream.expect_end()
+
+
+@on_both
+async def test_who_does_not_read_while_the_server_stops_is_a_slow_client() -> None:
+    async def source() -> AsyncIterator[str]:
+        while True:
+            yield "x"
+            await anyio.sleep(0.1)
+
+    dropped = "200 returned, dropped while it had as many unread messages as capacity=4 allows>"
+    for capacity in (4, 1000):
+        app = create_app({"/": source})
+        async with running(app) as server, open_stream(server, capacity=capacity) as stream:
+            await stream.expect("x")
+            await anyio.sleep(2)
+            await server.stop()
+            if capacity == 4:
+                with pytest.raises(AssertionError, match=f"4 of 100 events came: .*{dropped}"):
+                    await stream.collect(100)
+            else:
+                assert {event.data async for event in stream} == {"x"}
+                assert stream.complete
 
 
 @on_both
@@ -743,8 +765,12 @@ async def test_may_leave():
     left.append(open_stream(app, "/ticks"))
     await left[1].__aenter__()
 
-@pytest.mark.asgi_sse(timeouts=3)
+@pytest.mark.asgi_sse(timouts=3)
 async def test_wrong():
+    pass
+
+@pytest.mark.asgi_sse(timeout="5")
+async def test_wrong_too():
     pass
 """
 )
@@ -818,12 +844,13 @@ def test_a_test_that_hangs_or_leaves_streams_fails(pytester: pytest.Pytester, pl
     result = pytester.runpytest_inprocess(
         *PLUGIN, *plugins, *(["-k", "not test_leaves and not test_may"] if trio else [])
     )
-    result.assert_outcomes(failed=4 if trio else 5, passed=1 if trio else 2, deselected=2 if trio else 0)
+    result.assert_outcomes(failed=5 if trio else 6, passed=1 if trio else 2, deselected=2 if trio else 0)
     text = result.stdout.str()
     result.stdout.fnmatch_lines([*HUNG, "If it waits for a response: httpx's ASGITransport*"])
     result.stdout.fnmatch_lines([*HUNG, "  <OpenStream GET /ticks 200 open>.", "If it waits*"])
     assert "AssertionError: of itself" in text
-    assert "it takes timeout=, seconds or None, and leaks=, a bool" in text
+    for wrong in ("got an unexpected keyword argument 'timouts'", "timeout='5' is str; give a number, or None"):
+        assert f"{wrong}; it takes timeout=, seconds or None, and leaks=, a bool" in text
     if not trio:
         result.stdout.fnmatch_lines(["the test leaves streams behind.", "  <Stream /ticks open>*", "  <OpenStream*"])
 

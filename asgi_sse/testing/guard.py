@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import anyio
 
+from .._checks import check_number
 from ..observer import EVERYWHERE, Observer
 from ..stream import Stream
 from .clock import inside_of, real_deadline, virtual_time
@@ -63,12 +64,12 @@ class Guard:
         failure: What is wrong, if anything is.
 
     Raises:
-        ValueError: `timeout` is no length of time.
+        TypeError: `timeout` is no number.
+        ValueError: It is not more than 0.
     """
 
     def __init__(self, timeout: float | None = 10.0, *, leaks: bool = True) -> None:
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"timeout={timeout!r} is no length of time")
+        check_number("timeout", timeout, optional=True, positive=True)
         self.failure = ""
         self._timeout = timeout
         self._leaks = leaks

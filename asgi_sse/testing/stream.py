@@ -59,6 +59,7 @@ class OpenStream:
         self._disconnected = False
         self._answered = False  # to the end of the body, which may not be read yet
         self._returned = False
+        self._gave_up = False  # a send for which there was no room
         self._child: Child | None = None
         self._error: BaseException | None = None  # of the app, until it is raised
         self._raised = 0  # its id: who keeps an error keeps the frames that it came through
@@ -71,6 +72,8 @@ class OpenStream:
     def __repr__(self) -> str:
         scope = self._request[1]
         state = "ended" if self.complete else "returned" if self._returned else "open"
+        if self._gave_up:
+            state += f", dropped while it had as many unread messages as capacity={self._request[3]} allows"
         return f"<OpenStream {scope['method']} {scope['path']} {self.status or 'no response yet'} {state}>"
 
     @property
@@ -172,7 +175,8 @@ class OpenStream:
             except (TimeoutError, StreamClosedError) as exc:
                 if self.raised(exc):
                     raise
-                raise AssertionError(f"{len(events)} of {count} events came within {timeout:g} s: {exc}") from None
+                why = f" within {timeout:g} s{self._so_far()}" if isinstance(exc, TimeoutError) else f": {exc}"
+                raise AssertionError(f"{len(events)} of {count} events came{why}") from None
         return events
 
     def __aiter__(self) -> AsyncIterator[ServerSentEvent]:
@@ -398,7 +402,11 @@ class OpenStream:
         # Like every server: without waiting while there is room, and to nobody without complaint.
         capacity = self._request[3]
         while len(self._messages) >= capacity and not self._disconnected:
-            await self._changed.wait()
+            try:
+                await self._changed.wait()
+            except anyio.get_cancelled_exc_class():
+                self._gave_up = True
+                raise
         if self._disconnected:
             return
         self._check(message["type"])
