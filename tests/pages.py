@@ -5,7 +5,7 @@ it is run:
 
 ``<!-- run -->``: of ``sh``: its lines are run, in a directory of the page's own, where blocks with a ``title="app.py"``
     have become files. Servers listen elsewhere than at port 8000, ``curl -N`` goes on in the background, and what a
-    ``text`` block right behind has is what comes out, in that order; ``…`` stands for anything.
+    ``text`` block right behind has is how what comes out begins; ``…`` stands for anything, and alone for any lines.
 ``<!-- run: to the end -->``: the same, but what comes out when the servers stop counts too.
 ``<!-- run: browser -->``: of ``js``: run in Chromium, on a page of the server that runs; the same with what it logs.
 ``<!-- not run: REASON -->``: it cannot be run here.
@@ -110,6 +110,24 @@ def in_order(expected: str, output: str) -> bool:
         if not any(pattern.fullmatch(line.strip()) for line in lines):
             return False
     return True
+
+
+def as_shown(expected: str, *outputs: str) -> bool:
+    """Whether `expected` is what comes first of one output after the other; a line ``…`` stands for any lines.
+
+    Blank lines do not count, and an output may be left out as a whole.
+    """
+    wanted = [line for line in map(str.strip, expected.splitlines()) if line]
+    if not outputs:
+        return not wanted
+    said = "".join(f"{line.strip()}\n" for line in outputs[0].splitlines() if line.strip())
+    patterns = ("(?:.*\n)*?" if line == "…" else ".*".join(map(re.escape, line.split("…"))) + "\n" for line in wanted)
+    pattern = ""
+    for number, more in enumerate(["", *patterns]):
+        pattern += more
+        if re.match(pattern, said) and as_shown("\n".join(wanted[number:]), *outputs[1:]):
+            return True
+    return False
 
 
 class Output:
@@ -249,9 +267,9 @@ class Session:
     def _expect(self, what: list[tuple[Block, str, list[Output]]]) -> None:
         deadline = time.monotonic() + ENOUGH
         for block, expected, outputs in what:
-            while not in_order(expected, said := "".join(output.text for output in outputs)):
+            while not as_shown(expected, *(said := [output.text for output in outputs])):
                 more = time.monotonic() < deadline and not all(output.ended for output in outputs)
-                assert more, f"{block}: expected\n{expected}\nbut there was\n{said}"
+                assert more, f"{block}: expected\n{expected}\nbut there was\n{''.join(said)}"
                 time.sleep(0.02)
 
 

@@ -155,6 +155,11 @@ async def _(apps: list[Any]) -> None:
         async with open_stream(channels, "/say", method="POST", body=b"rain") as said:
             assert said.status == 204
         assert (await stream.receive()).data == "rain"
+        async with open_stream(channels, "/say") as read:
+            assert (read.status, read.headers["allow"]) == (405, "POST")
+        async with open_stream(channels, "/say", method="POST", body=b"\xff") as said:
+            assert said.status == 204
+        assert (await stream.receive()).data == "\N{REPLACEMENT CHARACTER}"
 
 
 @check("guides/broadcast.md")
