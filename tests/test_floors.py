@@ -104,6 +104,12 @@ def test_a_room_whose_package_is_not_installed_says_what_to_install(
     assert done.stdout.splitlines() == [module, f'{what} is not installed: pip install "{package}"']
 
 
+def test_what_a_package_misses_itself_is_not_taken_for_it() -> None:
+    code = "import sys; sys.modules['werkzeug'] = None\nimport asgi_sse.adapters.quart"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert re.match("ModuleNotFoundError: .*werkzeug", done.stderr.splitlines()[-1])
+
+
 def test_the_client_of_an_engine_is_imported_where_it_is_asked_for() -> None:
     code = (
         "import sys, asgi_sse, asgi_sse.broker; asgi_sse.Broker(); "
