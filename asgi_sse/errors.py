@@ -1,7 +1,7 @@
 """The errors that asgi_sse raises, each naming the value, what is wrong with it and what to do."""
 
 import reprlib
-from typing import Final
+from typing import Final, NoReturn
 
 _repr: Final = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 80
@@ -22,6 +22,23 @@ def shown(value: object) -> str:
 def shown_text(text: str) -> str:
     """Text of a client for a line of a log: escaped and cut, where it would forge another line or fill the log."""
     return text if len(text) <= _LINE and text.isprintable() else shown(text)
+
+
+def missing(exc: ModuleNotFoundError, module: str, what: str, package: str) -> NoReturn:
+    """Raise `exc` again; if it is `module` that was not found, saying what is to be installed.
+
+    Args:
+        exc: What an import has raised.
+        module: The top name of what was imported.
+        what: Who that is.
+        package: What pip installs.
+
+    Raises:
+        ModuleNotFoundError: Always.
+    """
+    if exc.name is None or exc.name.partition(".")[0] != module:
+        raise exc
+    raise ModuleNotFoundError(f'{what} is not installed: pip install "{package}"', name=exc.name) from exc
 
 
 class SSEError(Exception):

@@ -7,18 +7,21 @@ from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from typing import Final
 
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.registry import Collector as PrometheusCollector
-
 from ._types import Receive, Scope, Send
 from .broker import Broker
-from .errors import shown
+from .errors import missing, shown
 from .figures import DURATION, OF_BROKERS, OF_STREAMS, Brokers, Figure, Labels, Sources
 from .registry import StreamRegistry
 from .routing import HTTPError, send_text
 from .tally import DURATIONS
+
+try:
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+    from prometheus_client.exposition import choose_encoder
+    from prometheus_client.registry import Collector as PrometheusCollector
+except ModuleNotFoundError as exc:
+    missing(exc, "prometheus_client", "prometheus-client", "asgi-sse[metrics]")
 
 _UNITS: Final = {"s": "seconds", "By": "bytes"}
 

@@ -11,15 +11,17 @@ from ._types import ASGIApp, Receive, Scope, Send
 from .broker import Broker
 from .compression import Guard
 from .cors import CORS, is_preflight
+from .errors import shown
 from .options import StreamOptions
 from .passage import Passage, Terms
-from .registry import StreamRegistry
+from .registry import StreamRegistry, check_registry
 from .response import SCOPE_KEY, Defaults
 from .routing import METHODS, Endpoint, RouteTable, route_path
 from .server import Server, server_of
 
 _OWN: Final = ("routes", "broker", "registry", "compression", "adopt", "cors", "signals", "strict_lifespan")
 _OPTIONS: Final = tuple(field.name for field in fields(StreamOptions))
+_OF_REGISTRY: Final = ("drain_timeout", "drain_retry")
 _COMPRESSION: Final = ("bypass", "refuse", "off")
 
 
@@ -77,10 +79,15 @@ class SSEMiddleware:
             raise TypeError(f"app={app!r} is not an ASGI app; give the app, and the routes after it")
         unknown = [name for name in defaults if name not in _OPTIONS]
         if unknown:
-            known = ", ".join((*_OWN, *_OPTIONS))
-            raise TypeError(f"there is no option {unknown[0]!r}; there are {known}")
+            name = unknown[0]
+            hint = f"there are {', '.join((*_OWN, *_OPTIONS))}"
+            if name in _OF_REGISTRY:
+                hint = f"it is of the registry: registry=StreamRegistry({name}={shown(defaults[name])})"
+            raise TypeError(f"there is no option {name!r}; {hint}")
         if broker is not None and not isinstance(broker, Broker):
             raise TypeError(f"broker={broker!r} is none; give a Broker")
+        if registry is not None:
+            check_registry(registry)
         if compression not in _COMPRESSION:
             raise ValueError(f"compression={compression!r}; give one of {', '.join(map(repr, _COMPRESSION))}")
         # Most sources that fail at all fail within a second: until then the head can wait for their status.

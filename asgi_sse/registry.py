@@ -15,7 +15,7 @@ from anyio.lowlevel import RunVar
 from ._checks import check_number
 from ._eventloop import EventLoop, current_loop
 from ._types import CloseReason
-from .errors import shown_text
+from .errors import shown, shown_text
 from .heartbeat import Heartbeat, current_heartbeat
 from .observer import Observer, Observers, Told
 from .server import Server
@@ -119,12 +119,16 @@ class StreamRegistry:
     """
 
     def __init__(self, *, drain_timeout: float = 10.0, drain_retry: tuple[int, int] = (1000, 5000)) -> None:
-        low, high = drain_retry
-        if not (isinstance(low, int) and isinstance(high, int) and 0 <= low <= high):
-            raise ValueError(f"drain_retry={drain_retry!r} is no range; give two whole milliseconds, the lower first")
+        match drain_retry:
+            case (int(low), int(high)) if 0 <= low <= high and bool not in map(type, drain_retry):
+                self._drain_retry = (low, high)
+            case _:
+                raise ValueError(
+                    f"drain_retry={shown(drain_retry)} is no range; give two whole milliseconds, the lower first, as "
+                    "(1000, 5000)"
+                )
         check_number("drain_timeout", drain_timeout)
         self._drain_timeout = drain_timeout
-        self._drain_retry = (low, high)
         self._streams: dict[Stream, Heartbeat] = {}
         self._abandoned: set[Stream] = set()  # kept, or asyncio could collect a task that still runs
         self._draining = False  # as a whole
@@ -433,6 +437,16 @@ def _statistics(registries: list[StreamRegistry], tally: Tally) -> RegistryStati
         durations=tuple(tally.durations),
         draining=any(registry.draining for registry in registries),
     )
+
+
+def check_registry(registry: object) -> None:
+    """See that `registry`, which streams are to run in, is one.
+
+    Raises:
+        TypeError: It is none.
+    """
+    if not isinstance(registry, StreamRegistry):
+        raise TypeError(f"registry={shown(registry)} is {type(registry).__name__}; give a StreamRegistry")
 
 
 _default: RunVar[StreamRegistry] = RunVar("asgi_sse default registry")

@@ -18,7 +18,7 @@ from .errors import SendTimeoutError, StreamClosedError, shown
 from .event import ItemEncoder, JSONDumps, ServerSentEvent, encode_item
 from .inbox import Inbox
 from .options import StreamOptions
-from .registry import StreamRegistry, default_registry
+from .registry import StreamRegistry, check_registry, default_registry
 from .server import Server, server_of
 from .source import check_content, iterate
 from .stream import Stream
@@ -187,6 +187,8 @@ class EventSourceResponse:
             if value is not ... and (name in _ALWAYS_TOLD or value != getattr(_PLAIN, name))
         } or _NOTHING
         self._options = replace(_PLAIN, **self._given) if self._given else _PLAIN  # checked now, not at the request
+        if registry is not None:
+            check_registry(registry)
         self.status_code = _check_status(status_code)
         self.raw_headers: Sequence[tuple[bytes, bytes]] = _merge_headers(headers)
         self.encoder: ItemEncoder = encode_item
@@ -321,7 +323,12 @@ def _merge_headers(headers: Headers | None) -> tuple[tuple[bytes, bytes], ...]:
 
 
 def _pairs(headers: Headers) -> Iterable[tuple[str, str]]:
-    return cast("Mapping[str, str]", headers).items() if isinstance(headers, Mapping) else headers
+    if isinstance(headers, Mapping):
+        return cast("Mapping[str, str]", headers).items()
+    pairs = list(headers) if isinstance(headers, Iterable) else [headers]
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):  # "ab" would be one too
+        raise TypeError(f"headers={shown(headers)}: give a mapping, or pairs (name, value)")
+    return pairs
 
 
 def encode_header(name: str, value: str) -> tuple[bytes, bytes]:

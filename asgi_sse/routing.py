@@ -13,7 +13,7 @@ from asgiref.compatibility import double_to_single_callable
 
 from ._types import ASGIApp, Receive, Scope, Send
 from .draining import DrainingEvent
-from .errors import StreamClosedError, shown
+from .errors import StreamClosedError, shown, shown_text
 from .inbox import Inbox
 from .response import PASSAGE_KEY, SCOPE_KEY, Defaults, EventSourceResponse, encode_header
 from .server import Server, server_of
@@ -124,6 +124,9 @@ class Request:
         self._draining = DrainingEvent()
         self._headers: Values | None = None
         self._query: Values | None = None
+
+    def __repr__(self) -> str:
+        return f"<Request {self.method} {shown_text(self.path)}>"
 
     @property
     def method(self) -> str:
@@ -336,7 +339,7 @@ def _parse(pattern: str) -> tuple[tuple[str | None, ...], tuple[str, ...]]:
     for segment in pattern.split("/")[1:]:
         match = _PARAMETER.fullmatch(segment)
         if match is None:
-            if "{" in segment or "}" in segment:
+            if not {*"{}<>"}.isdisjoint(segment):  # other frameworks have <name>, which no path is likely to be
                 raise ValueError(
                     f"route {pattern!r}: a parameter is a whole segment, such as '/{{name}}', not {segment!r}"
                 )

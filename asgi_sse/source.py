@@ -48,6 +48,8 @@ def check_content(content: Any) -> None:
             hint = "give its subscribe(last_event_id=...), or return it from an endpoint as it is"
         if content is None:
             hint = "raise HTTPError(204) if there is nothing to say"
+        if isinstance(content, Exception):
+            hint = f"raise the {type(content).__name__}, in place of returning it"
         raise TypeError(f"content={shown(content)} is not iterable; {hint}")
 
 

@@ -9,12 +9,16 @@ import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from opentelemetry import context, metrics, trace
-
 from . import __version__
+from .errors import missing
 from .figures import DURATION, FIGURES, OF_STREAMS, Brokers, Figure, Labels, Sources
 from .observer import EVERYWHERE, Observer
 from .tally import DURATIONS
+
+try:
+    from opentelemetry import context, metrics, trace
+except ModuleNotFoundError as exc:
+    missing(exc, "opentelemetry", "opentelemetry-api", "asgi-sse[opentelemetry]")
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -650,6 +650,29 @@ def test_bad_arguments() -> None:
             Broker(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("x.*", "; '*' is for patterns"),
+        ("x y", "; ' ' is not among them"),
+        ("x\udc00", r"; '\udc00' is not among them"),
+        ("a..b", ""),
+    ],
+)
+async def test_the_character_that_no_name_has_is_named(name: str, told: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"channel {name!r}: give up to 200 of A-Z a-z 0-9 _ ")) as raised:
+        await Broker().publish(name, "x")
+    assert str(raised.value).endswith(f" , - in segments between dots{told}")
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ("a", "b"), {"a"}])
+def test_several_names_are_given_each_by_itself(names: Any) -> None:
+    told = f"channel {names!r} is {type(names).__name__}; give each by itself, as in subscribe('a', 'b')"
+    for read in (Broker().subscribe, Broker().endpoint):
+        with pytest.raises(TypeError, match=re.escape(told)):
+            read(names)
+
+
 async def test_names() -> None:
     async with Broker() as broker:
         assert repr(broker.channel("a")) == "Channel('a')"

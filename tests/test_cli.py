@@ -307,6 +307,7 @@ async def test_a_key_publishes_once() -> None:
         ("/channels/news", "x", {"authorization": "Bearer secre"}, 401, "not known"),
         ("/channels/news", "x", {"authorization": "Bearer s\u00e9cret"}, 401, "not known"),
         ("/channels/news?token=secret", "x", {"authorization": ""}, 401, "Bearer"),
+        ("/channels/news", "x", {"authorization": "Bearer reader"}, 403, "that token may not publish"),
         ("/channels/a b", "x", {}, 400, "a b"),
         ("/channels/a.*", "x", {}, 400, "a.*"),
         ("/channels?channel=a&channel=b", "x", {}, 400, "one at a time"),
@@ -317,7 +318,8 @@ async def test_a_key_publishes_once() -> None:
         ("/channels", "x", {}, 400, "name the channel"),
         ("/channels", "[1]", {}, 400, "JSON object"),
         ("/channels", '{"data": "x"}', {}, 400, "channel"),
-        ("/channels", '{"channel": "a", "data": "x", "id": 7}', {}, 400, "no more"),
+        ("/channels", '{"channel": "a", "data": "x", "id": 7}', {}, 400, "'id' is no field; give a JSON object with"),
+        ("/channels", '{"chanel": "a", "dat": "x"}', {}, 400, "'chanel' is no field; give a JSON object with"),
         ("/channels", '{"channel": 7, "data": "x"}', {}, 400, "channel 7"),
         ("/channels", '{"channel": "a"}', {}, 400, "nothing to send"),
         ("/channels", '{"channel": "a", "data": "x", "retry": "soon"}', {}, 400, "retry='soon'"),
@@ -328,12 +330,14 @@ async def test_a_key_publishes_once() -> None:
 )
 async def test_what_is_refused(path: str, body: str | bytes, headers: dict[str, str], status: int, told: str) -> None:
     broker = Broker()
-    app = create_hub(broker, publish_tokens=["secret"], max_body=100)
+    app = create_hub(broker, publish_tokens=["secret"], subscribe_tokens=["reader"], max_body=100)
     answer = await post(app, path, body, **{**TOKEN, **headers})
     assert answer[0] == status
     assert told in answer[1]
-    if status == 401:
+    if status in (401, 403):
         assert answer[2]["www-authenticate"].startswith('Bearer realm="asgi-sse"')
+    if status == 403:
+        assert answer[2]["www-authenticate"].endswith('error="insufficient_scope"')
     assert broker.statistics().published == 0
 
 
@@ -381,24 +385,26 @@ def test_tokens_that_no_header_carries(tokens: list[str]) -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(
-    ("path", "headers", "status"),
+    ("path", "headers", "status", "told"),
     [
-        ("/channels/a", {}, 401),
-        ("/channels/a", {"authorization": "Bearer reader"}, 200),
-        ("/channels/a", {"authorization": "bearer  reader"}, 200),
-        ("/channels/a?token=reader", {}, 200),
-        ("/channels/a?token=secret", {}, 401),
-        ("/channels/a", {"cookie": "a=b; asgi_sse_token=reader"}, 200),
-        ("/channels/a", {"cookie": "asgi_sse_token=secret"}, 401),
-        ("/channels?token=reader", {}, 400),
-        ("/channels?token=reader&channel=a.*", {}, 403),
+        ("/channels/a", {}, 401, "this needs a token"),
+        ("/channels/a", {"authorization": "Bearer reader"}, 200, ": "),
+        ("/channels/a", {"authorization": "bearer  reader"}, 200, ": "),
+        ("/channels/a", {"authorization": "Bearer wrong"}, 401, "that token is not known"),
+        ("/channels/a?token=reader", {}, 200, ": "),
+        ("/channels/a?token=secret", {}, 403, "that token may not read"),
+        ("/channels/a", {"cookie": "a=b; asgi_sse_token=reader"}, 200, ": "),
+        ("/channels/a", {"cookie": "asgi_sse_token=secret"}, 403, "that token may not read"),
+        ("/channels?token=reader", {}, 400, "name the channel, as /channels/NAME or ?channel=NAME"),
+        ("/channels?token=reader&channel=a.*", {}, 403, "no access to a.*: a pattern must be granted"),
     ],
 )
-async def test_who_reads_needs_the_token_for_it(path: str, headers: dict[str, str], status: int) -> None:
+async def test_who_reads_needs_the_token_for_it(path: str, headers: dict[str, str], status: int, told: str) -> None:
     app = create_hub(publish_tokens=["secret"], subscribe_tokens=["reader"])
     async with open_stream(app, path, headers=headers) as stream:
         assert stream.status == status
-        assert ("www-authenticate" in stream.headers) == (status == 401)
+        assert ("www-authenticate" in stream.headers) == (status == 401 or told.startswith("that token"))
+        assert (await stream.read()).startswith(told.encode())
 
 
 @pytest.mark.anyio
@@ -531,6 +537,8 @@ def test_a_hub_for_other_languages(running: str) -> None:
     ("options", "told"),
     [
         (["--broker", "foo://bar"], "url='foo://' is no broker that is known"),
+        (["--broker", "rediss"], "url='rediss' is no broker that is known"),
+        (["--broker", "nats"], "url='nats' is no broker that is known"),
         (["--broker", "redis://127.0.0.1:1/0"], "cannot connect to redis://127.0.0.1:1/0: "),
         (["--cors", "example.com"], "cors: 'example.com' is no origin"),
         (["--publish-token", "a b"], "a token is empty, or has other than printable ASCII"),
@@ -538,7 +546,8 @@ def test_a_hub_for_other_languages(running: str) -> None:
     ],
 )
 def test_a_hub_that_cannot_start(options: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", "--port", "0", "--insecure-publish", "--metrics", "off", *options]) == 1
+    status = 1 if told.startswith("cannot") else 2  # of wrong arguments
+    assert main(["serve", "--port", "0", "--insecure-publish", "--metrics", "off", *options]) == status
     out, error = capsys.readouterr()
     assert out == ""
     assert error.startswith(f"asgi-sse: error: {told}")
@@ -590,6 +599,11 @@ def test_publish_to_a_hub(running: str, monkeypatch: pytest.MonkeyPatch, capsys:
     assert last_line(capsys).startswith("asgi-sse: error: the hub answered 400: channel 'a b'")
     assert main(["publish", running, "a", "x", "--token", "wrong"]) == 1
     assert last_line(capsys) == "asgi-sse: error: the hub answered 401: that token is not known"
+    assert main(["publish", f"{running}/channels/news", "a", "x"]) == 1
+    assert last_line(capsys) == (
+        "asgi-sse: error: the hub answered 404: Not Found; give the hub's own URL, http://HOST:PORT: the channel comes "
+        "after it"
+    )
     assert main(["publish", "http://127.0.0.1:1", "a", "x"]) == 1
     assert last_line(capsys).startswith("asgi-sse: error: not published: http://127.0.0.1:1 cannot be reached")
 
@@ -598,6 +612,9 @@ def test_publish_to_what_is_no_broker(monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x\n")))
     assert main(["publish", "memory://", "a"]) == 1
     assert "is published to in its own process" in last_line(capsys)
+    assert main(["publish", "127.0.0.1:8041", "a", "x"]) == 1
+    told = "'127.0.0.1:8041' is no URL; give redis://…, nats://…, or a hub's http://HOST:PORT"
+    assert last_line(capsys) == f"asgi-sse: error: {told}"
     assert main(["publish", "redis://127.0.0.1:1/0", "a b", "x"]) == 1
     assert last_line(capsys).startswith("asgi-sse: error: channel 'a b'")
     assert main(["publish", "redis://127.0.0.1:1/0", "a", "x", "--timeout", "0.2"]) == 1

@@ -80,6 +80,36 @@ def test_the_core_needs_anyio_and_asgiref_alone(path: Path) -> None:
     assert foreign <= {"anyio", "asgiref"} | OF_EXTRAS.get(path.stem, set())
 
 
+@pytest.mark.parametrize(
+    ("room", "module", "what", "package"),
+    [
+        ("metrics", "prometheus_client", "prometheus-client", "asgi-sse[metrics]"),
+        ("telemetry", "opentelemetry", "opentelemetry-api", "asgi-sse[opentelemetry]"),
+        ("adapters.starlette", "starlette", "Starlette", "starlette"),
+        ("adapters.django", "django", "Django", "django"),
+        ("adapters.quart", "quart", "Quart", "quart"),
+        ("adapters.litestar", "litestar", "Litestar", "litestar"),
+    ],
+)
+def test_a_room_whose_package_is_not_installed_says_what_to_install(
+    room: str, module: str, what: str, package: str
+) -> None:
+    # In a process of its own: a module that is imported anew would be another one for the tests that follow.
+    code = (
+        f"import sys; sys.modules[{module!r}] = None\n"
+        f"try: import asgi_sse.{room}\n"
+        "except ModuleNotFoundError as exc: print(exc.name.partition('.')[0], exc, sep='\\n')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [module, f'{what} is not installed: pip install "{package}"']
+
+
+def test_what_a_package_misses_itself_is_not_taken_for_it() -> None:
+    code = "import sys; sys.modules['werkzeug'] = None\nimport asgi_sse.adapters.quart"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert re.match("ModuleNotFoundError: .*werkzeug", done.stderr.splitlines()[-1])
+
+
 def test_the_client_of_an_engine_is_imported_where_it_is_asked_for() -> None:
     code = (
         "import sys, asgi_sse, asgi_sse.broker; asgi_sse.Broker(); "

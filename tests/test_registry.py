@@ -1,6 +1,7 @@
 """`StreamRegistry`: the running streams, and how they end when the server stops."""
 
 import math
+import re
 import sys
 import threading
 from collections.abc import AsyncIterator
@@ -497,11 +498,19 @@ async def test_the_heartbeat_serves_many_streams() -> None:
     assert sorted(pings) == [(1, 100), (2, 50), (5, 20), (10, 10), (30, 3), (60, 1)]
 
 
-@pytest.mark.parametrize("arguments", [{"drain_timeout": -1}, {"drain_timeout": math.nan}, {"drain_retry": (5, 1)},
-                                       {"drain_retry": (-1, 5)}, {"drain_retry": (0.5, 5)}])  # fmt: skip
-def test_bad_input(arguments: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="drain_"):
-        StreamRegistry(**arguments)  # type: ignore[arg-type]
+@pytest.mark.parametrize("timeout", [-1, math.nan])
+def test_a_drain_timeout_that_is_out_of_range(timeout: float) -> None:
+    with pytest.raises(ValueError, match=f"drain_timeout={timeout} is out of range; give at least 0"):
+        StreamRegistry(drain_timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    "retry", [(5, 1), (-1, 5), (0.5, 5), (1, 5.0), 3000, None, "12", (1000,), (1, 2, 3), (False, 5), (0, True)]
+)
+def test_a_drain_retry_that_is_no_range(retry: Any) -> None:
+    told = f"drain_retry={retry!r} is no range; give two whole milliseconds, the lower first, as (1000, 5000)"
+    with pytest.raises(ValueError, match=re.escape(told)):
+        StreamRegistry(drain_retry=retry)
 
 
 async def test_what_is_no_length_of_time() -> None:

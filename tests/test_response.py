@@ -17,6 +17,7 @@ import pytest
 
 from asgi_sse import (
     EventSourceResponse,
+    HTTPError,
     InvalidEventError,
     SendTimeoutError,
     ServerSentEvent,
@@ -855,6 +856,13 @@ async def a_generator() -> AsyncIterator[str]:
         (lambda: EventSourceResponse([], headers={"x": 1}), TypeError, "two str"),  # type: ignore[arg-type]
         (lambda: EventSourceResponse([], headers={"Content-Length": "5"}), ValueError, "content-length"),
         (lambda: EventSourceResponse([], headers={"Content-Type": "text/html"}), ValueError, "text/html"),
+        (lambda: EventSourceResponse([], headers="X-A: b"), TypeError, "headers='X-A: b': give a mapping, or pairs"),  # type: ignore[arg-type]
+        (lambda: EventSourceResponse([], headers=["a: b"]), TypeError, "headers=['a: b']: give a mapping, or pairs"),  # type: ignore[list-item]
+        (lambda: EventSourceResponse([], headers=["ab"]), TypeError, "headers=['ab']: give a mapping, or pairs"),  # type: ignore[list-item]
+        (lambda: EventSourceResponse([], headers=[("a",)]), TypeError, "pairs (name, value)"),  # type: ignore[list-item]
+        (lambda: EventSourceResponse([], headers=5), TypeError, "headers=5: give a mapping"),  # type: ignore[arg-type]
+        (lambda: EventSourceResponse([], registry=True), TypeError, "registry=True is bool; give a StreamRegistry"),  # type: ignore[arg-type]
+        (lambda: EventSourceResponse(HTTPError(404)), TypeError, "raise the HTTPError, in place of returning it"),  # type: ignore[arg-type]
         (lambda: EventSourceResponse([], status_code=204), ValueError, "status_code=204"),
         (lambda: EventSourceResponse([], status_code=99), ValueError, "status_code=99"),
     ],

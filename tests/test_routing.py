@@ -12,6 +12,7 @@ from asgi_lifespan import LifespanManager
 from asgi_sse import (
     EventSourceResponse,
     HTTPError,
+    InvalidEventError,
     Request,
     ServerSentEvent,
     StreamClosedError,
@@ -576,6 +577,26 @@ async def test_an_endpoint_that_returns_nothing_is_told_so() -> None:
             pass
 
 
+async def test_an_endpoint_that_returns_an_error_is_told_to_raise_it() -> None:
+    async def gone() -> HTTPError:
+        return HTTPError(410)
+
+    told = "'/' returned no events: content=HTTPError(410, 'Gone') is not iterable; raise the HTTPError, in place of "
+    with pytest.raises(TypeError, match=re.escape(told)):
+        async with open_stream(create_app({"/": gone})):
+            pass
+
+
+async def test_a_request_that_was_taken_for_something_else_is_shown() -> None:
+    async def greet(name: Any) -> AsyncIterator[Any]:
+        yield name
+
+    for path, shown in (("/a/b?c=d", "<Request GET /a/b>"), ("/a/x%0Ay", r"<Request GET '/a/x\ny'>")):
+        with pytest.raises(InvalidEventError, match=re.escape(f"a source yielded {shown}")):
+            async with open_stream(create_app({"/a/{name}": greet}), path):
+                pass
+
+
 async def test_defaults_hold_for_responses_that_were_not_told() -> None:
     async def idle() -> AsyncIterator[str]:
         await anyio.sleep(10)
@@ -646,6 +667,10 @@ async def a_coroutine() -> None:
         (lambda: create_app({"/": lambda a, b: None}), TypeError, "2 arguments"),
         (lambda: create_app({}, pong=5), TypeError, "'pong'"),
         (lambda: create_app({}, ping=-5), ValueError, "ping=-5"),
+        (lambda: create_app({}, drain_timeout=3), TypeError, "registry=StreamRegistry(drain_timeout=3)"),
+        (lambda: create_app({}, drain_retry=(1, 2)), TypeError, "registry=StreamRegistry(drain_retry=(1, 2))"),
+        (lambda: create_app({}, registry=True), TypeError, "registry=True is bool; give a StreamRegistry"),
+        (lambda: create_app({"/a/<int:id>": ticks}), ValueError, "such as '/{name}', not '<int:id>'"),
         (lambda: create_app([("/", ticks)]), TypeError, "no mapping"),  # type: ignore[arg-type]
         (lambda: create_app({"/{id:int}": ticks}), ValueError, "no converters"),
         (lambda: create_app({"/a?b=1": ticks}), ValueError, "query"),

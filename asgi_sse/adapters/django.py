@@ -8,16 +8,21 @@ from collections.abc import AsyncIterable
 from typing import TYPE_CHECKING, Any, Unpack
 
 from asgiref.sync import ThreadSensitiveContext
-from django.core.handlers.asgi import ASGIHandler
-from django.core.signals import request_finished, request_started
-from django.db import connections
-from django.http import StreamingHttpResponse
 
+from ..errors import missing
 from ..response import EventSourceResponse as PlainResponse
 from ..response import Headers, StreamArguments
 from ..routing import make_endpoint
 from ..source import check_content
 from .body import Body
+
+try:
+    from django.core.handlers.asgi import ASGIHandler
+    from django.core.signals import request_finished, request_started
+    from django.db import connections
+    from django.http import StreamingHttpResponse
+except ModuleNotFoundError as exc:
+    missing(exc, "django", "Django", "django")
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

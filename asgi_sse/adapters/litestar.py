@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
-from litestar import asgi
-from litestar.response import Response
-from litestar.response.base import ASGIResponse
-from litestar.types import Receive, Scope, Send  # noqa: TC002 (Litestar looks at the annotations)
-
+from ..errors import missing
 from ..response import EventSourceResponse as PlainResponse
 from ..response import Headers, StreamArguments
+
+try:
+    from litestar import asgi
+    from litestar.response import Response
+    from litestar.response.base import ASGIResponse
+    from litestar.types import Receive, Scope, Send  # noqa: TC002 (Litestar looks at the annotations)
+except ModuleNotFoundError as exc:
+    missing(exc, "litestar", "Litestar", "litestar")
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Iterable

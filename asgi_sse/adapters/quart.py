@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextvars
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
-from quart import Response, has_request_context, request
-
+from ..errors import missing
 from ..response import EventSourceResponse as PlainResponse
 from ..response import Headers, StreamArguments
 from .body import Body
+
+try:
+    from quart import Response, has_request_context, request
+except ModuleNotFoundError as exc:
+    missing(exc, "quart", "Quart", "quart")
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Iterable

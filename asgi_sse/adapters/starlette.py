@@ -13,20 +13,24 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeGuard
 
 import anyio
-from starlette.datastructures import MutableHeaders
-from starlette.endpoints import HTTPEndpoint
-from starlette.responses import Response
 
 from .. import event as core
 from ..draining import DrainingEvent
-from ..errors import InvalidEventError, SendTimeoutError, shown
+from ..errors import InvalidEventError, SendTimeoutError, missing, shown
 from ..inbox import Inbox
 from ..options import StreamOptions
-from ..registry import StreamRegistry
+from ..registry import StreamRegistry, check_registry
 from ..response import PASSAGE_KEY, encode_header, registry_of
 from ..response import EventSourceResponse as PlainResponse
 from ..server import Server, server_of
 from ..source import ThreadedIterator
+
+try:
+    from starlette.datastructures import MutableHeaders
+    from starlette.endpoints import HTTPEndpoint
+    from starlette.responses import Response
+except ModuleNotFoundError as exc:
+    missing(exc, "starlette", "Starlette", "starlette")
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -263,6 +267,8 @@ class EventSourceResponse(Response):
             "on_error": on_error,
         }
         self._on_close = on_close
+        if registry is not None:
+            check_registry(registry)
         self._registry = registry
         self._told = False
         self._stream: Stream | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 from ..errors import shown
 from .channel import Channel
@@ -12,13 +12,17 @@ _LONGEST_KEY: Final = 200
 """Characters of an idempotency key, which becomes a part of a key of Redis."""
 
 
-def name_of(channel: str | Channel) -> str:
+def name_of(channel: Any) -> str:
     """The name of a channel, or a pattern of names.
 
     Raises:
         TypeError: It is neither that nor a `Channel`.
         ValueError: It is no name and no pattern.
     """
+    if isinstance(channel, list | tuple | set | frozenset):
+        raise TypeError(
+            f"channel {shown(channel)} is {type(channel).__name__}; give each by itself, as in subscribe('a', 'b')"
+        )
     return channel.name if isinstance(channel, Channel) else check_pattern(channel)
 
 

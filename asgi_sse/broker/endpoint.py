@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from inspect import isawaitable
@@ -176,7 +176,8 @@ class BrokerEndpoint(Answering):
         if granted is None or granted is False:
             raise HTTPError(403)
         if not isinstance(granted, Access):
-            if not isinstance(granted, Iterable | Channel):
+            # A mapping is iterable too: {"channels": ["a"]} would grant a channel that is called channels.
+            if isinstance(granted, Mapping) or not isinstance(granted, Iterable | Channel):
                 raise TypeError(
                     f"authorize gave {shown(granted)}; give channels, an Access, True for all that is asked for, or "
                     "None for none"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import shown
+from ..errors import missing, shown
 from .memory import MemoryBackend
 
 if TYPE_CHECKING:
@@ -32,25 +32,17 @@ def backend_of(url: str, hub: Hub, *, prefix: str, **options: Any) -> Backend:
     scheme, separator, _ = url.partition("://")
     if url == "memory://":
         return MemoryBackend(hub)
-    if scheme in _REDIS:
+    if separator and scheme in _REDIS:
         try:
             from .redis import RedisBackend  # noqa: PLC0415 (an extra)
         except ModuleNotFoundError as exc:
-            raise _missing(exc, "redis") from None
+            missing(exc, "redis", "the client of redis", "asgi-sse[redis]")
         return RedisBackend(hub, url, prefix=prefix, **options)
-    if scheme in _NATS:
+    if separator and scheme in _NATS:
         try:
             from .nats import NatsBackend  # noqa: PLC0415 (an extra)
         except ModuleNotFoundError as exc:
-            raise _missing(exc, "nats") from None
+            missing(exc, "nats", "the client of nats", "asgi-sse[nats]")
         return NatsBackend(hub, url, prefix=prefix, **options)
     known = "memory://, redis://HOST:PORT/DB or nats://HOST:PORT"
     raise ValueError(f"url={shown(scheme + separator if separator else url)} is no broker that is known; give {known}")
-
-
-def _missing(exc: ModuleNotFoundError, extra: str) -> ModuleNotFoundError:
-    if exc.name is None or exc.name.partition(".")[0] != extra:
-        return exc
-    return ModuleNotFoundError(
-        f'the client of {extra} is not installed: pip install "asgi-sse[{extra}]"', name=exc.name
-    )

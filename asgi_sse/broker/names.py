@@ -11,6 +11,7 @@ MAX_NAME: Final = 200
 
 # Letters, digits and marks that are none of a wildcard's, in segments between dots.
 _NAME: Final = re.compile(r"[A-Za-z0-9_~:/@+=,-]+(?:\.[A-Za-z0-9_~:/@+=,-]+)*")
+_OTHER: Final = re.compile(r"[^A-Za-z0-9_~:/@+=,.-]")
 _PATTERN: Final = re.compile(r"(?:[A-Za-z0-9_~:/@+=,-]+|\*)(?:\.(?:[A-Za-z0-9_~:/@+=,-]+|\*))*(?:\.\*\*)?|\*\*")
 
 
@@ -24,8 +25,12 @@ def check_name(name: str) -> str:
     if not isinstance(name, str):
         raise TypeError(f"channel {shown(name)} is {type(name).__name__}; give a str")
     if len(name) > MAX_NAME or not _NAME.fullmatch(name):
+        wrong = ""
+        if other := _OTHER.search(name):
+            wrong = f"; {other[0]!r} is {'for patterns' if other[0] == '*' else 'not among them'}"
         raise ValueError(
             f"channel {shown(name)}: give up to {MAX_NAME} of A-Z a-z 0-9 _ ~ : / @ + = , - in segments between dots"
+            + wrong
         )
     return name
 

@@ -10,6 +10,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 NAME: Final = "asgi-sse"
+WRONG_ARGUMENTS: Final = 2  # as argparse has it
 INTERRUPTED: Final = 130  # what a shell reports for 128 + SIGINT
 _BROKEN_PIPE: Final = 141  # and for 128 + SIGPIPE
 _LAST_PORT: Final = 65535
@@ -46,10 +47,10 @@ class Commands:
         return parser
 
 
-def fail(message: str) -> int:
+def fail(message: str, status: int = 1) -> int:
     """Say on one line what is wrong; gives the exit status."""
     note(f"error: {message}")
-    return 1
+    return status
 
 
 def note(message: str) -> None:

@@ -34,6 +34,8 @@ MAX_BODY: Final = 1_048_576  # what Request.body takes too
 _RETRY_AFTER: Final = "5"
 """Seconds: about what an engine needs to come back, and then its broker to it."""
 
+_CHANNEL: Final = "name the channel, as /channels/NAME or ?channel=NAME"
+_REALM: Final = 'Bearer realm="asgi-sse"'
 _FIELDS: Final = frozenset({"channel", "data", "event", "retry", "idempotency_key"})
 _HEADERS: Final = ("Authorization", "Content-Type", "Idempotency-Key", "X-SSE-Event")
 
@@ -126,21 +128,33 @@ class _Tokens:
     def __bool__(self) -> bool:
         return bool(self._tokens)
 
-    def check(self, given: str | None) -> None:
+    def check(self, given: str | None, others: _Tokens, what: str) -> None:
         """See that `given` is one of them.
 
+        Args:
+            given: What the client has sent.
+            others: Those that are for something else.
+            what: They are for.
+
         Raises:
-            HTTPError: 401, it is none.
+            HTTPError: 401, it is none; 403, it is one of the others.
         """
         if given is None:
-            raise HTTPError(
-                401, "this needs a token: Authorization: Bearer TOKEN", {"www-authenticate": 'Bearer realm="asgi-sse"'}
-            )
+            raise HTTPError(401, "this needs a token: Authorization: Bearer TOKEN", {"www-authenticate": _REALM})
+        if self.know(given):
+            return
+        # RFC 6750, 3.1, has the statuses and the errors.
+        if others.know(given):
+            challenge = f'{_REALM}, error="insufficient_scope"'
+            raise HTTPError(403, f"that token may not {what}", {"www-authenticate": challenge})
+        challenge = f'{_REALM}, error="invalid_token"'
+        raise HTTPError(401, "that token is not known", {"www-authenticate": challenge})
+
+    def know(self, given: str) -> bool:
+        """Whether `given` is one of them."""
         # In a time that tells nothing of them: all are compared, each to its end.
         found = [hmac.compare_digest(given.encode("utf-8", "replace"), token) for token in self._tokens]
-        if not any(found):
-            challenge = 'Bearer realm="asgi-sse", error="invalid_token"'  # RFC 6750, 3.1
-            raise HTTPError(401, "that token is not known", {"www-authenticate": challenge})
+        return any(found)
 
 
 def _bearer(request: Request) -> str | None:
@@ -189,14 +203,15 @@ class _Hub:
 
     def _may_read(self, request: Request) -> list[str] | bool:
         if self._readers:
-            self._readers.check(_bearer(request) or request.query.get("token") or request.cookies.get(COOKIE))
-        # Who names no channel is told to: to read all of them is to be asked for.
-        named = "channel" in request.path_params or "channel" in request.query
-        return ["**"] if self._patterns and named else True
+            token = _bearer(request) or request.query.get("token") or request.cookies.get(COOKIE)
+            self._readers.check(token, self._publishers, "read")
+        if "channel" not in request.path_params and "channel" not in request.query:
+            raise HTTPError(400, _CHANNEL)  # to read all of them is to be asked for
+        return ["**"] if self._patterns else True
 
     def _check_publisher(self, request: Request) -> None:
         if self._publishers:
-            self._publishers.check(_bearer(request))
+            self._publishers.check(_bearer(request), self._readers, "publish")
             return
         if not self._insecure:
             raise HTTPError(403, "publishing is off: this hub was given no token for it")
@@ -227,11 +242,12 @@ class _Hub:
         try:
             fields = json.loads(body)
         except (ValueError, RecursionError) as exc:
-            raise HTTPError(
-                400, f"name the channel, as /channels/NAME or ?channel=NAME; else the body is a JSON object ({exc})"
-            ) from None
-        if not isinstance(fields, dict) or "channel" not in fields or not _FIELDS.issuperset(fields):
-            raise HTTPError(400, f"give a JSON object with a channel, and of {', '.join(sorted(_FIELDS))} no more")
+            raise HTTPError(400, f"{_CHANNEL}; else the body is a JSON object ({exc})") from None
+        given: dict[str, Any] = fields if isinstance(fields, dict) else {}
+        wrong = next((f"{shown(name)} is no field; " for name in given if name not in _FIELDS), "")
+        if wrong or "channel" not in given:
+            known = ", ".join(sorted(_FIELDS))
+            raise HTTPError(400, f"{wrong}give a JSON object with a channel, and of {known} no more")
         fields = {"event": event, "idempotency_key": key, **fields}
         channel, key = fields.pop("channel"), fields.pop("idempotency_key")
         if not isinstance(channel, str):

@@ -63,6 +63,8 @@ def _run(options: argparse.Namespace) -> int:
         data = sys.stdin.buffer.read().removesuffix(b"\n")  # that of the shell's echo
     if options.url.startswith(("http://", "https://")):
         return _to_hub(options, data if isinstance(data, bytes) else data.encode("utf-8", "surrogateescape"))
+    if "://" not in options.url:
+        return fail(f"{options.url!r} is no URL; give redis://…, nats://…, or a hub's http://HOST:PORT")
     try:
         event_id = publish(
             options.url,
@@ -113,7 +115,9 @@ def _to_hub(options: argparse.Namespace, data: bytes) -> int:
 
 def _answered(url: str, response: Any) -> int:
     if response.status_code != 201:
-        return fail(f"the hub answered {response.status_code}: {' '.join(response.text[:500].split())}")
+        hint = "; give the hub's own URL, http://HOST:PORT: the channel comes after it"
+        text = " ".join(response.text[:500].split())
+        return fail(f"the hub answered {response.status_code}: {text}{hint * (response.status_code == 404)}")
     try:
         event_id = str(response.json()["id"])
     except (ValueError, TypeError, LookupError, RecursionError):

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
 
-from .frame import Commands, add_address, count, fail, missing, note, positive_seconds, seconds
+from .frame import WRONG_ARGUMENTS, Commands, add_address, count, fail, missing, note, positive_seconds, seconds
 
 _DESCRIPTION: Final = """\
 Runs a hub: apps in any language publish events by POST, and any number of
@@ -33,8 +33,9 @@ publishing:
   again within two minutes gives the first one's id and does nothing.
   POST /channels takes it as JSON: {"channel": …, "data": …, "event": …,
   "retry": …, "idempotency_key": …}; data that is no string becomes JSON text.
-  400 the request is wrong; 401 the token is; 403 publishing is off; 413 the
-  body is too large; 503 the engine does not answer: try again.
+  400 the request is wrong; 401 the token is; 403 it is one for reading, or
+  publishing is off; 413 the body is too large; 503 the engine does not answer:
+  try again.
 
 examples:
   ASGI_SSE_PUBLISH_TOKEN=secret asgi-sse serve
@@ -178,8 +179,10 @@ def _run(options: argparse.Namespace) -> int:
             registry=StreamRegistry(drain_timeout=options.drain_timeout),
             ping=options.ping,
         )
-    except (ModuleNotFoundError, ValueError) as exc:
+    except ModuleNotFoundError as exc:
         return fail(str(exc))
+    except ValueError as exc:
+        return fail(str(exc), WRONG_ARGUMENTS)
     if not publish_tokens and not options.insecure_publish:
         note(f"nobody may publish: give --publish-token, {hub.PUBLISH_TOKEN} or --insecure-publish")
     if options.metrics == "on" and hub.metrics_endpoint() is None:
