@@ -73,6 +73,7 @@ class Driver:
             while step is not None:
                 item = await step
                 if self.stopped:
+                    del item
                     break  # it swallowed its cancellation, and yielded
                 try:
                     waiting = take(item)
@@ -89,7 +90,7 @@ class Driver:
             if _is_collected(exc, child):
                 raise
             owner.source_raised(exc)
-        await self._close(owner)
+        await self._close(owner, child)
         del source, following, step  # or what the source holds would live on while its owner's last word waits
         waiting = owner.source_ended()
         if waiting is not None:
@@ -104,10 +105,9 @@ class Driver:
             await anyio.lowlevel.checkpoint()  # or a source that catches each would starve the loop
         return throw(exc)
 
-    async def _close(self, owner: Owner) -> None:
-        child = self.child
-        if child is not None:
-            child.spare()
+    async def _close(self, owner: Owner, child: Child | None) -> None:
+        if self.child is not None:
+            self.child.spare()
         try:
             close = getattr(self.source, "aclose", None)
             if close is not None:

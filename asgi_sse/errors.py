@@ -1,6 +1,7 @@
 """The errors that asgi_sse raises, each naming the value, what is wrong with it and what to do."""
 
 import reprlib
+import sys
 from typing import Final, NoReturn
 
 _repr: Final = reprlib.Repr()
@@ -36,7 +37,8 @@ def missing(exc: ModuleNotFoundError, module: str, what: str, package: str) -> N
     Raises:
         ModuleNotFoundError: Always.
     """
-    if exc.name is None or exc.name.partition(".")[0] != module:
+    # What is there, but without such a part, is too old, or a file of the user's that is called so.
+    if exc.name is None or exc.name.partition(".")[0] != module or sys.modules.get(module) is not None:
         raise exc
     raise ModuleNotFoundError(f'{what} is not installed: pip install "{package}"', name=exc.name) from exc
 

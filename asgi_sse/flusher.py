@@ -34,7 +34,7 @@ class Flusher:
     First it flushes each dirty outbox, in isolation; then it lets a few waiting sources go on.
     """
 
-    __slots__ = ("_dirty", "_loop", "_owner", "_scheduled", "_waiting")
+    __slots__ = ("_dirty", "_loop", "_scheduled", "_waiting")
 
     def __init__(self, loop: EventLoop) -> None:
         self._loop = loop

@@ -57,7 +57,7 @@ class SSEMiddleware:
         registry: The streams that run under it.
 
     Raises:
-        TypeError: A name is unknown, or an endpoint is none.
+        TypeError: A name is unknown, or an endpoint, `broker` or `registry` is none.
         ValueError: A route cannot be parsed or stands twice, or a default is out of range.
     """
 

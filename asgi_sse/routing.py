@@ -51,6 +51,7 @@ class HTTPError(Exception):
         headers: More headers; a ``content-type`` takes the place of plain text.
 
     Raises:
+        TypeError: `detail` is no text, or `headers` no mapping.
         ValueError: The status or a header cannot be sent.
     """
 
@@ -64,6 +65,8 @@ class HTTPError(Exception):
         super().__init__(status, detail)
         self.status = int(status)
         self.detail = detail
+        if not isinstance(headers or {}, Mapping):
+            raise TypeError(f"headers={shown(headers)}: give a mapping")
         self.headers = [encode_header(name, value) for name, value in (headers or {}).items()]
         for name, _ in self.headers:
             if name in (b"content-length", b"transfer-encoding"):

@@ -17,7 +17,6 @@ from inspect import isawaitable
 from typing import Any, Final, Protocol, TypeAlias
 
 import anyio
-import anyio.lowlevel
 
 from ._eventloop import Child, EventLoop, Wait
 from ._types import CloseReason, Message, Send

@@ -667,7 +667,7 @@ async def test_the_character_that_no_name_has_is_named(name: str, told: str) -> 
 
 @pytest.mark.parametrize("names", [["a", "b"], ("a", "b"), {"a"}])
 def test_several_names_are_given_each_by_itself(names: Any) -> None:
-    told = f"channel {names!r} is {type(names).__name__}; give each by itself, as in subscribe('a', 'b')"
+    told = f"channel {names!r} is {type(names).__name__}; give each by itself: 'a', 'b'"
     for read in (Broker().subscribe, Broker().endpoint):
         with pytest.raises(TypeError, match=re.escape(told)):
             read(names)

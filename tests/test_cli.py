@@ -612,7 +612,7 @@ def test_publish_to_what_is_no_broker(monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x\n")))
     assert main(["publish", "memory://", "a"]) == 1
     assert "is published to in its own process" in last_line(capsys)
-    assert main(["publish", "127.0.0.1:8041", "a", "x"]) == 1
+    assert main(["publish", "127.0.0.1:8041", "a"]) == 2  # and reads nothing for it
     told = "'127.0.0.1:8041' is no URL; give redis://…, nats://…, or a hub's http://HOST:PORT"
     assert last_line(capsys) == f"asgi-sse: error: {told}"
     assert main(["publish", "redis://127.0.0.1:1/0", "a b", "x"]) == 1

@@ -110,6 +110,13 @@ def test_what_a_package_misses_itself_is_not_taken_for_it() -> None:
     assert re.match("ModuleNotFoundError: .*werkzeug", done.stderr.splitlines()[-1])
 
 
+def test_a_file_of_the_user_s_that_is_called_as_a_package_is_not_taken_for_one_that_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "django.py").write_text("")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport asgi_sse.adapters.django"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "'django' is not a package" in done.stderr.splitlines()[-1]
+
+
 def test_the_client_of_an_engine_is_imported_where_it_is_asked_for() -> None:
     code = (
         "import sys, asgi_sse, asgi_sse.broker; asgi_sse.Broker(); "

@@ -324,6 +324,12 @@ def test_the_frame_of_an_error_is_not_its_own(name: str) -> None:
         HTTPError(400, headers={name: "1"})
 
 
+def test_the_headers_of_an_error_are_a_mapping() -> None:
+    pairs: Any = [("allow", "POST")]
+    with pytest.raises(TypeError, match=r"headers=\[\('allow', 'POST'\)\]: give a mapping"):
+        HTTPError(405, headers=pairs)
+
+
 @pytest.mark.anyio
 async def test_an_error_has_one_content_type() -> None:
     async def endpoint() -> None:

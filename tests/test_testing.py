@@ -354,6 +354,32 @@ async def test_who_does_not_read_while_the_server_stops_is_a_slow_client() -> No
 
 
 @on_both
+async def test_who_leaves_or_catches_up_is_no_slow_client() -> None:
+    async def impatient(scope: Any, receive: Any, send: Any) -> None:
+        await send(HEAD)
+        for _ in range(6):
+            sent = False
+            while not sent:
+                with anyio.move_on_after(1):
+                    await send({"type": "http.response.body", "body": b"data: x\n\n", "more_body": True})
+                    sent = True
+
+    async with open_stream(impatient, capacity=2) as stream:
+        await anyio.sleep(5)
+        assert "dropped" in repr(stream)
+        assert len([event async for event in stream]) == 6
+        assert "dropped" not in repr(stream)
+
+    async def endless() -> AsyncIterator[str]:
+        while True:
+            yield "x" * 100_000
+
+    async with open_stream(create_app({"/": endless}), capacity=2) as stream:
+        await stream.receive()
+    assert "dropped" not in repr(stream)
+
+
+@on_both
 async def test_a_stream_that_would_hold_the_server_is_told() -> None:
     async def foreign(scope: Any, receive: Any, send: Any) -> None:
         assert scope["type"] == "http"

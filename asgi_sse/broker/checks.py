@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final, cast
 
 from ..errors import shown
 from .channel import Channel
@@ -12,7 +12,7 @@ _LONGEST_KEY: Final = 200
 """Characters of an idempotency key, which becomes a part of a key of Redis."""
 
 
-def name_of(channel: Any) -> str:
+def name_of(channel: object) -> str:
     """The name of a channel, or a pattern of names.
 
     Raises:
@@ -20,10 +20,8 @@ def name_of(channel: Any) -> str:
         ValueError: It is no name and no pattern.
     """
     if isinstance(channel, list | tuple | set | frozenset):
-        raise TypeError(
-            f"channel {shown(channel)} is {type(channel).__name__}; give each by itself, as in subscribe('a', 'b')"
-        )
-    return channel.name if isinstance(channel, Channel) else check_pattern(channel)
+        raise TypeError(f"channel {shown(channel)} is {type(channel).__name__}; give each by itself: 'a', 'b'")
+    return channel.name if isinstance(channel, Channel) else check_pattern(cast("str", channel))
 
 
 def check_key(key: object) -> str | None:

@@ -27,7 +27,7 @@ _SPARE: Final = 60
 """Seconds for which the server keeps a run's entry longer than anybody looks at it."""
 
 _WRONG_REVISION: Final = frozenset({10071, 10164})
-"""The server's codes for "wrong last sequence", without and with the sequence in the text."""
+"""The server's codes for "wrong last sequence", with and without that sequence in the text."""
 
 
 @dataclass(slots=True)

@@ -9,7 +9,6 @@ from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
 import anyio
-import anyio.lowlevel
 
 from .._eventloop import EventLoop, current_loop
 from ..driver import Driver

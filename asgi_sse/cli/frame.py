@@ -91,7 +91,7 @@ def missing(exc: ModuleNotFoundError, what: str, extra: str, *modules: str) -> i
         ModuleNotFoundError: It is another one that was not found.
     """
     name = (exc.name or "").partition(".")[0]
-    if name not in modules:
+    if name not in modules or sys.modules.get(name) is not None:  # there, but without such a part: it says which
         raise exc
     return fail(f'{what} needs {name}, which is not installed: pip install "asgi-sse[{extra}]"')
 

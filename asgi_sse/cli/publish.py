@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any, Final
 
-from .frame import Commands, fail, missing, positive_seconds, say
+from .frame import WRONG_ARGUMENTS, Commands, fail, missing, positive_seconds, say
 from .hub import PUBLISH_TOKEN, tokens_in
 
 _TIMEOUT: Final = 5.0
@@ -27,7 +27,7 @@ environment:
   ASGI_SSE_PUBLISH_TOKEN   token for a hub, where --token is not given
 
 exit status: 0 it was published; 1 it was not, or may not have been: the message
-says which. With --key it is safe to try again.
+says which. With --key it is safe to try again. 2 the URL is none.
 """
 
 
@@ -58,13 +58,14 @@ def _run(options: argparse.Namespace) -> int:
     from ..broker import publish  # noqa: PLC0415 (the other commands do without)
     from ..errors import SSEError  # noqa: PLC0415
 
+    if "://" not in options.url:
+        wrong = f"{options.url!r} is no URL; give redis://…, nats://…, or a hub's http://HOST:PORT"
+        return fail(wrong, WRONG_ARGUMENTS)
     data = options.data
     if data is None:
         data = sys.stdin.buffer.read().removesuffix(b"\n")  # that of the shell's echo
     if options.url.startswith(("http://", "https://")):
         return _to_hub(options, data if isinstance(data, bytes) else data.encode("utf-8", "surrogateescape"))
-    if "://" not in options.url:
-        return fail(f"{options.url!r} is no URL; give redis://…, nats://…, or a hub's http://HOST:PORT")
     try:
         event_id = publish(
             options.url,

@@ -48,7 +48,8 @@ environment:
                        machine can read options (ps), but not the environment.
   ASGI_SSE_BROKER      URL of the broker
 
-exit status: 130 by Ctrl-C; 1 if it cannot listen, or not reach the broker.
+exit status: 130 by Ctrl-C; 1 if it cannot listen, or not reach the broker;
+2 if an option or a variable is wrong.
 SIGTERM ends it too: its streams end properly, and their clients are told when
 to come back.
 """

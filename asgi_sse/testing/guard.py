@@ -170,7 +170,7 @@ class Guard:
 
 
 def _is_lost_in(frame: FrameType | None) -> bool:
-    """Whether what is raised there goes no further: out of a destructor, or a callback of a weak reference."""
+    """Whether what is raised there goes no further: out of a destructor, or what follows in `weakref`."""
     while frame is not None:
         code = frame.f_code
         if code.co_name == "__del__" or code.co_filename in _OF_WEAK_REFERENCES:

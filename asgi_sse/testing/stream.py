@@ -404,9 +404,10 @@ class OpenStream:
         while len(self._messages) >= capacity and not self._disconnected:
             try:
                 await self._changed.wait()
-            except anyio.get_cancelled_exc_class():
-                self._gave_up = True
+            except BaseException:
+                self._gave_up = not self._disconnected  # else it is the client who has left
                 raise
+        self._gave_up = False  # there is room: it has tried again
         if self._disconnected:
             return
         self._check(message["type"])
