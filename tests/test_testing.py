@@ -971,6 +971,57 @@ def test_fine():
     result.stdout.fnmatch_lines(["*TestOfUnittest.test_hangs*", HUNG[0]])
 
 
+def test_an_event_loop_is_interrupted_between_two_of_its_steps(pytester: pytest.Pytester) -> None:
+    """In one of them, asyncio loses what it was about to do, and trio fails of its own."""
+    pytester.makepyfile(
+        APP.replace("0.05", "0")
+        + """
+import asyncio, signal, trio
+
+pytestmark = pytest.mark.asgi_sse(timeout=60)
+cleaned_up = []
+
+async def reads(seconds):
+    async with open_stream(app, "/ticks") as stream:
+        await stream.expect("0")
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # the guard's may ring before the loop runs
+        try:
+            async for event in stream:
+                pass
+        finally:
+            cleaned_up.append(stream)
+
+async def blocks():
+    async with open_stream(app, "/ticks") as stream:
+        await stream.expect("0")
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        time.sleep(30)
+
+many = pytest.mark.parametrize("number", range(30))
+
+@many
+def test_asyncio(number):
+    asyncio.run(reads(0.01 + number / 1000), debug=True)
+
+@many
+def test_trio(number):
+    trio.run(reads, 0.01 + number / 1000)
+
+def test_all_are_cleaned_up():
+    assert len(cleaned_up) == 60
+
+def test_blocked():
+    asyncio.run(blocks())
+
+def test_blocked_on_trio():
+    trio.run(blocks)
+"""
+    )
+    result = pytester.runpytest_inprocess(*PLUGIN)
+    result.assert_outcomes(failed=62, passed=1)
+    assert result.stdout.str().count("the test has not ended within") >= 62
+
+
 def test_it_does_nothing_unless_it_is_asked(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         """

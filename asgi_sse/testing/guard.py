@@ -1,7 +1,9 @@
 """What the plugin of pytest does around one test: it bounds it in real time, and finds the streams that it leaves."""
 
 import _weakrefset
+import asyncio
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -25,6 +27,9 @@ _GRACE: Final = 1.0
 _AGAIN: Final = 5.0
 """Seconds after which a test is interrupted again, if the first one was lost, as in an ``except`` of its own."""
 
+_TURN: Final = 1.0
+"""Seconds that an event loop has for the turn in which it is interrupted. One that takes longer is blocked."""
+
 _STEP: Final = 0.01
 
 _POSTPONED: Final = 200
@@ -39,7 +44,7 @@ _HINT: Final = (
 
 
 class _Expired(KeyboardInterrupt):
-    """The test takes too long. Of the exceptions that come from nowhere, asyncio lets these pass."""
+    """The test takes too long. Out of a callback, asyncio lets these alone pass."""
 
 
 class _Begun(Observer):
@@ -75,6 +80,7 @@ class Guard:
         self._leaks = leaks
         self._around = False
         self._alarm: Any = None
+        self._in_loop = False  # interrupted there
         self._postponed = 0
         self._begun = _Begun()
         self._before: set[OpenStream] = set()
@@ -138,12 +144,44 @@ class Guard:
         signal.setitimer(signal.ITIMER_REAL, self._timeout + (2 * PATIENCE if self._around else 0), _AGAIN)
 
     def _interrupt(self, _: int, frame: FrameType | None) -> None:
-        if self._postponed < _POSTPONED and _is_lost_in(frame):
+        if not self._in_loop and self._soon_in_loop():
+            self._in_loop = True
+            signal.setitimer(signal.ITIMER_REAL, _TURN, _AGAIN)
+        elif self._postponed < _POSTPONED and _is_lost_in(frame):
             self._postponed += 1
             signal.setitimer(signal.ITIMER_REAL, _STEP, _AGAIN)
-            return
+        else:
+            self._raise()
+
+    def _raise(self) -> None:
         self._expired()
         raise _Expired(self.failure)
+
+    def _soon_in_loop(self) -> bool:
+        """Interrupt the event loop that runs in this thread between two of its steps; whether there is one.
+
+        Elsewhere may be the middle of what it cannot leave half done: a coroutine that no task has taken yet would
+        never be awaited.
+        """
+        try:
+            asyncio.get_running_loop().call_soon_threadsafe(self._raise)
+        except RuntimeError:
+            pass
+        else:
+            return True
+        if (trio := sys.modules.get("trio")) is None:
+            return False
+        try:
+            trio.lowlevel.current_trio_token().run_sync_soon(self._cancel, trio.lowlevel.current_root_task)
+        except RuntimeError:
+            return False
+        return True
+
+    def _cancel(self, root: Callable[[], Any]) -> None:
+        # What is raised out of a callback is an internal error to trio. The innermost nursery of the root task has only
+        # one task, which trio.run() has been given.
+        self._expired()
+        root().child_nurseries[-1].cancel_scope.cancel()
 
     def _expired(self) -> None:
         lines = [f"the test has not ended within {self._timeout:g} s", *self._open(), _HINT]
