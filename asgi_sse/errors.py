@@ -37,10 +37,16 @@ def missing(exc: ModuleNotFoundError, module: str, what: str, package: str) -> N
     Raises:
         ModuleNotFoundError: Always.
     """
-    # What is there, but without such a part, is too old, or a file of the user's that is called so.
-    if exc.name is None or exc.name.partition(".")[0] != module or sys.modules.get(module) is not None:
+    if not not_installed(exc, module):
         raise exc
     raise ModuleNotFoundError(f'{what} is not installed: pip install "{package}"', name=exc.name) from exc
+
+
+def not_installed(exc: ModuleNotFoundError, *modules: str) -> str:
+    """Which of `modules`, top names, is not installed; empty if something else was not found."""
+    name = (exc.name or "").partition(".")[0]
+    # What is there, but without such a part, is too old, or a file of the user's that is called so.
+    return name if name in modules and sys.modules.get(name) is None else ""
 
 
 class SSEError(Exception):

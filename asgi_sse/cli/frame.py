@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Final
 from urllib.parse import urlsplit
 
+from ..errors import not_installed
+
 NAME: Final = "asgi-sse"
 WRONG_ARGUMENTS: Final = 2  # as argparse has it
 INTERRUPTED: Final = 130  # what a shell reports for 128 + SIGINT
@@ -90,10 +92,10 @@ def missing(exc: ModuleNotFoundError, what: str, extra: str, *modules: str) -> i
     Raises:
         ModuleNotFoundError: It is another one that was not found.
     """
-    name = (exc.name or "").partition(".")[0]
-    if name not in modules or sys.modules.get(name) is not None:  # there, but without such a part: it says which
+    module = not_installed(exc, *modules)
+    if not module:
         raise exc
-    return fail(f'{what} needs {name}, which is not installed: pip install "asgi-sse[{extra}]"')
+    return fail(f'{what} needs {module}, which is not installed: pip install "asgi-sse[{extra}]"')
 
 
 def safe(text: str) -> str:
