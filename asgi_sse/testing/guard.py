@@ -80,7 +80,8 @@ class Guard:
         self._leaks = leaks
         self._around = False
         self._alarm: Any = None
-        self._in_loop = False  # interrupted there
+        self._in_loop = False  # it is interrupted there
+        self._over = False
         self._postponed = 0
         self._begun = _Begun()
         self._before: set[OpenStream] = set()
@@ -121,6 +122,7 @@ class Guard:
         self._set_alarm()
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        self._over = True  # also for what a loop, which more tests run in, has not called yet
         if self._alarm is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, self._alarm)
@@ -154,8 +156,9 @@ class Guard:
             self._raise()
 
     def _raise(self) -> None:
-        self._expired()
-        raise _Expired(self.failure)
+        if not self._over:
+            self._tell()
+            raise _Expired(self.failure)
 
     def _soon_in_loop(self) -> bool:
         """Interrupt the event loop that runs in this thread between two of its steps; whether there is one.
@@ -180,8 +183,13 @@ class Guard:
     def _cancel(self, root: Callable[[], Any]) -> None:
         # What is raised out of a callback is an internal error to trio. The innermost nursery of the root task has only
         # one task, which trio.run() has been given.
+        if not self._over:
+            self._tell()
+            root().child_nurseries[-1].cancel_scope.cancel()
+
+    def _tell(self) -> None:
         self._expired()
-        root().child_nurseries[-1].cancel_scope.cancel()
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN, _AGAIN)  # what it cleans up now may take as long
 
     def _expired(self) -> None:
         lines = [f"the test has not ended within {self._timeout:g} s", *self._open(), _HINT]
