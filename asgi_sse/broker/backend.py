@@ -80,6 +80,10 @@ class Claim:
     final: int = 0
     whole: bool = True
 
+    def is_gone(self, epoch: str) -> bool:
+        """Whether it ended in a log that there is no more: this is the epoch that there is."""
+        return bool(self.outcome) and self.epoch != epoch
+
 
 @dataclass(slots=True)
 class Publication:

@@ -191,6 +191,10 @@ class NatsBackend(RemoteBackend):
             self._suspect()
         return stream.epoch, stream.last
 
+    async def _epoch(self) -> tuple[str, int]:
+        stream = await self._look()
+        return stream.epoch, stream.start
+
     def _suspect(self) -> None:
         """Have who reads look at the stream now."""
         self._suspicious = True
@@ -534,18 +538,18 @@ class NatsBackend(RemoteBackend):
             if entry is not None and entry.token == token:
                 return entry.claim, True
             if entry is not None and not entry.is_over:
-                has_ended = entry.claim.outcome or entry.claim.start == over  # which is written behind its end
-                if not (again and has_ended):
-                    return entry.claim, False
+                known = await self._as_of_now(entry.claim)
+                has_ended = known.outcome or known.start == over  # which is written behind its end
+                if not ((again and has_ended) or known.is_gone(log.epoch)):
+                    return known, False
             await self._sync()  # so that it begins behind the end of the one before
             with self.hub.lock:
                 claim = Claim(self._node, log.epoch, log.tail, max_bytes, ttl)
             if await self._runs.write(name, claim, token, 0 if entry is None else entry.revision):
                 return claim, True
 
-    async def find(self, name: str) -> Claim | None:
-        """See `Backend`."""
-        entry = await self._here(partial(self._in_time, partial(self._question, partial(self._runs.entry, name))))
+    async def _find(self, name: str) -> Claim | None:
+        entry = await self._runs.entry(name)
         return None if entry is None or entry.is_over else entry.claim
 
     async def renew(self, name: str, claim: Claim) -> bool:
@@ -576,9 +580,9 @@ class NatsBackend(RemoteBackend):
                 entry = await self._runs.entry(publication.channel)
                 if entry is None or entry.claim.node != self._node or entry.claim.outcome:
                     return
-                if entry.claim.start >= number and entry.claim.epoch == self.hub.log.epoch:
+                ended = await self._as_of_now(entry.claim)
+                if ended.start >= number:
                     return  # it was begun again
-                ended = entry.claim
                 ended.outcome, ended.final = publication.end, number
                 if publication.ttl is not None:
                     ended.ttl = publication.ttl

@@ -188,6 +188,10 @@ class RedisBackend(RemoteBackend):
         epoch, number, *_ = await self._call([], 0)
         return epoch.decode(), int(number)
 
+    async def _epoch(self) -> tuple[str, int]:
+        epoch, _, _, start, _ = await self._call([], 0)
+        return epoch.decode(), int(start)
+
     # Reading
 
     async def _catch_up(self, *, first: bool) -> None:
@@ -414,16 +418,18 @@ class RedisBackend(RemoteBackend):
 
     async def _claim(self, name: str, max_bytes: int, ttl: float, token: str, *, again: bool) -> tuple[Claim, bool]:
         await self._sync()  # to know of the epoch
-        new, fields = await self._claim_script(
-            keys=[self._key(f"r:{name}"), self._key("meta")],
-            args=[self._node, max_bytes, ttl, int(again), _LEASE_MS, token],
-        )
-        claim = _claim_of(dict(zip(fields[::2], fields[1::2], strict=True)))
-        return claim, bool(new)
-
-    async def find(self, name: str) -> Claim | None:
-        """See `Backend`."""
-        return await self._here(partial(self._in_time, partial(self._question, partial(self._find, name))))
+        while True:
+            new, fields = await self._claim_script(
+                keys=[self._key(f"r:{name}"), self._key("meta")],
+                args=[self._node, max_bytes, ttl, int(again), _LEASE_MS, token],
+            )
+            claim = _claim_of(dict(zip(fields[::2], fields[1::2], strict=True)))
+            if new:
+                return claim, True
+            known = await self._as_of_now(claim)
+            if not known.is_gone(self.hub.log.epoch):
+                return known, False
+            again = True
 
     async def _find(self, name: str) -> Claim | None:
         fields = await self._client.hgetall(self._key(f"r:{name}"))

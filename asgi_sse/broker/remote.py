@@ -13,6 +13,7 @@ import random
 import secrets
 from abc import abstractmethod
 from collections import deque
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
@@ -337,6 +338,37 @@ class RemoteBackend(Backend):
             return
         if node == self._node:
             self.on_cancel(name)
+
+    # Runs
+
+    async def find(self, name: str) -> Claim | None:
+        """See `Backend`."""
+        return await self._here(partial(self._in_time, partial(self._find_now, name)))
+
+    async def _find_now(self, name: str) -> Claim | None:
+        claim = await self._question(partial(self._find, name))
+        return claim and await self._as_of_now(claim)
+
+    @abstractmethod
+    async def _find(self, name: str) -> Claim | None:
+        """What the engine has of a run."""
+
+    async def _as_of_now(self, claim: Claim) -> Claim:
+        """A claim in terms of the log that there is; of an earlier one, only what has ended in that.
+
+        The engine may have it from before it lost events, or from a process that did not know of that yet: a reader
+        would miss the beginning, and not be told.
+        """
+        if claim.epoch != self.hub.log.epoch:
+            await self._sync()  # it may be ahead of us
+        if claim.epoch == self.hub.log.epoch or claim.outcome:
+            return claim
+        epoch, start = await self._question(self._epoch)
+        return replace(claim, epoch=epoch, start=min(claim.start, start), whole=False)
+
+    @abstractmethod
+    async def _epoch(self) -> tuple[str, int]:
+        """The engine's epoch, and the number behind which it is."""
 
     def ask_to_stop(self, name: str, node: str) -> None:
         """See `Backend`."""

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Mapping
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import anyio
 
@@ -147,15 +147,15 @@ class Runs(Mapping[str, Run]):
         if self._backend.is_alone:
             return known
         claim = await self._backend.find(name)
-        return None if claim is None else self._found(name, claim, make)
+        return None if claim is None or claim.is_gone(self._hub.log.epoch) else self._found(name, claim, make)
 
     def _found(self, name: str, claim: Claim, make: Callable[[str, Claim, Callable[[Run, Outcome], None]], Run]) -> Run:
         with self._hub.lock:
             run = self._all.get(name)
             if run is None or run.start != claim.start:
                 run = make(name, claim, self._given_up)
-                if claim.epoch != self._hub.log.epoch and claim.start > self._hub.log.tail:
-                    run.start = 0  # of a log that there is no more; its process has not said so yet
+                if claim.epoch != self._hub.log.epoch:  # the log has become another one since it was asked for
+                    run.start = 0
                     run.claim.whole = False
                 self._add(run)
                 last = self._hub.log.last(name)
@@ -272,7 +272,9 @@ class Runs(Mapping[str, Run]):
         missing.discard(run)
         if claim is None:
             await self._bury(name, run)
-        elif claim.outcome or (claim.start != run.start and claim.epoch == self._hub.log.epoch):
+        elif claim.is_gone(epoch := self._hub.log.epoch):
+            self._given_up(run, cast("Outcome", claim.outcome))
+        elif claim.outcome or (claim.whole and claim.start != run.start and claim.epoch == epoch):
             self._end_without_event(run, claim.final or claim.start, claim.outcome or "lost")
 
     async def _bury(self, name: str, run: Run) -> None:

@@ -554,3 +554,45 @@ async def test_a_run_is_read_and_cancelled_from_another_process(server: Nats) ->
         other.cancel()
         async with asyncio.timeout(10):
             assert await other.wait() == await run.wait() == "cancelled"
+
+
+@pytest.mark.parametrize("joins", [False, True])
+async def test_a_run_whose_beginning_went_with_the_stream_says_so(server: Nats, *, joins: bool) -> None:
+    """Runs are in a stream of their own, which tells of it as before until its process has looked after it again."""
+    release = asyncio.Event()
+
+    async def source() -> AsyncIterator[str]:
+        yield "before"
+        await release.wait()
+        yield "after"
+
+    async with Broker(server.url, prefix="p") as one, Broker(server.url, prefix="p") as two, raw(server) as js:
+        run = await one.run("r", source())
+        assert await read(run.subscribe(), "before") == ["before"]
+        await js.delete_stream("SSE_p")
+        await two.publish("a", "x")
+        await eventually(lambda: one.statistics().restarts == two.statistics().restarts == 1)
+        found = await two.run("r", source(), join=True) if joins else await two.find_run("r")
+        assert found is not None
+        late = found.subscribe()
+        release.set()
+        assert await read(late, "after") == ["reset expired", "after"]
+        async with asyncio.timeout(20):
+            assert await found.wait() == "finished"
+        third = await two.find_run("r")
+        assert third is not None
+        assert await read(third.subscribe(), "after") == ["reset expired", "after"]
+
+
+async def test_a_run_that_ended_in_a_stream_that_is_gone_can_be_begun_again(server: Nats) -> None:
+    async with Broker(server.url, prefix="p") as one, Broker(server.url, prefix="p") as two, raw(server) as js:
+        run = await one.run("r", ["before"])
+        async with asyncio.timeout(20):
+            assert await run.wait() == "finished"
+        assert await two.find_run("r") is not None
+        await js.delete_stream("SSE_p")
+        await two.publish("a", "x")
+        await eventually(lambda: two.statistics().restarts == 1)
+        assert await two.find_run("r") is None
+        again = await two.run("r", ["again"], join=True)
+        assert await read(again.subscribe(), "again") == ["again"]

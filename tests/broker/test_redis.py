@@ -632,6 +632,48 @@ async def test_a_run_that_has_lost_its_beginning_says_so(valkey: Valkey, prefix:
             assert "before" not in data(rest)
 
 
+@pytest.mark.parametrize("joins", [False, True])
+async def test_a_run_of_which_the_engine_does_not_know_that_its_beginning_is_lost_says_so(
+    valkey: Valkey, prefix: str, *, joins: bool
+) -> None:
+    """Its process has said that it goes on in the moment in which the log was another one already."""
+    release = asyncio.Event()
+    key = f"{{{prefix}}}:r:r"
+    async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
+        run = await one.run("r", in_two_parts(release))
+        await take(run.subscribe(), 1)
+        with valkey.client() as client:
+            said = client.hgetall(key)
+            pipeline = client.pipeline()
+            pipeline.delete(*client.keys(f"\\{{{prefix}}}:*"))
+            pipeline.hset(key, mapping=said)
+            pipeline.execute()
+        await until(lambda: one.statistics().restarts == two.statistics().restarts == 1)
+        found = await two.run("r", endless(), join=True) if joins else await two.find_run("r")
+        assert found is not None
+        late = found.subscribe()
+        release.set()
+        told, *rest = [event async for event in late]
+        assert reason(told) == "expired"
+        assert data(rest)[:1] == ["after"]
+        assert rest[-1].event == "end"
+
+
+async def test_a_run_that_has_ended_in_a_log_that_there_is_no_more_can_be_begun_again(
+    valkey: Valkey, prefix: str
+) -> None:
+    async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
+        run = await one.run("r", ["before"])
+        async with asyncio.timeout(PATIENCE):
+            assert await run.wait() == "finished"
+        with valkey.client() as client:
+            client.delete(f"{{{prefix}}}:meta", f"{{{prefix}}}:log", f"{{{prefix}}}:last", f"{{{prefix}}}:c:r")
+        await until(lambda: one.statistics().restarts == two.statistics().restarts == 1)
+        assert await two.find_run("r") is None
+        again = await two.run("r", ["again"], join=True)
+        assert data([event async for event in again.subscribe()])[0] == "again"
+
+
 async def test_a_run_that_ends_where_nobody_knows_of_it(valkey: Valkey, prefix: str) -> None:
     release = asyncio.Event()
 
