@@ -1,13 +1,15 @@
 """Starts real servers on loopback, each in a process group of its own."""
 
+import itertools
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -28,11 +30,20 @@ SERVERS: dict[str, list[str]] = {
 }
 
 
+# None that the kernel gives to connections, or who binds to 0, from 32,768 on: a server binds to its port only a moment
+# after this has given it, or comes back to it. Each worker of xdist has a thousand of them, and begins anywhere in it.
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_FIRST_PORT = 12_000 + _WORKER % 20 * 1000
+_ports = (_FIRST_PORT + number % 1000 for number in itertools.count(random.randrange(1000)))
+
+
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+    """A port that nobody else is given."""
+    for port in itertools.islice(_ports, 1000):
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError(f"no port from {_FIRST_PORT} on is free")
 
 
 def command(server: str, app: str, port: int) -> list[str]:

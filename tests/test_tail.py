@@ -22,6 +22,7 @@ from typing import Any
 import anyio
 import httpx
 import pytest
+from serving import free_port
 
 from asgi_sse import EventDecoder, ServerSentEvent
 
@@ -592,9 +593,7 @@ class Server:
     """The program as a user starts it."""
 
     def __init__(self, log: Path, kind: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._command = [sys.executable, str(SCRIPT), str(log), "--server", kind, "--port", str(self.port)]
         self._output = log.with_name("server.output")
@@ -789,8 +788,8 @@ def test_a_signal_ends_it_at_once(log: Path, kind: str, number: signal.Signals) 
             began = time.monotonic()
             server.process.send_signal(number)
             assert b"retry:" in b"".join(chunks)  # the body comes to its end
-        assert server.process.wait(10) in (0, -number)
-        assert time.monotonic() - began < 3
+        assert server.process.wait(20) in (0, -number)
+        assert time.monotonic() - began < 10
         assert "Traceback" not in server.output
 
 
