@@ -375,7 +375,7 @@ class Cluster:
         await self.until("get the last events", lambda client: client.has_all)
 
     async def figures(self, node: Node) -> Any:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE / 2):
             return await figures(node.port)
 
     def rss(self) -> list[float]:

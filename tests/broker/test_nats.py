@@ -300,16 +300,17 @@ async def test_a_server_that_was_emptied_tells_readers(server: Nats) -> None:
 
 
 async def test_a_paused_server_loses_nothing(server: Nats, monkeypatch: Any) -> None:
-    monkeypatch.setattr(jetstream, "ANSWER", 0.5)
-    monkeypatch.setattr(back_end, "ANSWER", 0.5)
-    monkeypatch.setattr(back_end, "_SILENCE", 1.5)
     async with Broker(server.url, publish_timeout=30) as one, Broker(server.url) as two:
         live = two.subscribe("a")
         await one.publish("a", "0")
         server.pause()
         try:
-            publishing = [asyncio.ensure_future(one.publish("a", str(number))) for number in range(1, 10)]
-            await eventually(lambda: one.statistics().state == two.statistics().state == "disconnected")
+            with monkeypatch.context() as hurried:  # while nothing is to succeed
+                hurried.setattr(jetstream, "ANSWER", 0.5)
+                hurried.setattr(back_end, "ANSWER", 0.5)
+                hurried.setattr(back_end, "_SILENCE", 1.5)
+                publishing = [asyncio.ensure_future(one.publish("a", str(number))) for number in range(1, 10)]
+                await eventually(lambda: one.statistics().state == two.statistics().state == "disconnected")
         finally:
             server.resume()
         await asyncio.gather(*publishing)
@@ -357,13 +358,12 @@ async def test_an_acknowledgement_that_was_lost_for_long_makes_no_second_event(s
 
             async def ask_and_hear_nothing(self: Any, subject: str, *rest: Any) -> Any:
                 answer = await ask(self, subject, *rest)
-                if subject.startswith("sse.") and deaf.pop():
+                if subject.startswith("sse.") and deaf and deaf.pop():
                     return asyncio.get_running_loop().create_future()
                 return answer
 
             monkeypatch.setattr(jetstream.JetStream, "ask", ask_and_hear_nothing)
             assert (await broker.publish("a", "once")).endswith("-1")
-            deaf.append(False)
             await broker.publish("a", "end")
             assert await read(live, "end") == ["once", "end"]
 
@@ -406,7 +406,7 @@ async def test_what_is_too_large_is_refused_alone(tmp_path: Path) -> None:
             hub = create_hub(broker, insecure_publish=True)
             async with open_stream(hub, "/channels/b", method="POST", body=b"x" * 3000) as answer:
                 assert answer.status == 413
-                assert b"2000" in await answer.read()
+                assert b"2000" in await answer.read(10)
             assert all(isinstance(result, str | BrokerError) for result in results)
             await broker.publish("a", "end")
             found = await read(live, "end")
