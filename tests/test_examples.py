@@ -22,7 +22,7 @@ from serving import HERE, address, environment, free_port, serving
 from asgi_sse import EventDecoder, ServerSentEvent
 
 EXAMPLES = HERE.parent / "examples"
-ENOUGH = 15.0  # seconds for any one thing, on a slow machine; none of them waits for it to pass
+ENOUGH = 30.0  # seconds for any one thing, on a slow machine; none of them waits for it to pass
 TESTED_ELSEWHERE = {"mcp"}
 BAD = re.compile(r"ERROR|Traceback|ResourceWarning|RuntimeWarning")
 
@@ -134,24 +134,35 @@ def check_litestar(run: Run) -> None:
 def check_plain_asgi(run: Run) -> None:
     assert [event.event for event in run.some("/ticks")] == ["tick"] * 3
     assert data_of(run.some("/by-hand", 2)) == ['{"tick":1}', '{"tick":2}']
-    is_countdown(run.all("/countdown/Ann"), ["Ann: 3", "Ann: 2", "Ann: 1"])
+    is_countdown(lambda: run.all("/countdown/Ann"), ["Ann: 3", "Ann: 2", "Ann: 1"])
 
 
-def is_countdown(events: list[tuple[float, ServerSentEvent]], expected: list[str]) -> None:
-    assert [event.data for _, event in events] == expected
-    assert events[-1][0] - events[0][0] > 0.05, "they came together"
+def come_one_by_one(read: Callable[[], list[tuple[float, ServerSentEvent]]], seconds: float) -> list[ServerSentEvent]:
+    """The events of a stream, of which the last came so many seconds after the first.
+
+    Who has stood still finds them all together, as if they had been held back, so that it is tried again.
+    """
+    for _ in range(5):
+        (first, _), *_, (last, _) = events = read()
+        if last - first > seconds:
+            return [event for _, event in events]
+    pytest.fail("they came together")
+
+
+def is_countdown(read: Callable[[], list[tuple[float, ServerSentEvent]]], expected: list[str]) -> None:
+    assert [event.data for event in come_one_by_one(read, 0.05)] == expected
 
 
 def check_llm_tokens(run: Run) -> None:
     question = {"prompt": "any  thing"}
-    *tokens, (_, done) = run.all("/answer", "POST", json=question)
+    *tokens, done = come_one_by_one(lambda: run.all("/answer", "POST", json=question), 0.3)
     assert done.data == "[DONE]"
-    assert "".join(json.loads(str(event.data))["token"] for _, event in tokens).startswith("You said: any  thing\nI ")
-    assert tokens[-1][0] - tokens[0][0] > 0.3, "they came together"
+    assert "".join(json.loads(str(event.data))["token"] for event in tokens).startswith("You said: any  thing\nI ")
     assert int(run.wait_for_log(r"made (\d+) tokens")[1]) == len(tokens)
-    with run.stream("/answer", "POST", json=question) as events:
+    answers = run.log.read_text().count(" tokens")
+    with run.stream("/answer", "POST", json={"prompt": "long " * 1000}) as events:  # of 3,000 tokens: two minutes
         next(events)
-    assert int(run.wait_for_log(r"(?s)made \d+ tokens.*made (\d+) tokens")[1]) < len(tokens)
+    assert int(run.wait_for_log(rf"(?s)(?:made .*){{{answers}}}made (\d+) tokens")[1]) < 3000
     assert run.status("/answer", "POST", json={}) == 422
     assert run.status("/answer", "POST", content=b"{") == 400
     assert "fetch(" in run.client.get("/").text
@@ -241,7 +252,7 @@ def check_memory_channels(run: Run) -> None:
         while next(one).data != first:
             pass
         assert next(one).data == next(other).data != first
-    is_countdown(run.all("/countdown"), ["3", "2", "1"])
+    is_countdown(lambda: run.all("/countdown"), ["3", "2", "1"])
 
 
 def check_shutdown(run: Run) -> None:
@@ -340,5 +351,5 @@ def try_example(name: str, server: str, directory: Path) -> None:
         for first, events, kind in still_open:
             assert str([first, *events][-1].event) in kind  # and httpx raises if the body has no proper end
         process.wait(ENOUGH)
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 10
     assert not BAD.search(run.log.read_text()[planned:]), run.log.read_text()

@@ -35,7 +35,7 @@ SERVERS = ["uvicorn-httptools-uvloop", "uvicorn-h11-asyncio", "hypercorn-asyncio
 MIXES = [("a",), ("b.x",), ("a", "b.y"), ("b.*",), ("a", "b.*")]
 CHANNELS = {"a": {"a"}, "b.x": {"b.x"}, "b.y": {"b.y"}, "b.*": {"b.x", "b.y"}}
 PAUSE = 1.5 if FULL else 0.6  # the most that a client is away: so many connections a second as a server can take
-PATIENCE = SECONDS + (120 if FULL else 30)  # seconds after which what is waited for will not come any more
+PATIENCE = SECONDS + 120  # seconds after which what is waited for will not come any more
 
 T = TypeVar("T")
 Row = tuple[int, str, int]  # the number in an event's id, who published it, its number among those
