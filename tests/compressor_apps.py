@@ -4,6 +4,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from asgi_sse import EventSourceResponse, SSEMiddleware
@@ -12,11 +13,22 @@ PAGE = "a page " * 1000
 EVENTS = 4
 
 
+SEEN = Path(os.environ.get("COMPRESSOR_SEEN", os.devnull))  # what a client has got, if it is one that tells
+
+
+def is_awaited(event: str) -> bool:
+    return SEEN.is_file() and event not in SEEN.read_text()
+
+
 async def times() -> AsyncIterator[str]:
-    """Now and then the time."""
+    """Now and then the time; to a client that tells what it has got, the next one as soon as it has this one."""
     for _ in range(EVENTS):
-        await asyncio.sleep(0.5)
-        yield f"{time.time()} {'.' * 600}"  # over every compressor's threshold
+        now = f"{time.time()}"
+        yield f"{now} {'.' * 600}"  # over every compressor's threshold
+        if not SEEN.is_file():
+            await asyncio.sleep(0.5)
+        while is_awaited(now):
+            await asyncio.sleep(0.01)
 
 
 async def events() -> AsyncIterator[str]:
