@@ -73,7 +73,7 @@ async def test_events_come_as_they_are_made_until_the_client_leaves(app: Any, wr
         assert stream.status == 200
         assert stream.headers["content-type"] == "text/event-stream; charset=utf-8"
         assert stream.headers["x-accel-buffering"] == "no"
-        assert [(await stream.receive()).id for _ in range(5)] == ["0", "1", "2", "3", "4"]
+        assert [(await stream.receive(10)).id for _ in range(5)] == ["0", "1", "2", "3", "4"]
         assert len(middleware.registry) == wrapped  # of the adapter alone: it is not adopted, too
         await stream.disconnect()
         assert seen == ["finally"]
@@ -94,7 +94,7 @@ async def test_a_source_that_fails_cuts_the_body_and_is_raised(app: Any, wrapped
     stream: Any = None
     with pytest.raises(Exception, match=r"the source failed|Exception caught after response started") as caught:
         async with open_stream(SSEMiddleware(app) if wrapped else app, "/failing") as stream:
-            assert (await stream.receive()).data == "before"
+            assert (await stream.receive(10)).data == "before"
             await the_end_of(stream)
     assert not stream.complete
     # Litestar has an error of its own for it, with the cause behind.
@@ -141,7 +141,7 @@ async def test_head_has_no_body_and_ends(app: Any, framework: str) -> None:
 async def test_a_drain_ends_it_properly(app: Any) -> None:
     registry = StreamRegistry()
     async with open_stream(SSEMiddleware(app, registry=registry), "/async") as stream:
-        await stream.receive()
+        await stream.receive(10)
         registry.begin_drain()
         assert (await the_end_of(stream)).rstrip().rpartition(b"\n")[2].startswith(b"retry: ")
         assert stream.complete
@@ -167,7 +167,7 @@ async def test_a_stuck_client_holds_its_source_and_is_dropped(app: Any) -> None:
 @pytest.mark.parametrize("framework", ["quart", "django"])
 async def test_what_a_source_raises_behind_its_client_is_logged(app: Any, caplog: pytest.LogCaptureFixture) -> None:
     async with open_stream(app, "/rude") as stream:
-        await stream.receive()
+        await stream.receive(10)
         with suppress(Exception):
             await stream.disconnect()
     assert "the source of /rude raised when its client had left" in caplog.text
@@ -179,14 +179,14 @@ async def test_an_idle_stream_is_kept_alive(app: Any) -> None:
     async with open_stream(SSEMiddleware(app, ping=0.01), "/async") as stream:
         body = b""
         while body.count(b"data: ") < 3:
-            body += await stream.read()
+            body += await stream.read(10)
         assert b"\n: ping" in body
 
 
 @pytest.mark.parametrize("framework", ["starlette", "litestar"])
 async def test_the_plain_response_is_taken(app: Any) -> None:
     async with open_stream(SSEMiddleware(app), "/plain") as stream:
-        assert (await stream.receive()).id == "0"
+        assert (await stream.receive(10)).id == "0"
     assert seen == ["finally"]
 
 
@@ -237,7 +237,7 @@ async def test_fastapi_knows_the_media_type_and_takes_a_generator(app: Any) -> N
     content = app.openapi()["paths"]["/generator"]["get"]["responses"]["200"]["content"]
     assert list(content) == ["text/event-stream"]
     async with open_stream(app, "/generator") as stream:
-        assert [(await stream.receive()).id for _ in range(3)] == ["0", "1", "2"]
+        assert [(await stream.receive(10)).id for _ in range(3)] == ["0", "1", "2"]
         await stream.disconnect()
         assert seen == ["finally"]
 
@@ -257,7 +257,7 @@ async def test_fastapi_is_told_when_what_it_serialised_is_no_series(anyio_backen
 @pytest.mark.parametrize("framework", ["starlette"])
 async def test_an_endpoint_class_for_starlette(app: Any) -> None:
     async with open_stream(app, "/class") as stream:
-        assert (await stream.receive()).id == "0"
+        assert (await stream.receive(10)).id == "0"
     async with open_stream(app, "/class", method="POST") as stream:
         assert stream.status == 405
 
@@ -276,7 +276,7 @@ async def test_a_request_inside_of_another_has_its_own_scope(app: Any) -> None:
         await asgi_sse.EventSourceResponse([count])(scope, receive, send)
 
     async with open_stream(SSEMiddleware(outer), "/", method="GET") as stream:
-        assert (await stream.receive()).data == "3"
+        assert (await stream.receive(10)).data == "3"
 
 
 def test_litestar_mounts_and_takes_a_raw_app() -> None:
@@ -319,7 +319,7 @@ async def test_djangos_gzip_does_not_hold_it(on_django: Any) -> None:
     headers = {"accept": "text/event-stream", "accept-encoding": "gzip"}
     async with open_stream(SSEMiddleware(on_django), "/async", headers=headers) as stream:
         assert "content-encoding" not in {name.lower() for name in stream.headers}
-        assert (await stream.receive()).id == "0"
+        assert (await stream.receive(10)).id == "0"
 
 
 async def test_a_middleware_of_django_may_wrap_it(on_django: Any) -> None:
@@ -329,10 +329,9 @@ async def test_a_middleware_of_django_may_wrap_it(on_django: Any) -> None:
         assert stream.headers["Content-Encoding"] == "gzip"
         await stream.read(timeout=100)
         await stream.disconnect()
-    for _ in range(100):
-        if seen:
-            break
-        await anyio.sleep(0.01)
+    with anyio.fail_after(10):
+        while not seen:
+            await anyio.sleep(0.01)
     assert seen == ["finally"]
 
 

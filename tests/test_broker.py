@@ -523,7 +523,7 @@ async def test_publishing_from_threads() -> None:
             broker.publish_nowait("a", f"{thread} {number}")
 
     async with open_stream(EventSourceResponse(broker.subscribe("a")), capacity=10_000) as stream:
-        await stream.read()
+        await stream.read(10)
         threads = [threading.Thread(target=publish, args=(number,)) for number in range(4)]
         for thread in threads:
             thread.start()
@@ -544,9 +544,9 @@ async def test_publishing_from_another_event_loop() -> None:
         await broker.publish("a", "from elsewhere")
 
     async with open_stream(EventSourceResponse(broker.subscribe("a"))) as stream:
-        await stream.read()
+        await stream.read(10)
         await anyio.to_thread.run_sync(anyio.run, publish)
-        assert (await stream.receive()).data == "from elsewhere"
+        assert (await stream.receive(10)).data == "from elsewhere"
 
 
 @pytest.mark.real_time

@@ -147,7 +147,7 @@ async def test_a_synchronous_source_waits_for_it_too() -> None:
 
     async with open_stream(EventSourceResponse(jobs()), capacity=2) as stream:
         for number in range(10):
-            assert (await stream.receive()).data == f"job {number}"
+            assert (await stream.receive(10)).data == f"job {number}"
         await anyio.sleep(0.1)
         assert 9 <= len(acknowledged) <= 12  # up to two are with the server
         await stream.disconnect()
@@ -172,7 +172,7 @@ async def test_a_synchronous_source_that_was_wrapped_is_closed_all_the_same() ->
     response = EventSourceResponse(source())
     response.body_iterator = louder(response.body_iterator)
     async with open_stream(response, capacity=1) as stream:
-        await stream.receive()
+        await stream.receive(10)
         await stream.disconnect()
     assert seen == ["finally"]
 
