@@ -14,6 +14,7 @@ EVENTS = 4
 
 
 SEEN = Path(os.environ.get("COMPRESSOR_SEEN", os.devnull))  # what a client has got, if it is one that tells
+PAUSE = 0 if SEEN.is_file() else 0.5
 
 
 def is_awaited(event: str) -> bool:
@@ -25,10 +26,9 @@ async def times() -> AsyncIterator[str]:
     for _ in range(EVENTS):
         now = f"{time.time()}"
         yield f"{now} {'.' * 600}"  # over every compressor's threshold
-        if not SEEN.is_file():
-            await asyncio.sleep(0.5)
         while is_awaited(now):
             await asyncio.sleep(0.01)
+        await asyncio.sleep(PAUSE)
 
 
 async def events() -> AsyncIterator[str]:

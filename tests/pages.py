@@ -267,8 +267,12 @@ class Session:
     def _expect(self, what: list[tuple[Block, str, list[Output]]]) -> None:
         deadline = time.monotonic() + ENOUGH
         for block, expected, outputs in what:
-            while not as_shown(expected, *(said := [output.text for output in outputs])):
+            while True:
+                # Before it is looked at what they have said, or the last of it would come in between.
                 more = time.monotonic() < deadline and not all(output.ended for output in outputs)
+                said = [output.text for output in outputs]
+                if as_shown(expected, *said):
+                    break
                 assert more, f"{block}: expected\n{expected}\nbut there was\n{''.join(said)}"
                 time.sleep(0.02)
 

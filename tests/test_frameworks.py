@@ -43,7 +43,7 @@ def test_around_a_framework(app: str, server: str, runs: Callable[[Row], Run]) -
     leaves = Client(run.port, "/stream", raw=True)
     head, _, body = bytes(leaves.body).partition(b"\r\n\r\n")
     assert b"x-accel-buffering: no" in head.lower()
-    run.wait_until(lambda: b": ping\n\n" in leaves.body and b"data: 1\n\n" in leaves.body, 3, "it is not kept alive")
+    run.wait_until(lambda: b": ping\n\n" in leaves.body and b"data: 1\n\n" in leaves.body, 20, "it is not kept alive")
     assert (
         bytes(leaves.body).index(b"data: 0")
         < bytes(leaves.body).index(b": ping")
@@ -52,7 +52,7 @@ def test_around_a_framework(app: str, server: str, runs: Callable[[Row], Run]) -
     assert body
     leaves.leave()
     run.wait_until(
-        lambda: run.noted("finally of the app's stream") == 1, 1, "the disconnect did not reach its generator"
+        lambda: run.noted("finally of the app's stream") == 1, 20, "the disconnect did not reach its generator"
     )
 
     clients = [Client(run.port, "/ours"), Client(run.port, "/stream")]
