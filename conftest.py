@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from trio.testing import MockClock
 
 from asgi_sse.testing import VirtualTimeLoop
@@ -14,6 +15,11 @@ from asgi_sse.testing import VirtualTimeLoop
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As of a job in the background of a shell script; the tests send it to processes, which would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# An example has no deadline of 0.2 s, nor has making it: a machine that is busy may take longer over any.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 def _eager(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> Callable[[], asyncio.AbstractEventLoop]:

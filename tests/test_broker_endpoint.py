@@ -473,7 +473,7 @@ async def test_a_client_that_leaves_while_its_snapshot_is_made() -> None:
     assert broker.subscribers("a") == 0
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**32))
 async def test_a_state_that_is_rebuilt_is_right_in_the_end(seed: int) -> None:
     """Of clients that keep it by snapshots and changes, are cut anywhere, and too slow at times."""

@@ -740,7 +740,7 @@ async def test_bad_arguments() -> None:
     assert json.loads(str(ServerSentEvent({"reason": "x"}).data)) == {"reason": "x"}
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**32))
 async def test_any_coming_and_going(seed: int) -> None:
     """Every client has every event of the run once and in order in the end, wherever it was cut."""
