@@ -712,9 +712,10 @@ async def test_should_exit_ends_all_streams_and_new_ones_until_it_is_reset() -> 
                 await later.read(timeout=5)
 
 
+@pytest.mark.real_time  # the virtual clock is past any timeout while a thread begins
 async def test_should_exit_may_be_set_in_another_thread() -> None:
     async with open_stream(EventSourceResponse(forever())) as stream:
-        await stream.read()
+        await stream.read(10)
         thread = threading.Thread(target=setattr, args=(AppStatus, "should_exit", True))
         thread.start()
         await anyio.to_thread.run_sync(thread.join)
