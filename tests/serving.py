@@ -1,13 +1,15 @@
 """Starts real servers on loopback, each in a process group of its own."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import cycle
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -28,11 +30,19 @@ SERVERS: dict[str, list[str]] = {
 }
 
 
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 10
+_PORTS = cycle(random.sample(range(10_000 + _WORKER * 2_000, 12_000 + _WORKER * 2_000), 2_000))
+"""Below those that systems give by themselves, and another range for each worker of pytest-xdist: a port that is free
+here is still free when its server has started, and when it starts again."""
+
+
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+    while True:
+        port = next(_PORTS)
+        with socket.socket() as sock, suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def command(server: str, app: str, port: int) -> list[str]:
@@ -47,7 +57,7 @@ def address(module: str, port: int) -> list[str]:
     return addresses.get(module, ["--host=127.0.0.1", f"--port={port}"])
 
 
-def wait_until_open(port: int, process: subprocess.Popen[bytes], seconds: float = 20) -> None:
+def wait_until_open(port: int, process: subprocess.Popen[bytes], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while True:
         try:
