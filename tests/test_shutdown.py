@@ -481,9 +481,12 @@ async def test_a_start_up_that_fails_stays_fatal() -> None:
 async def test_everything_else_goes_to_the_app() -> None:
     seen = []
 
+    async def source() -> AsyncIterator[str]:  # no list: virtual time does not wait for its thread
+        yield "of the app"
+
     async def inner(scope: Any, receive: Any, send: Any) -> None:
         seen.append((scope["type"], scope["path"]))
-        await EventSourceResponse(["of the app"])(scope, receive, send)
+        await EventSourceResponse(source())(scope, receive, send)
 
     app = SSEMiddleware(inner, {"/ours": idle}, retry=77)
     async with open_stream(app, "/theirs") as stream:

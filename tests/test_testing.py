@@ -410,8 +410,12 @@ async def test_a_stream_that_would_hold_the_server_is_told() -> None:
 
 def with_lifespan(*, startup: Any = None, shutdown: Any = None, answer: str = "complete") -> Any:
     async def app(scope: Any, receive: Any, send: Any) -> None:
+        async def source() -> AsyncIterator[Any]:  # no list: virtual time does not wait for its thread
+            yield scope["state"]["pool"]
+            yield len(scope["state"])
+
         if scope["type"] == "http":
-            await EventSourceResponse([scope["state"]["pool"], len(scope["state"])])(scope, receive, send)
+            await EventSourceResponse(source())(scope, receive, send)
             scope["state"]["mine"] = True
             return
         scope["state"]["pool"] = "open"
