@@ -55,7 +55,7 @@ class Client:
         self._sock.sendall(f"GET {path} HTTP/1.1\r\nHost: {authority}\r\n\r\n".encode())
         while chunk := self._sock.recv(262_144):
             yield chunk
-            if chunk.endswith(b"0\r\n\r\n"):  # no event of ours ends so
+            if self.body.endswith(b"0\r\n\r\n"):  # no event of ours ends so
                 self.complete = True
                 break
         if self._raw:
