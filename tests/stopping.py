@@ -127,7 +127,7 @@ class FileChange(Trigger):
 
 class OneMoreRequest(Trigger):
     def __call__(self, run: "Run") -> None:
-        httpx.get(f"http://127.0.0.1:{run.port}/")
+        httpx.get(f"http://127.0.0.1:{run.port}/", timeout=60)
 
 
 TERM, INT, HUP = Signal(signal.SIGTERM), Signal(signal.SIGINT), Signal(signal.SIGHUP)

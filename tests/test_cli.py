@@ -556,7 +556,7 @@ def test_a_hub_that_cannot_start(options: list[str], told: str, capsys: pytest.C
 
 def test_a_hub_says_what_it_does_not_do() -> None:
     with hub() as (process, url):
-        assert httpx.post(f"{url}/channels/a", content="x", trust_env=False).status_code == 403
+        assert httpx.post(f"{url}/channels/a", content="x", trust_env=False, timeout=ENOUGH).status_code == 403
         process.terminate()
         assert process.stderr is not None
         first = process.stderr.readline()
@@ -896,7 +896,8 @@ def shown_by_a_terminal(*arguments: str) -> bytes:
 def test_tail_into_a_pipe_that_closes_and_until_ctrl_c(running: str) -> None:
     def publish(data: str) -> None:
         headers = {"authorization": "Bearer secret"}
-        assert httpx.post(f"{running}/channels/pipe", content=data, headers=headers, trust_env=False).is_success
+        url = f"{running}/channels/pipe"
+        assert httpx.post(url, content=data, headers=headers, trust_env=False, timeout=ENOUGH).is_success
 
     arguments = ("tail", "-v", f"{running}/channels/pipe")
     with command(*arguments) as process, command(*arguments) as interrupted:

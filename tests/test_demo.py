@@ -80,7 +80,7 @@ def check_figures(event: ServerSentEvent) -> dict[str, Any]:
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 def test_shows_this_machine_until_it_is_told_to_end(number: signal.Signals, status: int) -> None:
     with serving("-W", "always::ResourceWarning", "-m", "asgi_sse", "--port", "0") as (process, url):
-        page = httpx.get(url, trust_env=False)
+        page = httpx.get(url, trust_env=False, timeout=ENOUGH)
         assert page.status_code == 200
         assert page.headers["content-type"] == "text/html; charset=utf-8"
         assert page.text.startswith("<!doctype html>")

@@ -600,7 +600,7 @@ def test_the_testclient_of_starlette_gives_none_either() -> None:
     thread.join(0.3)
     assert statuses == []
     app.registry.begin_drain()
-    thread.join(10)
+    thread.join(60)
     assert statuses == [200]
 
 
