@@ -57,6 +57,10 @@ async def closed_streams() -> AsyncIterator[ServerSentEvent]:
     yield ServerSentEvent(closed)
 
 
+async def reasons() -> AsyncIterator[ServerSentEvent]:
+    yield ServerSentEvent(dict(app.registry.statistics().closed))
+
+
 async def echo(request: Request) -> AsyncIterator[str]:
     yield (await request.body(limit=100_000)).decode()
 
@@ -121,6 +125,7 @@ app = create_app(
         "/idle": idle,
         "/flat-out": flat_out,
         "/closed": closed_streams,
+        "/reasons": reasons,
         "/echo": echo,
         "/refuses": refuses,
         "/breaks": breaks,

@@ -24,6 +24,7 @@ import sys
 import textwrap
 import threading
 import time
+from codecs import getincrementaldecoder
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 ROOT = HERE.parent
 PAGES = ROOT / "docs/pages"
-ENOUGH = 20.0  # seconds for any one thing; none of them waits for it to pass
+ENOUGH = 60.0  # seconds for any one thing; none of them waits for it to pass
 SERVERS = ("uvicorn", "hypercorn", "granian", "asgi-sse serve", "asgi-sse demo")
 ENDLESS = ("curl -N", "asgi-sse tail")
 
@@ -144,9 +145,10 @@ class Output:
     def _read(self) -> None:
         assert self.process.stdout is not None
         with self.process.stdout as stream:
+            decoder = getincrementaldecoder("utf-8")()  # a chunk may end within a character
             while chunk := stream.read1():  # type: ignore[attr-defined]
                 with self._changed:
-                    self.text += chunk.decode()
+                    self.text += decoder.decode(chunk)
                     self._changed.notify_all()
         with self._changed:
             self.ended = True
@@ -268,11 +270,10 @@ class Session:
         deadline = time.monotonic() + ENOUGH
         for block, expected, outputs in what:
             while True:
-                # Before it is looked at what they have said, or the last of it would come in between.
-                more = time.monotonic() < deadline and not all(output.ended for output in outputs)
-                said = [output.text for output in outputs]
-                if as_shown(expected, *said):
+                ended = all(output.ended for output in outputs)  # asked first: behind its end nothing more is said
+                if as_shown(expected, *(said := [output.text for output in outputs])):
                     break
+                more = time.monotonic() < deadline and not ended
                 assert more, f"{block}: expected\n{expected}\nbut there was\n{''.join(said)}"
                 time.sleep(0.02)
 

@@ -1,6 +1,5 @@
 """Starts real servers on loopback, each in a process group of its own."""
 
-import itertools
 import os
 import random
 import signal
@@ -10,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import cycle
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -30,20 +30,19 @@ SERVERS: dict[str, list[str]] = {
 }
 
 
-# None that the kernel gives to connections, or who binds to 0, from 32,768 on: a server binds to its port only a moment
-# after this has given it, or comes back to it. Each worker of xdist has a thousand of them, and begins anywhere in it.
-_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-_FIRST_PORT = 12_000 + _WORKER % 20 * 1000
-_ports = (_FIRST_PORT + number % 1000 for number in itertools.count(random.randrange(1000)))
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 10
+_PORTS = cycle(random.sample(range(10_000 + _WORKER * 2_000, 12_000 + _WORKER * 2_000), 2_000))
+"""Below those that systems give by themselves, and another range for each worker of pytest-xdist: a port that is free
+here is still free when its server has started, and when it starts again."""
 
 
 def free_port() -> int:
-    """A port that nobody else is given."""
-    for port in itertools.islice(_ports, 1000):
+    while True:
+        port = next(_PORTS)
         with socket.socket() as sock, suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
             sock.bind(("127.0.0.1", port))
             return port
-    raise AssertionError(f"no port from {_FIRST_PORT} on is free")
 
 
 def command(server: str, app: str, port: int) -> list[str]:
@@ -58,7 +57,7 @@ def address(module: str, port: int) -> list[str]:
     return addresses.get(module, ["--host=127.0.0.1", f"--port={port}"])
 
 
-def wait_until_open(port: int, process: subprocess.Popen[bytes], seconds: float = 20) -> None:
+def wait_until_open(port: int, process: subprocess.Popen[bytes], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while True:
         try:

@@ -140,7 +140,8 @@ patient = SSEMiddleware(with_a_lifespan, {"/long-farewell": long_farewell}, regi
 bare = with_a_lifespan
 no_lifespan = raises_on_lifespan
 starlette = Starlette(routes=[Route("/ticks", _starlette_ticks)])
-app = SSEMiddleware(with_a_lifespan, SOURCES, registry=StreamRegistry(drain_timeout=1))
+app = SSEMiddleware(with_a_lifespan, SOURCES)
+hasty = SSEMiddleware(with_a_lifespan, SOURCES, registry=StreamRegistry(drain_timeout=1))
 
 
 def __getattr__(name: str) -> Any:

@@ -219,7 +219,7 @@ def test_the_slope_is_that_of_the_line() -> None:
 
 def test_what_is_held_has_all_and_leaves_nothing() -> None:
     """Real servers, small: a channel, and idle streams."""
-    size = sizes.QUICK._replace(hold=40, hold_seconds=1, ping=0.3, hold_rest=0.1)
+    size = sizes.QUICK._replace(hold=40, hold_seconds=1, ping=0.1, hold_rest=0.1)
     with ThreadPoolExecutor() as pool:
         outcomes = list(
             pool.map(lambda name: room("measures").measured(name, size, ["asgi_sse"]), ["hold", "hold-idle"])

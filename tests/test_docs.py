@@ -322,7 +322,7 @@ def run_by_pytest(page: Path, directory: Path) -> None:
     plugin = ["-p", "asgi_sse.pytest_plugin"] if own and not installed else []
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:asyncio", *plugin, "."]
     done = subprocess.run(
-        command, cwd=directory, env=environment(), capture_output=True, text=True, timeout=60, check=False
+        command, cwd=directory, env=environment(), capture_output=True, text=True, timeout=180, check=False
     )
     assert done.returncode == 0, f"{name_of(page)}:\n{done.stdout}"
 

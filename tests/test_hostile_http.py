@@ -59,7 +59,7 @@ class Server:
         self.size = self.figures()["bytes"]
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=8)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
 
     def send(self, data: bytes) -> Answer:
         """Send it all, however little the server takes; and read the answer to its end."""
@@ -78,7 +78,7 @@ class Server:
         return self.get("/figures").data
 
     def wait_for(self, wanted: Callable[[Any], bool]) -> None:
-        deadline = time.monotonic() + 8
+        deadline = time.monotonic() + 60
         while not wanted(figures := self.figures()):
             assert time.monotonic() < deadline, figures
             time.sleep(0.05)

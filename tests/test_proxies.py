@@ -22,7 +22,7 @@ from serving import HERE, address, free_port, serving
 from asgi_sse import EventDecoder, ServerSentEvent
 
 PAGE = HERE.parent / "docs/pages/guides/proxies.md"
-ENOUGH = 15.0  # seconds for any one thing; none of them waits for it to pass
+ENOUGH = 60.0  # seconds for any one thing; none of them waits for it to pass
 
 if not PAGE.exists():
     pytest.skip("the tree is not beside the tests", allow_module_level=True)
@@ -224,7 +224,7 @@ def test_comments_keep_a_quiet_stream_open(upstream: int, tmp_path: Path) -> Non
     def with_ping() -> None:
         received = b""
         with client.stream("/events/quiet?ping=0.2") as (_, chunks):
-            while received.count(b"\n:") < 9:  # at 1.8 s, of which nginx gives 1 s
+            while received.count(b"\n:") < 12:  # at 2.4 s, of which nginx gives 2 s
                 received += next(chunks)
 
     def without() -> None:
@@ -235,7 +235,7 @@ def test_comments_keep_a_quiet_stream_open(upstream: int, tmp_path: Path) -> Non
             assert [event.data for event in events] == ["that is all"]
 
     assert "proxy_read_timeout 60s;" in settings_of_the_page("nginx")
-    hasty: Proxy = (nginx, lambda: settings_of_the_page("nginx").replace("read_timeout 60s", "read_timeout 1s"))
+    hasty: Proxy = (nginx, lambda: settings_of_the_page("nginx").replace("read_timeout 60s", "read_timeout 2s"))
     with proxied(hasty, upstream, tmp_path) as client, ThreadPoolExecutor() as pool:
         for done in [pool.submit(with_ping), pool.submit(without)]:
             done.result()
@@ -256,7 +256,7 @@ def test_a_browser_comes_back_when_the_app_was_away(tmp_path: Path) -> None:
         browser = Browser(stack)
 
         def enough(logged: list[str]) -> bool:
-            if logged.count("comes back true") == 2 and not started:  # twice: it is not by chance
+            if logged.count("comes back true") >= 2 and not started:  # twice: it is not by chance
                 started.append(stack.enter_context(app(port, tmp_path)))
             return "that is all" in logged
 

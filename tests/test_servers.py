@@ -30,13 +30,19 @@ class Server:
 
     def connect(self) -> httpx.Client:
         """A client with connections of its own."""
-        return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", http1=not self.h2, http2=self.h2, timeout=10)
+        return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", http1=not self.h2, http2=self.h2, timeout=60)
 
     def closed(self) -> list[str]:
         """The names of the sources whose clean-up has run."""
         (event,) = EventDecoder().feed(self.client.get("/closed").content)
         names: list[str] = json.loads(str(event.data))
         return names
+
+    def timed_out(self) -> int:
+        """How many streams have ended so."""
+        (event,) = EventDecoder().feed(self.client.get("/reasons").content)
+        number: int = json.loads(str(event.data)).get("timed_out", 0)
+        return number
 
     def wait_until_closed(self, name: str, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -68,10 +74,11 @@ def test_the_stream_arrives_byte_for_byte(server: Server, path: str, sep: str) -
 
 @pytest.mark.parametrize("path", ["/idle", "/flat-out"])
 def test_a_disconnect_reaches_the_source(server: Server, path: str) -> None:
-    name = f"{path}-disconnects"
+    name, before = f"{path}-disconnects", server.timed_out()
     with server.connect() as client, client.stream("GET", path, params={"name": name}) as response:
         assert next(response.iter_raw())
-    server.wait_until_closed(name, 2)
+    server.wait_until_closed(name, 12)  # the next ping, at which it would be seen anyway, comes after 15 s
+    assert server.timed_out() == before
 
 
 def test_a_stream_that_is_reset_leaves_its_connection_alone(server: Server) -> None:
@@ -80,7 +87,7 @@ def test_a_stream_that_is_reset_leaves_its_connection_alone(server: Server) -> N
         pytest.skip("HTTP/1.1 has one stream a connection")
     authority = f"127.0.0.1:{server.port}"
     http = h2.connection.H2Connection()
-    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as sock:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock:
 
         def body_arrives_on(stream: int) -> bool:
             while True:
@@ -97,7 +104,7 @@ def test_a_stream_that_is_reset_leaves_its_connection_alone(server: Server) -> N
             assert body_arrives_on(stream)
         http.reset_stream(1, h2.errors.ErrorCodes.CANCEL)
         sock.sendall(http.data_to_send())
-        server.wait_until_closed(f"reset-by-{server.name}", 2)
+        server.wait_until_closed(f"reset-by-{server.name}", 12)
         assert f"stays-by-{server.name}" not in server.closed()
 
 
@@ -106,9 +113,9 @@ def test_pings_keep_an_idle_stream_alive(server: Server) -> None:
     with server.connect() as client, client.stream("GET", "/pings") as response:
         for chunk in response.iter_raw():
             body += chunk
-            if body.count(b": ping\n\n") == 3:
+            if (pings := body.count(b": ping\n\n")) >= 3:  # one server may send two in one piece
                 break
-    assert body == OPENING + b"data: first\n\n" + b": ping\n\n" * 3
+    assert body == OPENING + b"data: first\n\n" + b": ping\n\n" * pings
 
 
 def test_requests(server: Server) -> None:
@@ -162,5 +169,5 @@ def test_a_client_that_does_not_read_is_dropped(server: Server) -> None:
             sock.sendall(http.data_to_send())
         else:
             sock.sendall(f"GET /flat-out?name={name} HTTP/1.1\r\nHost: {authority}\r\n\r\n".encode())
-        server.wait_until_closed(name, 10)
+        server.wait_until_closed(name, 60)
     assert "heartbeat" not in server.log.read_text()

@@ -21,11 +21,12 @@ from asgi_sse import EventDecoder
 
 FULL = os.environ.get("ASGI_SSE_STRESS") == "full"
 CYCLES = 10_000 if FULL else 1_000
+LEFT = ("streams", "tasks", "threads", "generators")
 SERVERS = ["uvicorn-httptools-uvloop", "uvicorn-h11-asyncio", "hypercorn-asyncio", "granian"]
 
 
 def request(port: int, path: str) -> socket.socket:
-    sock = socket.create_connection(("127.0.0.1", port), timeout=10)
+    sock = socket.create_connection(("127.0.0.1", port), timeout=60)
     sock.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
     return sock
 
@@ -40,10 +41,10 @@ def figures(port: int) -> Any:
     return json.loads(str(event.data))
 
 
-def wait_until(seconds: float, condition: Any) -> float:
+def wait_until(seconds: float, condition: Any, told: Any = lambda: "it takes too long") -> float:
     began = time.monotonic()
     while not condition():
-        assert time.monotonic() - began < seconds, "it takes too long"
+        assert time.monotonic() - began < seconds, told()
         time.sleep(0.05)
     return time.monotonic() - began
 
@@ -53,7 +54,7 @@ def test_connections_leave_nothing_behind(server: str) -> None:
     with running(server) as port:
         for path in ("/idle?name=warm-up", "/threaded-idle"):
             request(port, path).close()
-        wait_until(10, lambda: figures(port)["streams"] == 1)
+        wait_until(60, lambda: figures(port)["streams"] == 1)
         before = figures(port)
         began = time.monotonic()
         for number in range(CYCLES):
@@ -64,11 +65,15 @@ def test_connections_leave_nothing_behind(server: str) -> None:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             sock.close()
         seconds = time.monotonic() - began
-        wait_until(10, lambda: figures(port)["streams"] == 1 and figures(port)["tasks"] <= before["tasks"])
-        after = figures(port)
+        after = before
+
+        def nothing_left() -> bool:
+            nonlocal after
+            after = figures(port)
+            return all(after[name] <= before[name] for name in LEFT)
+
+        wait_until(60, nothing_left, lambda: (before, after))
         print(f"{server}: {CYCLES} connections in {seconds:.1f} s; before {before}, after {after}")
-    for name in ("streams", "tasks", "threads", "generators"):
-        assert after[name] <= before[name], (before, after)
 
 
 @pytest.fixture
@@ -84,11 +89,16 @@ def test_clients_that_stop_reading(server: str, clients: ExitStack) -> None:
         about = psutil.Process(running_process.pid)
         with request(port, "/backlog") as sock:  # what the first of all costs is not theirs
             read_until(sock, b"data: x")
-        wait_until(10, lambda: figures(port)["streams"] == 1)
+        wait_until(60, lambda: figures(port)["streams"] == 1)
         before = about.memory_info().rss
         for _ in range(50):
             clients.enter_context(request(port, "/backlog"))
-        wait_until(10, lambda: figures(port)["streams"] == 51)
+
+        def all_came() -> bool:  # on a slow machine, some are dropped before the last one is there
+            now = figures(port)
+            return bool(now["streams"] - 1 + now["closed"].get("timed_out", 0) == 50)
+
+        wait_until(60, all_came)
         peak = 0
 
         def all_dropped() -> bool:
@@ -96,11 +106,11 @@ def test_clients_that_stop_reading(server: str, clients: ExitStack) -> None:
             peak = max(peak, about.memory_info().rss)
             return bool(figures(port)["streams"] == 1)
 
-        seconds = wait_until(15, all_dropped)
+        seconds = wait_until(60, all_dropped)
         closed = figures(port)["closed"]
         began = time.monotonic()
         running_process.send_signal(signal.SIGTERM)
-        running_process.wait(5)
+        running_process.wait(60)
         ended = time.monotonic() - began
     growth = (peak - before) / 2**20
     print(
@@ -108,4 +118,4 @@ def test_clients_that_stop_reading(server: str, clients: ExitStack) -> None:
     )
     assert growth < 20
     assert closed["timed_out"] == 50
-    assert ended < 2
+    assert ended < (2 if FULL else 8)  # nobody is waited for; a drain would wait for 10 s

@@ -10,6 +10,7 @@ from typing import Any, Final, cast
 from urllib.parse import unquote
 
 import anyio
+import anyio.lowlevel
 
 from .._eventloop import Child, current_loop
 from .._types import ASGIApp, Message, Scope
@@ -364,11 +365,14 @@ class OpenStream:
         patience = self._request[4]
         with real_deadline(patience) as deadline:
             await self.wait_for_head()
-        if deadline.cancelled_caught:
+        if deadline.cancelled_caught:  # maybe since the process was held up, before the app had its first step
+            await anyio.lowlevel.checkpoint()
+        if deadline.cancelled_caught and not (self.status or self._returned):
             raise TimeoutError(
                 f"the app has sent no head within {patience:g} s: {self!r}. Give open_stream() another timeout if it "
                 "may take longer"
             )
+        await self.wait_for_head()  # it may have come in the very turn of the deadline
 
     async def _has_returned(self, timeout: float) -> bool:
         with real_deadline(timeout):

@@ -11,7 +11,7 @@ import pytest
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 NO_PLAYWRIGHT = "the browser is driven by Playwright, which is not installed"
-ENOUGH = 15_000  # milliseconds for whatever a test waits for, on a slow machine
+ENOUGH = 60_000  # milliseconds for whatever a test waits for, on a slow machine
 
 
 @pytest.fixture(scope="package")  # not of the session: while it is driven, no event loop can run in this thread

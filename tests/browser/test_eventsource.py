@@ -85,7 +85,7 @@ def foreign(open_page: Callable[..., Any], other_origin: str) -> Any:
 
 @pytest.fixture
 def ask(server: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server, trust_env=False, timeout=15) as client:
+    with httpx.Client(base_url=server, trust_env=False, timeout=60) as client:
         yield client
 
 
@@ -96,7 +96,7 @@ def requests_of(ask: httpx.Client, path: str, query: str = "") -> list[dict[str,
 
 
 def wait_for_requests(ask: httpx.Client, number: int, path: str, query: str = "") -> list[dict[str, Any]]:
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while len(requests := requests_of(ask, path, query)) < number:
         assert time.monotonic() < deadline, requests
         time.sleep(0.02)
@@ -138,9 +138,12 @@ def test_resumes_after_each_cut(page: Any, ask: httpx.Client) -> None:
 @pytest.mark.parametrize("retry", [50, 500])
 def test_comes_back_after_the_time_that_it_was_told(retry: int, page: Any, ask: httpx.Client) -> None:
     Source(page, f"/ends?retry={retry}")
-    requests = wait_for_requests(ask, 4, "/ends", f"retry={retry}")
-    assert min(gaps(requests)) >= retry / 1000
-    assert min(gaps(requests)) < retry / 1000 + 0.5  # and not after the three seconds that are its own default
+    for number in range(4, 20):  # a busy machine may be late, but not each time
+        requests = wait_for_requests(ask, number, "/ends", f"retry={retry}")
+        assert min(gaps(requests)) >= retry / 1000
+        if min(gaps(requests)) < retry / 1000 + 0.5:  # and not after the three seconds that are its own default
+            return
+    pytest.fail(f"it came back after {gaps(requests)}")
 
 
 def test_a_drain_sends_each_away_for_a_time_of_its_own(page: Any, ask: httpx.Client) -> None:
