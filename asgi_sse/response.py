@@ -100,8 +100,8 @@ class EventSourceResponse:
 
     Args:
         content: Where the events come from: an async generator or any async iterable, which is closed
-            at the end; or an iterable, which is run in a thread of its own. Each item is a
-            `ServerSentEvent`, a ``dict`` of its arguments, ``str``, ``int``, or encoded ``bytes``.
+            at the end; or an iterable, which is run in a thread of its own unless it is a list or a tuple. Each
+            item is a `ServerSentEvent`, a ``dict`` of its arguments, ``str``, ``int``, or encoded ``bytes``.
         status_code: The status. Browsers accept 200 alone.
         headers: More headers, or others in place of ``Content-Type: text/event-stream``,
             ``Cache-Control: no-store, no-transform`` and ``X-Accel-Buffering: no``.

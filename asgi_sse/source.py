@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping
 from typing import Any, Final
 
 import anyio
@@ -55,7 +55,15 @@ def check_content(content: Any) -> None:
 
 def iterate(content: AsyncIterable[Any] | Iterable[Any]) -> AsyncIterator[Any]:
     """The items of `content`, one by one. Has an ``aclose`` wherever there is something to close."""
-    return content.__aiter__() if isinstance(content, AsyncIterable) else ThreadedIterator(content)
+    if isinstance(content, AsyncIterable):
+        return content.__aiter__()
+    # A list has all its items, so that no thread is needed to wait for them; a subclass may make them.
+    return _items_of(content) if type(content) in (list, tuple) else ThreadedIterator(content)
+
+
+async def _items_of(content: Iterable[Any]) -> AsyncGenerator[Any]:
+    for item in content:
+        yield item
 
 
 _IN_NEXT: Final = 0.1

@@ -954,9 +954,12 @@ async def test_threads_are_bounded_and_given_back(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(SSEError, match="synchronous sources run already"):
             async with open_stream(EventSourceResponse(source())):
                 pass
+        for needs_none in (["a", "b"], ("a", "b")):
+            async with open_stream(EventSourceResponse(needs_none)) as stream:
+                assert [event.data async for event in stream] == ["a", "b"]
         release.set()
         assert [event async for event in first] == []
-    async with open_stream(EventSourceResponse(["next"])) as after:
+    async with open_stream(EventSourceResponse(iter(["next"]))) as after:
         assert (await after.receive()).data == "next"
 
 

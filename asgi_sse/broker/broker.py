@@ -370,8 +370,8 @@ class Broker:
 
         Args:
             name: The channel's name.
-            source: An async generator, any async iterable, or an iterable, which is run in a thread of its own. Its
-                items are as of `publish`.
+            source: An async generator, any async iterable, or an iterable, which is run in a thread of its own unless
+                it is a list or a tuple. Its items are as of `publish`.
             ttl: Seconds for which clients can get it after its end.
             max_lifetime: Seconds after which it is ended; ``None``: never.
             max_bytes: Memory that its events may take, about. Its first events beyond are lost to clients that come
