@@ -204,14 +204,18 @@ class Runs(Mapping[str, Run]):
         self._hub.log.release(name)
 
     def _on_restart(self, tail: int) -> None:
-        """The log is another one: what has ended is not in it, and the others begin with it."""
+        """The log is another one: what has ended is not in it, and the others begin with it.
+
+        What has the numbers before that may be left of an earlier one, with a hole behind it.
+        """
         epoch = self._hub.log.epoch
         for name, run in list(self._all.items()):
-            if run.outcome is not None:
-                self._release(name)
-            elif run.claim.epoch != epoch:
-                run.start = run.claim.start = min(run.start, tail)  # which its process tells the engine
+            if run.claim.epoch != epoch:
+                run.start = run.claim.start = tail  # which its process tells the engine
                 run.claim.epoch, run.claim.whole = epoch, False
+            if run.outcome is not None:
+                run.final = run.start  # or who reads it would wait for a number of the log before
+                self._release(name)
 
     def _given_up(self, run: Run, outcome: Outcome) -> None:
         with self._hub.lock:
