@@ -536,7 +536,7 @@ class NatsBackend(RemoteBackend):
         while True:
             entry = await self._runs.entry(name)
             if entry is not None and entry.token == token:
-                return entry.claim, True
+                return await self._as_of_now(entry.claim), True
             if entry is not None and not entry.is_over:
                 known = await self._as_of_now(entry.claim)
                 has_ended = known.outcome or known.start == over  # which is written behind its end
@@ -546,7 +546,7 @@ class NatsBackend(RemoteBackend):
             with self.hub.lock:
                 claim = Claim(self._node, log.epoch, log.tail, max_bytes, ttl)
             if await self._runs.write(name, claim, token, 0 if entry is None else entry.revision):
-                return claim, True
+                return await self._as_of_now(claim), True
 
     async def _find(self, name: str) -> Claim | None:
         entry = await self._runs.entry(name)

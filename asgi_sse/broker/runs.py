@@ -122,10 +122,10 @@ class Runs(Mapping[str, Run]):
             over = -1 if known is None else known.start
             claim, new = await self._backend.claim(name, max_bytes, ttl, again=not join, over=over)
             if new:
-                run = self._joined(name, claim) or make(name, claim, self._given_up)
-                run.pump = Pump(iterator, run, on_end)
-                run.loop = run.pump.loop
                 with self._hub.lock:
+                    run = self._joined(name, claim) or self._made(name, claim, make)
+                    run.pump = Pump(iterator, run, on_end)
+                    run.loop = run.pump.loop
                     self._add(run)
                 run.pump.begin()
                 if max_lifetime is not None:
@@ -152,18 +152,26 @@ class Runs(Mapping[str, Run]):
     def _found(self, name: str, claim: Claim, make: Callable[[str, Claim, Callable[[Run, Outcome], None]], Run]) -> Run:
         with self._hub.lock:
             run = self._all.get(name)
-            if run is None or run.start != claim.start:
-                run = make(name, claim, self._given_up)
-                if claim.epoch != self._hub.log.epoch:  # the log has become another one since it was asked for
-                    run.start = 0
-                    run.claim.whole = False
+            if run is None or (self._is_later(claim, run) if run.outcome is None else run.start != claim.start):
+                run = self._made(name, claim, make)
                 self._add(run)
                 last = self._hub.log.last(name)
                 if last is not None and run.is_ended_by(last):
                     self._set_ended(run, last.number, last.end or "lost")
-            if run.outcome is None and claim.outcome:
+            if run.outcome is None and claim.outcome and claim.epoch == self._hub.log.epoch:
                 self._set_ended(run, claim.final, claim.outcome)
         return run
+
+    def _made(self, name: str, claim: Claim, make: Callable[[str, Claim, Callable[[Run, Outcome], None]], Run]) -> Run:
+        run = make(name, claim, self._given_up)
+        if claim.epoch != self._hub.log.epoch:  # the log has become another one since it was asked for
+            run.start = 0
+            run.claim.whole = False
+        return run
+
+    def _is_later(self, claim: Claim, run: Run) -> bool:
+        """Whether a claim is that of a later run of that name: what began in an earlier log may begin anywhere."""
+        return claim.whole and claim.start != run.start and claim.epoch == self._hub.log.epoch
 
     def _joined(self, name: str, claim: Claim) -> Run | None:
         """The run of a claim of ours, where another task was told of it before we were."""
@@ -173,6 +181,10 @@ class Runs(Mapping[str, Run]):
         return run
 
     def _add(self, run: Run) -> None:
+        before = self._all.get(run.name)
+        if before is not None and before is not run and before.outcome is None:  # nobody else would end it
+            self._set_ended(before, run.start, "lost")
+            before.loop.call_threadsafe(partial(self._hub.look_again, run.name))
         self._hub.log.keep(run.name, run.claim.max_bytes)
         self._all[run.name] = run
         self._over.pop(run.name, None)
@@ -276,9 +288,9 @@ class Runs(Mapping[str, Run]):
         missing.discard(run)
         if claim is None:
             await self._bury(name, run)
-        elif claim.is_gone(epoch := self._hub.log.epoch):
+        elif claim.is_gone(self._hub.log.epoch):
             self._given_up(run, cast("Outcome", claim.outcome))
-        elif claim.outcome or (claim.whole and claim.start != run.start and claim.epoch == epoch):
+        elif claim.outcome or self._is_later(claim, run):
             self._end_without_event(run, claim.final or claim.start, claim.outcome or "lost")
 
     async def _bury(self, name: str, run: Run) -> None:
