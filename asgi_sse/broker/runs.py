@@ -206,6 +206,8 @@ class Runs(Mapping[str, Run]):
             self._release(next(iter(self._over)))
         forget = partial(_forget, weakref.ref(self), weakref.ref(run))
         run.loop.call_threadsafe(partial(self._set_alarm, run.loop, run.claim.ttl, forget))
+        if run.pump is not None:  # if it was another process that has ended it: else it has stopped already
+            run.loop.call_threadsafe(partial(_stop, weakref.ref(run), "lost"))
 
     def _set_alarm(self, loop: EventLoop, seconds: float, call: Callable[[], None]) -> None:
         self._alarms_of(loop).set(seconds, call)
@@ -231,6 +233,9 @@ class Runs(Mapping[str, Run]):
 
     def _given_up(self, run: Run, outcome: Outcome) -> None:
         with self._hub.lock:
+            if outcome == "lost" and run.pump is not None:
+                run.pump = None  # it is as another process's, which says so behind all that ours has published
+                return
             ring = self._hub.log.ring(run.name)
             final = run.start if ring is None else max(run.start, ring.newest)
             if self._all.get(run.name) is not run:

@@ -23,6 +23,8 @@ import asgi_sse.broker
 from asgi_sse import Broker, BrokerError, HTTPError, ServerSentEvent, Subscription
 from asgi_sse.broker import redis as redis_backend
 from asgi_sse.broker import redis_client, runs
+from asgi_sse.broker.backend import Publication
+from asgi_sse.broker.pump import final_event
 from asgi_sse.broker.redis import RedisBackend
 from asgi_sse.testing import open_stream
 
@@ -522,6 +524,33 @@ async def test_a_run_goes_on_as_long_as_its_process_does(valkey: Valkey, prefix:
             assert await run.wait() == "lost"
         found.cancel()
         run.cancel()
+
+
+async def test_a_run_that_another_process_has_taken_ends_where_that_says_so(
+    valkey: Valkey, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "_WATCH", 0.05)
+    stopped = asyncio.Event()
+
+    async def source() -> AsyncIterator[str]:
+        try:
+            yield "0"
+            await asyncio.Event().wait()
+        finally:
+            stopped.set()
+
+    async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
+        run = await one.run("r", source())
+        reader = run.subscribe()
+        assert data(await take(reader, 1)) == ["0"]
+        with valkey.client() as client:
+            client.hset(f"{{{prefix}}}:r:r", "node", "another")
+        async with asyncio.timeout(PATIENCE):
+            await stopped.wait()
+            await two.publish("r", "1")  # which was under way
+            await two._backend.publish(Publication("r", final_event("lost"), end="lost", keep_after=0, ttl=60))
+            assert data([event async for event in reader]) == ["1", '{"reason":"lost"}']
+            assert await run.wait() == "lost"
 
 
 async def test_a_run_goes_on_in_a_log_that_is_another_one(valkey: Valkey, prefix: str) -> None:
