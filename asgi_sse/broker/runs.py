@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable, Iterable, Iterator
 
     from .._eventloop import Child, EventLoop
+    from ..event import ServerSentEvent
     from ..ring import Entry
     from .backend import Backend, Claim
 
@@ -84,6 +85,8 @@ class Runs(Mapping[str, Run]):
         self._alarms: dict[EventLoop, _Alarms] = {}
         self._closed = False
         self._watch: Child | None = None
+        self._watch_loop: EventLoop | None = None
+        self._restarted: anyio.Event | None = None
 
     def __getitem__(self, name: str) -> Run:
         return self._all[name]
@@ -230,6 +233,8 @@ class Runs(Mapping[str, Run]):
             if run.outcome is not None:
                 run.final = run.start  # or who reads it would wait for a number of the log before
                 self._release(name)
+        if self._watch_loop is not None:
+            self._watch_loop.call_threadsafe(self._look_now)
 
     def _given_up(self, run: Run, outcome: Outcome) -> None:
         with self._hub.lock:
@@ -265,11 +270,19 @@ class Runs(Mapping[str, Run]):
     async def _watch_others(self) -> None:
         """See that who has a run says so, and that who has not said so for long has it no more."""
         missing: set[Run] = set()
+        event = self._restarted = anyio.Event()
+        due = anyio.current_time() + _WATCH
         while True:
-            await anyio.sleep(_WATCH)
+            with anyio.move_on_after(max(0.0, due - anyio.current_time())):
+                await event.wait()
+            restarted = event.is_set()
+            if restarted:  # until the engine is told of our own again, nobody finds them
+                event = self._restarted = anyio.Event()
+            else:
+                due = anyio.current_time() + _WATCH
             missing.intersection_update(self._all.values())
             for name, run in list(self._all.items()):
-                if run.outcome is not None:
+                if run.outcome is not None or (restarted and run.pump is None):
                     continue
                 try:
                     await self._look_after(name, run, missing)
@@ -280,7 +293,14 @@ class Runs(Mapping[str, Run]):
                 except Exception:
                     logger.exception("run %s could not be looked after, and is again", name, extra={"sse_run": name})
 
+    def _look_now(self) -> None:
+        if self._restarted is not None:
+            self._restarted.set()
+
     async def _look_after(self, name: str, run: Run, missing: set[Run]) -> None:
+        if run.last_word is not None:
+            await self._repeat_last_word(run, *run.last_word)
+            return
         if run.pump is not None:
             if not await self._backend.renew(name, run.claim):
                 logger.warning("run %s is ended: another process has taken it for lost", name, extra={"sse_run": name})
@@ -298,6 +318,23 @@ class Runs(Mapping[str, Run]):
         elif claim.outcome or self._is_later(claim, run):
             self._end_without_event(run, claim.final or claim.start, claim.outcome or "lost")
 
+    async def _repeat_last_word(self, run: Run, event: ServerSentEvent, outcome: Outcome) -> None:
+        """The last event was acknowledged, and may have been lost with the log before it came to anybody."""
+        upstream = self._hub.upstream
+        if upstream is not None:
+            await upstream.sync()
+        claim = await self._backend.find(run.name)
+        if run.outcome is not None:
+            return
+        if (
+            claim is not None
+            and not claim.is_gone(self._hub.log.epoch)
+            and (claim.outcome or self._is_later(claim, run))
+        ):
+            self._end_without_event(run, claim.final or claim.start, claim.outcome or "lost")
+        else:
+            await run.put(event, outcome)
+
     async def _bury(self, name: str, run: Run) -> None:
         if await self._backend.renew(name, run.claim):  # as ours; another process may have been faster
             logger.warning("run %s is ended: its process has not been heard of for long", name, extra={"sse_run": name})
@@ -309,7 +346,8 @@ class Runs(Mapping[str, Run]):
         """New ones may begin."""
         self._closed = False
         if not self._backend.is_alone and self._watch is None:
-            self._watch = current_loop().spawn(self._keep_watching, "asgi_sse runs")
+            self._watch_loop = current_loop()
+            self._watch = self._watch_loop.spawn(self._keep_watching, "asgi_sse runs")
 
     async def _keep_watching(self) -> None:
         try:
