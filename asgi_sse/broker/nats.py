@@ -181,7 +181,8 @@ class NatsBackend(RemoteBackend):
             raise BrokerError(f"{self.url} does not make the stream {self._name}: {exc.description}") from exc
         return await self._look()
 
-    async def _position(self) -> tuple[str, int]:
+    async def _look_ahead(self) -> Stream:
+        """Look at the stream, which who reads may find to be another one only later."""
         try:
             stream = await self._look()
         except nats.js.errors.NotFoundError:
@@ -189,10 +190,14 @@ class NatsBackend(RemoteBackend):
             raise ConnectionError(f"the stream {self._name} is gone") from None
         if stream.epoch != self.hub.log.epoch:
             self._suspect()
+        return stream
+
+    async def _position(self) -> tuple[str, int]:
+        stream = await self._look_ahead()
         return stream.epoch, stream.last
 
     async def _epoch(self) -> tuple[str, int]:
-        stream = await self._look()
+        stream = await self._look_ahead()
         return stream.epoch, stream.start
 
     def _suspect(self) -> None:
@@ -583,6 +588,8 @@ class NatsBackend(RemoteBackend):
                 ended = await self._as_of_now(entry.claim)
                 if ended.start >= number:
                     return  # it was begun again
+                if ended.epoch != entry.claim.epoch and number > self.hub.log.tail:
+                    return  # the end was in the stream that is gone: its readers would wait for that number
                 ended.outcome, ended.final = publication.end, number
                 if publication.ttl is not None:
                     ended.ttl = publication.ttl

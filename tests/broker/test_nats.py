@@ -603,3 +603,36 @@ async def test_a_run_that_ended_in_a_stream_that_is_gone_can_be_begun_again(serv
         assert await two.find_run("r") is None
         again = await two.run("r", ["again"], join=True)
         assert await read(again.subscribe(), "again") == ["again"]
+
+
+async def test_the_end_of_a_run_that_went_with_the_stream_is_none_of_the_next_one(server: Nats) -> None:
+    """Who reads it would wait for that number."""
+    async with Broker(server.url, prefix="p") as one, Broker(server.url, prefix="p") as two, raw(server) as js:
+        back = back_end_of(one)
+        for _ in range(5):
+            await one.publish("a", "x")
+        await back.claim("r", 100, 60, again=False, over=-1)
+        await js.delete_stream("SSE_p")
+        await eventually(lambda: one.statistics().restarts == 1)
+        await back._end_run(Publication("r", ServerSentEvent("x"), end="finished", ttl=60), 6)
+        found = await back_end_of(two).find("r")
+        assert found is not None
+        assert (found.outcome, found.whole) == ("", False)
+
+
+async def test_a_run_is_looked_for_again_where_the_stream_is_gone_a_second_time(
+    server: Nats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nothing() -> None:
+        """The stream has gone behind it."""
+
+    async with Broker(server.url, prefix="p") as one, raw(server) as js:
+        back = back_end_of(one)
+        await back.claim("r", 100, 60, again=False, over=-1)
+        await js.delete_stream("SSE_p")
+        await eventually(lambda: one.statistics().restarts == 1)
+        monkeypatch.setattr(back, "_sync", nothing)
+        await js.delete_stream("SSE_p")
+        found = await back.find("r")
+        assert found is not None
+        assert not found.whole
