@@ -161,7 +161,8 @@ class Runs(Mapping[str, Run]):
                 last = self._hub.log.last(name)
                 if last is not None and run.is_ended_by(last):
                     self._set_ended(run, last.number, last.end or "lost")
-            if run.outcome is None and claim.outcome and claim.epoch == self._hub.log.epoch:
+            known = claim.epoch == self._hub.log.epoch and not self._is_earlier(claim, run)
+            if run.outcome is None and claim.outcome and known:
                 self._set_ended(run, claim.final, claim.outcome)
         return run
 
@@ -174,7 +175,11 @@ class Runs(Mapping[str, Run]):
 
     def _is_later(self, claim: Claim, run: Run) -> bool:
         """Whether a claim is that of a later run of that name: what began in an earlier log may begin anywhere."""
-        return claim.whole and claim.start != run.start and claim.epoch == self._hub.log.epoch
+        return claim.whole and claim.start > run.start and claim.epoch == self._hub.log.epoch
+
+    def _is_earlier(self, claim: Claim, run: Run) -> bool:
+        """Whether it is that of an earlier one, of an engine that has lost events, which is not known here yet."""
+        return claim.whole and claim.start < run.start and claim.epoch == self._hub.log.epoch
 
     def _joined(self, name: str, claim: Claim) -> Run | None:
         """The run of a claim of ours, where another task was told of it before we were."""
@@ -285,7 +290,10 @@ class Runs(Mapping[str, Run]):
                 if run.outcome is not None or (restarted and run.pump is None):
                     continue
                 try:
-                    await self._look_after(name, run, missing)
+                    if restarted:
+                        await self._catch_up()
+                    if run.outcome is None:  # else it would go on again, to those who find it
+                        await self._look_after(name, run, missing)
                 except BrokerError as exc:
                     logger.debug(
                         "run %s could not be looked after, and is again: %s", name, exc, extra={"sse_run": name}
@@ -298,17 +306,14 @@ class Runs(Mapping[str, Run]):
             self._restarted.set()
 
     async def _look_after(self, name: str, run: Run, missing: set[Run]) -> None:
-        if run.last_word is not None:
-            await self._repeat_last_word(run, *run.last_word)
-            return
-        if run.pump is not None:
-            if not await self._backend.renew(name, run.claim):
-                logger.warning("run %s is ended: another process has taken it for lost", name, extra={"sse_run": name})
-                run.pump.stop("lost")
+        if run.pump is not None or run.last_word is not None:
+            await self._look_after_own(name, run)
             return
         claim = await self._backend.find(name)
-        if claim is None and run not in missing:
+        if (claim is None or claim.is_gone(self._hub.log.epoch)) and run not in missing:
             missing.add(run)  # who has it may have been cut off, as we were
+            return
+        if claim is not None and self._is_earlier(claim, run):
             return
         missing.discard(run)
         if claim is None:
@@ -318,24 +323,37 @@ class Runs(Mapping[str, Run]):
         elif claim.outcome or self._is_later(claim, run):
             self._end_without_event(run, claim.final or claim.start, claim.outcome or "lost")
 
+    async def _look_after_own(self, name: str, run: Run) -> None:
+        if run.last_word is not None:
+            await self._repeat_last_word(run, *run.last_word)
+        elif run.pump is not None and not await self._backend.renew(name, run.claim):
+            logger.warning("run %s is ended: another process has taken it for lost", name, extra={"sse_run": name})
+            run.pump.stop("lost")
+
     async def _repeat_last_word(self, run: Run, event: ServerSentEvent, outcome: Outcome) -> None:
         """The last event was acknowledged, and may have been lost with the log before it came to anybody."""
-        upstream = self._hub.upstream
-        if upstream is not None:
-            await upstream.sync()
+        await self._catch_up()
         claim = await self._backend.find(run.name)
         if run.outcome is not None:
             return
         if (
             claim is not None
-            and not claim.is_gone(self._hub.log.epoch)
+            and not (claim.is_gone(self._hub.log.epoch) or self._is_earlier(claim, run))
             and (claim.outcome or self._is_later(claim, run))
         ):
             self._end_without_event(run, claim.final or claim.start, claim.outcome or "lost")
         else:
             await run.put(event, outcome)
 
+    async def _catch_up(self) -> None:
+        """Know of the epoch, and of all that has ended by now."""
+        if self._hub.upstream is not None:
+            await self._hub.upstream.sync()
+
     async def _bury(self, name: str, run: Run) -> None:
+        await self._catch_up()
+        if run.outcome is not None:  # its end came when the engine had forgotten it
+            return
         if await self._backend.renew(name, run.claim):  # as ours; another process may have been faster
             logger.warning("run %s is ended: its process has not been heard of for long", name, extra={"sse_run": name})
             await run.put(final_event("lost"), "lost")

@@ -726,6 +726,26 @@ async def test_a_run_is_found_again_as_soon_as_the_log_is_another_one(valkey: Va
         run.cancel()
 
 
+async def test_a_run_that_ends_before_the_loss_of_the_log_is_known_does_not_go_on_to_others(
+    valkey: Valkey, prefix: str
+) -> None:
+    """Nor is its end followed by that of a run which is lost."""
+    release = asyncio.Event()
+    async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
+        run = await one.run("r", in_two_parts(release))
+        for _ in range(20):
+            await one.publish("a", "x")  # so that nothing comes of the next log, until that is looked at
+        await until(lambda: one.statistics().received == 21)
+        await asyncio.sleep(0.1)
+        with valkey.client() as client:
+            client.delete(*client.keys(f"\\{{{prefix}}}:*"))
+        release.set()
+        async with asyncio.timeout(PATIENCE):
+            assert await run.wait() == "finished"
+        await asyncio.sleep(0.2)  # in which it would have been renewed
+        assert await two.find_run("r") is None
+
+
 async def test_the_last_event_of_a_run_that_the_log_has_lost_is_published_again(
     valkey: Valkey, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -841,6 +861,45 @@ async def test_a_run_of_which_an_engine_has_lost_the_middle_begins_behind_that(t
                     told, *rest = [event async for event in reader]
                 assert told.event == "reset"
                 assert data(rest) == ["after", '{"reason":"finished"}']
+
+
+@pytest.mark.parametrize("owner", [0, 1])
+async def test_an_engine_that_comes_back_with_an_earlier_run_of_that_name_does_not_end_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: int
+) -> None:
+    """Neither before it is known that it has lost events, nor after."""
+    monkeypatch.setattr(runs, "_WATCH", 0.2)
+    release = asyncio.Event()
+    with Valkey(tmp_path) as engine:
+        async with Broker(engine.url) as one, Broker(engine.url) as two:
+            earlier = await (one, two)[owner].run("r", ["x"])
+            async with asyncio.timeout(PATIENCE):
+                assert await earlier.wait() == "finished"
+            with engine.client() as client:
+                ended = client.hgetall("{asgi_sse}:r:r")
+            await asyncio.to_thread(engine.save)
+            await one.publish("a", "x")
+            run = await one.run("r", in_two_parts(release))
+            found = await two.find_run("r")
+            assert found is not None
+            readers = [run.subscribe(), found.subscribe()]
+            for reader in readers:
+                await take(reader, 1)
+            with engine.client() as client:  # as it is on an engine that has come back, and is not found out yet
+                client.hset("{asgi_sse}:r:r", mapping=ended)
+            await runs.Runs._look_after(two._runs, "r", found, set())
+            assert found.outcome is None
+            await asyncio.to_thread(engine.restart, saved=True)
+            await until(lambda: one.statistics().restarts == two.statistics().restarts == 1)
+            async with asyncio.timeout(PATIENCE):
+                while await two.find_run("r") is None:
+                    await asyncio.sleep(0.01)
+            release.set()
+            for reader in readers:
+                async with asyncio.timeout(PATIENCE):
+                    seen = [event async for event in reader]
+                assert reason(seen[0]) == "epoch"
+                assert data(seen[1:]) == ["after", '{"reason":"finished"}']
 
 
 async def test_a_run_that_ends_where_nobody_knows_of_it(valkey: Valkey, prefix: str) -> None:
