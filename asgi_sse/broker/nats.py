@@ -181,7 +181,8 @@ class NatsBackend(RemoteBackend):
             raise BrokerError(f"{self.url} does not make the stream {self._name}: {exc.description}") from exc
         return await self._look()
 
-    async def _position(self) -> tuple[str, int]:
+    async def _look_ahead(self) -> Stream:
+        """Look at the stream, which who reads may find to be another one only later."""
         try:
             stream = await self._look()
         except nats.js.errors.NotFoundError:
@@ -189,10 +190,14 @@ class NatsBackend(RemoteBackend):
             raise ConnectionError(f"the stream {self._name} is gone") from None
         if stream.epoch != self.hub.log.epoch:
             self._suspect()
+        return stream
+
+    async def _position(self) -> tuple[str, int]:
+        stream = await self._look_ahead()
         return stream.epoch, stream.last
 
     async def _epoch(self) -> tuple[str, int]:
-        stream = await self._look()
+        stream = await self._look_ahead()
         return stream.epoch, stream.start
 
     def _suspect(self) -> None:
@@ -536,7 +541,7 @@ class NatsBackend(RemoteBackend):
         while True:
             entry = await self._runs.entry(name)
             if entry is not None and entry.token == token:
-                return entry.claim, True
+                return await self._as_of_now(entry.claim), True
             if entry is not None and not entry.is_over:
                 known = await self._as_of_now(entry.claim)
                 has_ended = known.outcome or known.start == over  # which is written behind its end
@@ -546,7 +551,7 @@ class NatsBackend(RemoteBackend):
             with self.hub.lock:
                 claim = Claim(self._node, log.epoch, log.tail, max_bytes, ttl)
             if await self._runs.write(name, claim, token, 0 if entry is None else entry.revision):
-                return claim, True
+                return await self._as_of_now(claim), True
 
     async def _find(self, name: str) -> Claim | None:
         entry = await self._runs.entry(name)
@@ -559,7 +564,8 @@ class NatsBackend(RemoteBackend):
     async def _renew(self, name: str, claim: Claim) -> bool:
         while True:
             entry = await self._runs.entry(name)
-            if entry is not None and not entry.is_over:
+            # One that has ended in an earlier log was called so before: it came back with what has lost events.
+            if entry is not None and not entry.is_over and not entry.claim.is_gone(claim.epoch):
                 if entry.claim.node != self._node:
                     return False
                 if entry.claim.outcome:
@@ -583,6 +589,8 @@ class NatsBackend(RemoteBackend):
                 ended = await self._as_of_now(entry.claim)
                 if ended.start >= number:
                     return  # it was begun again
+                if ended.epoch != entry.claim.epoch and number > self.hub.log.tail:
+                    return  # the end was in the stream that is gone: its readers would wait for that number
                 ended.outcome, ended.final = publication.end, number
                 if publication.ttl is not None:
                     ended.ttl = publication.ttl

@@ -424,11 +424,9 @@ class RedisBackend(RemoteBackend):
                 args=[self._node, max_bytes, ttl, int(again), _LEASE_MS, token],
             )
             claim = _claim_of(dict(zip(fields[::2], fields[1::2], strict=True)))
-            if new:
-                return claim, True
             known = await self._as_of_now(claim)
-            if not known.is_gone(self.hub.log.epoch):
-                return known, False
+            if new or not known.is_gone(self.hub.log.epoch):
+                return known, bool(new)
             again = True
 
     async def _find(self, name: str) -> Claim | None:

@@ -114,12 +114,13 @@ redis.call('PEXPIRE', KEYS[1], ARGV[5])
 return {1, redis.call('HGETALL', KEYS[1])}
 """
 
-# KEYS: run. ARGV: node, ms, the epoch, and the fields of the run, to put it back if it is gone, or of an earlier epoch.
+# KEYS: run. ARGV: node, ms, the epoch, and the fields of the run, to put it back if it is gone, or of an earlier epoch:
+# if it has ended in that, it is one that was called so before, and came back with an engine that has lost events.
 RENEW: Final = """
-local node = redis.call('HGET', KEYS[1], 'node')
-if node and node ~= ARGV[1] then return 0 end
-local known = redis.call('HMGET', KEYS[1], 'epoch', 'outcome')
-if not node or (known[1] ~= ARGV[3] and known[2] == '') then
+local known = redis.call('HMGET', KEYS[1], 'node', 'epoch', 'outcome')
+local node, other = known[1], known[2] ~= ARGV[3]
+if node and node ~= ARGV[1] and not (other and known[3] ~= '') then return 0 end
+if not node or other then
   redis.call('HSET', KEYS[1], 'node', ARGV[1], unpack(ARGV, 4))
 end
 if redis.call('HGET', KEYS[1], 'outcome') == '' then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end

@@ -364,7 +364,7 @@ class RemoteBackend(Backend):
         if claim.epoch == self.hub.log.epoch or claim.outcome:
             return claim
         epoch, start = await self._question(self._epoch)
-        return replace(claim, epoch=epoch, start=min(claim.start, start), whole=False)
+        return replace(claim, epoch=epoch, start=start, whole=False)
 
     @abstractmethod
     async def _epoch(self) -> tuple[str, int]:

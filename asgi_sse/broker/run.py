@@ -43,8 +43,8 @@ class Run(Channel):
     """
 
     __slots__ = (
-        "__weakref__", "_backend", "_left", "_pace", "_subscription", "_waiters", "claim", "final", "given_up", "loop",
-        "outcome", "pump", "start", "told_at",
+        "__weakref__", "_backend", "_left", "_pace", "_subscription", "_waiters", "claim", "final", "given_up",
+        "last_word", "loop", "outcome", "pump", "start", "told_at",
     )  # fmt: skip
 
     def __init__(
@@ -67,6 +67,7 @@ class Run(Channel):
         self.told_at: float | None = None  # that its broker is to be closed
         self.loop: EventLoop = current_loop()
         self.pump: Pump | None = None  # of a run of this process
+        self.last_word: tuple[ServerSentEvent, Outcome] | None = None  # once it is acknowledged
         self.given_up = given_up
         self._backend = backend
         self._subscription = subscription
@@ -161,6 +162,8 @@ class Run(Channel):
     async def put(self, event: ServerSentEvent, end: Outcome | None = None) -> None:
         """See `pump.Destination`."""
         await self._backend.publish(self._publication(event, end), wait=True)
+        if end is not None:
+            self.last_word = event, end
         await self._pace()
 
     def put_soon(self, event: ServerSentEvent, end: Outcome) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable, Iterable, Iterator
 
     from .._eventloop import Child, EventLoop
+    from ..event import ServerSentEvent
     from ..ring import Entry
     from .backend import Backend, Claim
 
@@ -84,6 +85,8 @@ class Runs(Mapping[str, Run]):
         self._alarms: dict[EventLoop, _Alarms] = {}
         self._closed = False
         self._watch: Child | None = None
+        self._watch_loop: EventLoop | None = None
+        self._restarted: anyio.Event | None = None
 
     def __getitem__(self, name: str) -> Run:
         return self._all[name]
@@ -122,10 +125,10 @@ class Runs(Mapping[str, Run]):
             over = -1 if known is None else known.start
             claim, new = await self._backend.claim(name, max_bytes, ttl, again=not join, over=over)
             if new:
-                run = self._joined(name, claim) or make(name, claim, self._given_up)
-                run.pump = Pump(iterator, run, on_end)
-                run.loop = run.pump.loop
                 with self._hub.lock:
+                    run = self._joined(name, claim) or self._made(name, claim, make)
+                    run.pump = Pump(iterator, run, on_end)
+                    run.loop = run.pump.loop
                     self._add(run)
                 run.pump.begin()
                 if max_lifetime is not None:
@@ -152,18 +155,31 @@ class Runs(Mapping[str, Run]):
     def _found(self, name: str, claim: Claim, make: Callable[[str, Claim, Callable[[Run, Outcome], None]], Run]) -> Run:
         with self._hub.lock:
             run = self._all.get(name)
-            if run is None or run.start != claim.start:
-                run = make(name, claim, self._given_up)
-                if claim.epoch != self._hub.log.epoch:  # the log has become another one since it was asked for
-                    run.start = 0
-                    run.claim.whole = False
+            if run is None or (self._is_later(claim, run) if run.outcome is None else run.start != claim.start):
+                run = self._made(name, claim, make)
                 self._add(run)
                 last = self._hub.log.last(name)
                 if last is not None and run.is_ended_by(last):
                     self._set_ended(run, last.number, last.end or "lost")
-            if run.outcome is None and claim.outcome:
+            known = claim.epoch == self._hub.log.epoch and not self._is_earlier(claim, run)
+            if run.outcome is None and claim.outcome and known:
                 self._set_ended(run, claim.final, claim.outcome)
         return run
+
+    def _made(self, name: str, claim: Claim, make: Callable[[str, Claim, Callable[[Run, Outcome], None]], Run]) -> Run:
+        run = make(name, claim, self._given_up)
+        if claim.epoch != self._hub.log.epoch:  # the log has become another one since it was asked for
+            run.start = 0
+            run.claim.whole = False
+        return run
+
+    def _is_later(self, claim: Claim, run: Run) -> bool:
+        """Whether a claim is that of a later run of that name: what began in an earlier log may begin anywhere."""
+        return claim.whole and claim.start > run.start and claim.epoch == self._hub.log.epoch
+
+    def _is_earlier(self, claim: Claim, run: Run) -> bool:
+        """Whether it is that of an earlier one, of an engine that has lost events, which is not known here yet."""
+        return claim.whole and claim.start < run.start and claim.epoch == self._hub.log.epoch
 
     def _joined(self, name: str, claim: Claim) -> Run | None:
         """The run of a claim of ours, where another task was told of it before we were."""
@@ -173,6 +189,10 @@ class Runs(Mapping[str, Run]):
         return run
 
     def _add(self, run: Run) -> None:
+        before = self._all.get(run.name)
+        if before is not None and before is not run and before.outcome is None:  # nobody else would end it
+            self._set_ended(before, run.start, "lost")
+            before.loop.call_threadsafe(partial(self._hub.look_again, run.name))
         self._hub.log.keep(run.name, run.claim.max_bytes)
         self._all[run.name] = run
         self._over.pop(run.name, None)
@@ -194,6 +214,8 @@ class Runs(Mapping[str, Run]):
             self._release(next(iter(self._over)))
         forget = partial(_forget, weakref.ref(self), weakref.ref(run))
         run.loop.call_threadsafe(partial(self._set_alarm, run.loop, run.claim.ttl, forget))
+        if run.pump is not None:  # if it was another process that has ended it: else it has stopped already
+            run.loop.call_threadsafe(partial(_stop, weakref.ref(run), "lost"))
 
     def _set_alarm(self, loop: EventLoop, seconds: float, call: Callable[[], None]) -> None:
         self._alarms_of(loop).set(seconds, call)
@@ -204,17 +226,26 @@ class Runs(Mapping[str, Run]):
         self._hub.log.release(name)
 
     def _on_restart(self, tail: int) -> None:
-        """The log is another one: what has ended is not in it, and the others begin with it."""
+        """The log is another one: what has ended is not in it, and the others begin with it.
+
+        What has the numbers before that may be left of an earlier one, with a hole behind it.
+        """
         epoch = self._hub.log.epoch
         for name, run in list(self._all.items()):
-            if run.outcome is not None:
-                self._release(name)
-            elif run.claim.epoch != epoch:
-                run.start = run.claim.start = min(run.start, tail)  # which its process tells the engine
+            if run.claim.epoch != epoch:
+                run.start = run.claim.start = tail  # which its process tells the engine
                 run.claim.epoch, run.claim.whole = epoch, False
+            if run.outcome is not None:
+                run.final = run.start  # or who reads it would wait for a number of the log before
+                self._release(name)
+        if self._watch_loop is not None:
+            self._watch_loop.call_threadsafe(self._look_now)
 
     def _given_up(self, run: Run, outcome: Outcome) -> None:
         with self._hub.lock:
+            if outcome == "lost" and run.pump is not None:
+                run.pump = None  # it is as another process's, which says so behind all that ours has published
+                return
             ring = self._hub.log.ring(run.name)
             final = run.start if ring is None else max(run.start, ring.newest)
             if self._all.get(run.name) is not run:
@@ -244,14 +275,25 @@ class Runs(Mapping[str, Run]):
     async def _watch_others(self) -> None:
         """See that who has a run says so, and that who has not said so for long has it no more."""
         missing: set[Run] = set()
+        event = self._restarted = anyio.Event()
+        due = anyio.current_time() + _WATCH
         while True:
-            await anyio.sleep(_WATCH)
+            with anyio.move_on_after(max(0.0, due - anyio.current_time())):
+                await event.wait()
+            restarted = event.is_set()
+            if restarted:  # until the engine is told of our own again, nobody finds them
+                event = self._restarted = anyio.Event()
+            else:
+                due = anyio.current_time() + _WATCH
             missing.intersection_update(self._all.values())
             for name, run in list(self._all.items()):
-                if run.outcome is not None:
+                if run.outcome is not None or (restarted and run.pump is None):
                     continue
                 try:
-                    await self._look_after(name, run, missing)
+                    if restarted:
+                        await self._catch_up()
+                    if run.outcome is None:  # else it would go on again, to those who find it
+                        await self._look_after(name, run, missing)
                 except BrokerError as exc:
                     logger.debug(
                         "run %s could not be looked after, and is again: %s", name, exc, extra={"sse_run": name}
@@ -259,25 +301,59 @@ class Runs(Mapping[str, Run]):
                 except Exception:
                     logger.exception("run %s could not be looked after, and is again", name, extra={"sse_run": name})
 
+    def _look_now(self) -> None:
+        if self._restarted is not None:
+            self._restarted.set()
+
     async def _look_after(self, name: str, run: Run, missing: set[Run]) -> None:
-        if run.pump is not None:
-            if not await self._backend.renew(name, run.claim):
-                logger.warning("run %s is ended: another process has taken it for lost", name, extra={"sse_run": name})
-                run.pump.stop("lost")
+        if run.pump is not None or run.last_word is not None:
+            await self._look_after_own(name, run)
             return
         claim = await self._backend.find(name)
-        if claim is None and run not in missing:
+        if (claim is None or claim.is_gone(self._hub.log.epoch)) and run not in missing:
             missing.add(run)  # who has it may have been cut off, as we were
+            return
+        if claim is not None and self._is_earlier(claim, run):
             return
         missing.discard(run)
         if claim is None:
             await self._bury(name, run)
-        elif claim.is_gone(epoch := self._hub.log.epoch):
+        elif claim.is_gone(self._hub.log.epoch):
             self._given_up(run, cast("Outcome", claim.outcome))
-        elif claim.outcome or (claim.whole and claim.start != run.start and claim.epoch == epoch):
+        elif claim.outcome or self._is_later(claim, run):
             self._end_without_event(run, claim.final or claim.start, claim.outcome or "lost")
 
+    async def _look_after_own(self, name: str, run: Run) -> None:
+        if run.last_word is not None:
+            await self._repeat_last_word(run, *run.last_word)
+        elif run.pump is not None and not await self._backend.renew(name, run.claim):
+            logger.warning("run %s is ended: another process has taken it for lost", name, extra={"sse_run": name})
+            run.pump.stop("lost")
+
+    async def _repeat_last_word(self, run: Run, event: ServerSentEvent, outcome: Outcome) -> None:
+        """The last event was acknowledged, and may have been lost with the log before it came to anybody."""
+        await self._catch_up()
+        claim = await self._backend.find(run.name)
+        if run.outcome is not None:
+            return
+        if (
+            claim is not None
+            and not (claim.is_gone(self._hub.log.epoch) or self._is_earlier(claim, run))
+            and (claim.outcome or self._is_later(claim, run))
+        ):
+            self._end_without_event(run, claim.final or claim.start, claim.outcome or "lost")
+        else:
+            await run.put(event, outcome)
+
+    async def _catch_up(self) -> None:
+        """Know of the epoch, and of all that has ended by now."""
+        if self._hub.upstream is not None:
+            await self._hub.upstream.sync()
+
     async def _bury(self, name: str, run: Run) -> None:
+        await self._catch_up()
+        if run.outcome is not None:  # its end came when the engine had forgotten it
+            return
         if await self._backend.renew(name, run.claim):  # as ours; another process may have been faster
             logger.warning("run %s is ended: its process has not been heard of for long", name, extra={"sse_run": name})
             await run.put(final_event("lost"), "lost")
@@ -288,7 +364,8 @@ class Runs(Mapping[str, Run]):
         """New ones may begin."""
         self._closed = False
         if not self._backend.is_alone and self._watch is None:
-            self._watch = current_loop().spawn(self._keep_watching, "asgi_sse runs")
+            self._watch_loop = current_loop()
+            self._watch = self._watch_loop.spawn(self._keep_watching, "asgi_sse runs")
 
     async def _keep_watching(self) -> None:
         try:

@@ -17,7 +17,7 @@ from engines import Nats
 from asgi_sse import Broker, BrokerError, ServerSentEvent
 from asgi_sse.broker import jetstream, nats_runs
 from asgi_sse.broker import nats as back_end
-from asgi_sse.broker.backend import Publication
+from asgi_sse.broker.backend import Claim, Publication
 from asgi_sse.broker.jetstream import servers_of, shown_server
 from asgi_sse.broker.nats import NatsBackend
 from asgi_sse.cli.hub import create_hub
@@ -556,8 +556,14 @@ async def test_a_run_is_read_and_cancelled_from_another_process(server: Nats) ->
             assert await other.wait() == await run.wait() == "cancelled"
 
 
+async def said_already(_name: str, _claim: Claim) -> bool:
+    return True
+
+
 @pytest.mark.parametrize("joins", [False, True])
-async def test_a_run_whose_beginning_went_with_the_stream_says_so(server: Nats, *, joins: bool) -> None:
+async def test_a_run_whose_beginning_went_with_the_stream_says_so(
+    server: Nats, monkeypatch: pytest.MonkeyPatch, *, joins: bool
+) -> None:
     """Runs are in a stream of their own, which tells of it as before until its process has looked after it again."""
     release = asyncio.Event()
 
@@ -569,6 +575,7 @@ async def test_a_run_whose_beginning_went_with_the_stream_says_so(server: Nats, 
     async with Broker(server.url, prefix="p") as one, Broker(server.url, prefix="p") as two, raw(server) as js:
         run = await one.run("r", source())
         assert await read(run.subscribe(), "before") == ["before"]
+        monkeypatch.setattr(back_end_of(one), "renew", said_already)
         await js.delete_stream("SSE_p")
         await two.publish("a", "x")
         await eventually(lambda: one.statistics().restarts == two.statistics().restarts == 1)
@@ -596,3 +603,36 @@ async def test_a_run_that_ended_in_a_stream_that_is_gone_can_be_begun_again(serv
         assert await two.find_run("r") is None
         again = await two.run("r", ["again"], join=True)
         assert await read(again.subscribe(), "again") == ["again"]
+
+
+async def test_the_end_of_a_run_that_went_with_the_stream_is_none_of_the_next_one(server: Nats) -> None:
+    """Who reads it would wait for that number."""
+    async with Broker(server.url, prefix="p") as one, Broker(server.url, prefix="p") as two, raw(server) as js:
+        back = back_end_of(one)
+        for _ in range(5):
+            await one.publish("a", "x")
+        await back.claim("r", 100, 60, again=False, over=-1)
+        await js.delete_stream("SSE_p")
+        await eventually(lambda: one.statistics().restarts == 1)
+        await back._end_run(Publication("r", ServerSentEvent("x"), end="finished", ttl=60), 6)
+        found = await back_end_of(two).find("r")
+        assert found is not None
+        assert (found.outcome, found.whole) == ("", False)
+
+
+async def test_a_run_is_looked_for_again_where_the_stream_is_gone_a_second_time(
+    server: Nats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nothing() -> None:
+        """The stream has gone behind it."""
+
+    async with Broker(server.url, prefix="p") as one, raw(server) as js:
+        back = back_end_of(one)
+        await back.claim("r", 100, 60, again=False, over=-1)
+        await js.delete_stream("SSE_p")
+        await eventually(lambda: one.statistics().restarts == 1)
+        monkeypatch.setattr(back, "_sync", nothing)
+        await js.delete_stream("SSE_p")
+        found = await back.find("r")
+        assert found is not None
+        assert not found.whole

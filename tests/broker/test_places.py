@@ -11,6 +11,8 @@ import pytest
 from asgi_sse import Broker, ServerSentEvent
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from asgi_sse.broker.hub import Hub
 
 pytestmark = pytest.mark.anyio
@@ -90,3 +92,44 @@ async def test_a_pattern_knows_of_a_channel_of_which_all_was_missed() -> None:
         with anyio.fail_after(5):
             assert (await anext(reader)).event == "reset"
         tasks.cancel_scope.cancel()
+
+
+async def test_who_reads_a_run_that_has_ended_comes_to_its_end_where_the_log_becomes_another_one() -> None:
+    broker = Broker()
+    upstream = Upstream(broker)
+    upstream.answers.set()
+    upstream.bring(1, 2, 3)
+    run = await broker.run("c.r", ["0", "1"])
+    with anyio.fail_after(5):
+        await run.wait()
+        reader = run.subscribe()
+        assert (await anext(reader)).data == "0"
+        upstream.hub.restart("next", 1, floor=1)
+        for rest, reason in ((reader, "epoch"), (run.subscribe(), "expired")):
+            told = [event async for event in rest]
+            assert [(event.event, json.loads(event.data or "")) for event in told] == [("reset", {"reason": reason})]
+            assert run.was_seen_by(told[0].id)
+
+
+async def test_a_run_that_was_taken_for_lost_publishes_no_more() -> None:
+    """Another process may begin one of that name by now."""
+    broker = Broker()
+    upstream = Upstream(broker)
+    stopped = anyio.Event()
+
+    async def source() -> AsyncIterator[str]:
+        try:
+            yield "0"
+            await anyio.sleep_forever()
+        finally:
+            stopped.set()
+
+    run = await broker.run("c.r", source())
+    with anyio.fail_after(5):
+        reader = run.subscribe()
+        assert (await anext(reader)).data == "0"
+        upstream.hub.publish("c.r", ServerSentEvent({"reason": "lost"}, event="end"), end="lost")
+        assert [event.event async for event in reader] == ["end"]
+        assert await run.wait() == "lost"
+        await stopped.wait()
+    assert upstream.hub.log.tail == 2

@@ -22,6 +22,8 @@ from serving import environment, free_port
 import asgi_sse.broker
 from asgi_sse import Broker, BrokerError, HTTPError, ServerSentEvent, Subscription
 from asgi_sse.broker import redis_client, runs
+from asgi_sse.broker.backend import Claim, Publication
+from asgi_sse.broker.pump import final_event
 from asgi_sse.broker.redis import RedisBackend
 from asgi_sse.testing import open_stream
 
@@ -536,6 +538,33 @@ async def test_a_run_goes_on_as_long_as_its_process_does(valkey: Valkey, prefix:
         run.cancel()
 
 
+async def test_a_run_that_another_process_has_taken_ends_where_that_says_so(
+    valkey: Valkey, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "_WATCH", 0.05)
+    stopped = asyncio.Event()
+
+    async def source() -> AsyncIterator[str]:
+        try:
+            yield "0"
+            await asyncio.Event().wait()
+        finally:
+            stopped.set()
+
+    async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
+        run = await one.run("r", source())
+        reader = run.subscribe()
+        assert data(await take(reader, 1)) == ["0"]
+        with valkey.client() as client:
+            client.hset(f"{{{prefix}}}:r:r", "node", "another")
+        async with asyncio.timeout(PATIENCE):
+            await stopped.wait()
+            await two.publish("r", "1")  # which was under way
+            await two._backend.publish(Publication("r", final_event("lost"), end="lost", keep_after=0, ttl=60))
+            assert data([event async for event in reader]) == ["1", '{"reason":"lost"}']
+            assert await run.wait() == "lost"
+
+
 async def test_a_run_goes_on_in_a_log_that_is_another_one(valkey: Valkey, prefix: str) -> None:
     release = asyncio.Event()
     async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
@@ -645,9 +674,13 @@ async def test_a_run_that_has_lost_its_beginning_says_so(valkey: Valkey, prefix:
             assert "before" not in data(rest)
 
 
+async def said_already(_name: str, _claim: Claim) -> bool:
+    return True
+
+
 @pytest.mark.parametrize("joins", [False, True])
 async def test_a_run_of_which_the_engine_does_not_know_that_its_beginning_is_lost_says_so(
-    valkey: Valkey, prefix: str, *, joins: bool
+    valkey: Valkey, prefix: str, monkeypatch: pytest.MonkeyPatch, *, joins: bool
 ) -> None:
     """Its process has said that it goes on in the moment in which the log was another one already."""
     release = asyncio.Event()
@@ -655,6 +688,7 @@ async def test_a_run_of_which_the_engine_does_not_know_that_its_beginning_is_los
     async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
         run = await one.run("r", in_two_parts(release))
         await take(run.subscribe(), 1)
+        monkeypatch.setattr(one._backend, "renew", said_already)
         with valkey.client() as client:
             said = client.hgetall(key)
             pipeline = client.pipeline()
@@ -685,6 +719,200 @@ async def test_a_run_that_has_ended_in_a_log_that_there_is_no_more_can_be_begun_
         assert await two.find_run("r") is None
         again = await two.run("r", ["again"], join=True)
         assert data([event async for event in again.subscribe()])[0] == "again"
+
+
+async def lose_all(valkey: Valkey, prefix: str, *brokers: Broker) -> None:
+    """Delete all keys, and wait until the brokers know."""
+    with valkey.client() as client:
+        client.delete(*client.keys(f"\\{{{prefix}}}:*"))
+    await until(lambda: all(broker.statistics().restarts == 1 for broker in brokers))
+
+
+async def test_a_run_is_found_again_as_soon_as_the_log_is_another_one(valkey: Valkey, prefix: str) -> None:
+    """To a client, a 404 would be the end; and another process would begin it once more."""
+    async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
+        run = await one.run("r", endless())
+        await lose_all(valkey, prefix, one, two)
+        async with asyncio.timeout(runs._WATCH / 2):
+            while await two.find_run("r") is None:
+                await asyncio.sleep(0.01)
+        run.cancel()
+
+
+async def test_a_run_that_ends_before_the_loss_of_the_log_is_known_does_not_go_on_to_others(
+    valkey: Valkey, prefix: str
+) -> None:
+    """Nor is its end followed by that of a run which is lost."""
+    release = asyncio.Event()
+    async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
+        run = await one.run("r", in_two_parts(release))
+        for _ in range(20):
+            await one.publish("a", "x")  # so that nothing comes of the next log, until that is looked at
+        await until(lambda: one.statistics().received == 21)
+        await asyncio.sleep(0.1)
+        with valkey.client() as client:
+            client.delete(*client.keys(f"\\{{{prefix}}}:*"))
+        release.set()
+        async with asyncio.timeout(PATIENCE):
+            assert await run.wait() == "finished"
+        await asyncio.sleep(0.2)  # in which it would have been renewed
+        assert await two.find_run("r") is None
+
+
+async def test_the_last_event_of_a_run_that_the_log_has_lost_is_published_again(
+    valkey: Valkey, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was acknowledged, but had come to nobody when the log became another one."""
+    monkeypatch.setattr(runs, "_WATCH", 0.5)
+    release = asyncio.Event()
+    async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
+        run = await one.run("r", in_two_parts(release))
+        found = await two.find_run("r")
+        assert found is not None
+        readers = [run.subscribe(), found.subscribe()]
+        for reader in readers:
+            assert data(await take(reader, 1)) == ["before"]
+        back = one._backend
+        assert isinstance(back, RedisBackend)
+        send, lost = back._send, False
+
+        async def send_and_lose(items: Any, attempt: int) -> list[str]:
+            nonlocal lost
+            if lost or items[0].publication.end is None:
+                return await send(items, attempt)
+            lost = True
+            await lose_all(valkey, prefix, one, two)
+            return [f"{'0' * 8}-3"]
+
+        monkeypatch.setattr(back, "_send", send_and_lose)
+        release.set()
+        async with asyncio.timeout(PATIENCE):
+            assert await run.wait() == await found.wait() == "finished"
+            for reader in readers:
+                seen = [event async for event in reader]
+                assert seen[-1].event == "end"
+                assert "reset" in [event.event for event in seen]
+
+
+async def test_a_run_that_is_begun_while_the_log_becomes_another_one_begins_with_that(
+    valkey: Valkey, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
+        for _ in range(20):
+            await one.publish("a", "x")  # so that it would begin behind its own end
+        back = one._backend
+        assert isinstance(back, RedisBackend)
+        claim = back._claim_script
+
+        async def claim_and_lose(**arguments: Any) -> Any:
+            answer = await claim(**arguments)
+            await lose_all(valkey, prefix, one, two)
+            return answer
+
+        monkeypatch.setattr(back, "_claim_script", claim_and_lose)
+        run = await one.run("r", ["0", "1"])
+        async with asyncio.timeout(PATIENCE):
+            assert await run.wait() == "finished"
+            seen = [event async for event in run.subscribe()]
+        assert data(seen)[-3:] == ["0", "1", '{"reason":"finished"}']
+
+
+async def test_who_was_told_of_a_run_before_the_log_became_another_one_has_that_which_others_have(
+    valkey: Valkey, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
+        await one.publish("a", "x")
+        run = await one.run("r", endless())
+        find, told, go_on = two._backend.find, asyncio.Event(), asyncio.Event()
+
+        async def find_and_wait(name: str) -> Any:
+            claim = await find(name)
+            told.set()
+            await go_on.wait()
+            return claim
+
+        monkeypatch.setattr(two._backend, "find", find_and_wait)
+        late = asyncio.ensure_future(two.find_run("r"))
+        await told.wait()
+        monkeypatch.undo()
+        found = await two.find_run("r")
+        assert found is not None
+        await lose_all(valkey, prefix, one, two)
+        go_on.set()
+        assert await late is found
+        run.cancel()
+        async with asyncio.timeout(PATIENCE):
+            assert await found.wait() == "cancelled"
+
+
+async def test_a_run_of_which_an_engine_has_lost_the_middle_begins_behind_that(tmp_path: Path) -> None:
+    """What is left of its beginning is followed by a hole, at which nobody would be told."""
+    items: asyncio.Queue[str] = asyncio.Queue()
+
+    async def source() -> AsyncIterator[str]:
+        while (item := await items.get()) != "":
+            yield item
+
+    with Valkey(tmp_path) as engine:
+        async with Broker(engine.url) as one, Broker(engine.url) as two:
+            run = await one.run("r", source())
+            live = run.subscribe()
+            items.put_nowait("kept")
+            await take(live, 1)
+            await asyncio.to_thread(engine.save)
+            items.put_nowait("lost")
+            await take(live, 1)
+            await asyncio.to_thread(engine.restart, saved=True)
+            await until(lambda: one.statistics().restarts == two.statistics().restarts == 1)
+            found = await two.find_run("r")
+            assert found is not None
+            readers = [live, run.subscribe(), found.subscribe()]
+            items.put_nowait("after")
+            items.put_nowait("")
+            for reader in readers:
+                async with asyncio.timeout(PATIENCE):
+                    told, *rest = [event async for event in reader]
+                assert told.event == "reset"
+                assert data(rest) == ["after", '{"reason":"finished"}']
+
+
+@pytest.mark.parametrize("owner", [0, 1])
+async def test_an_engine_that_comes_back_with_an_earlier_run_of_that_name_does_not_end_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: int
+) -> None:
+    """Neither before it is known that it has lost events, nor after."""
+    monkeypatch.setattr(runs, "_WATCH", 0.2)
+    release = asyncio.Event()
+    with Valkey(tmp_path) as engine:
+        async with Broker(engine.url) as one, Broker(engine.url) as two:
+            earlier = await (one, two)[owner].run("r", ["x"])
+            async with asyncio.timeout(PATIENCE):
+                assert await earlier.wait() == "finished"
+            with engine.client() as client:
+                ended = client.hgetall("{asgi_sse}:r:r")
+            await asyncio.to_thread(engine.save)
+            await one.publish("a", "x")
+            run = await one.run("r", in_two_parts(release))
+            found = await two.find_run("r")
+            assert found is not None
+            readers = [run.subscribe(), found.subscribe()]
+            for reader in readers:
+                await take(reader, 1)
+            with engine.client() as client:  # as it is on an engine that has come back, and is not found out yet
+                client.hset("{asgi_sse}:r:r", mapping=ended)
+            await runs.Runs._look_after(two._runs, "r", found, set())
+            assert found.outcome is None
+            await asyncio.to_thread(engine.restart, saved=True)
+            await until(lambda: one.statistics().restarts == two.statistics().restarts == 1)
+            async with asyncio.timeout(PATIENCE):
+                while await two.find_run("r") is None:
+                    await asyncio.sleep(0.01)
+            release.set()
+            for reader in readers:
+                async with asyncio.timeout(PATIENCE):
+                    seen = [event async for event in reader]
+                assert reason(seen[0]) == "epoch"
+                assert data(seen[1:]) == ["after", '{"reason":"finished"}']
 
 
 async def test_a_run_that_ends_where_nobody_knows_of_it(valkey: Valkey, prefix: str) -> None:
