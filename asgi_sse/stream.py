@@ -305,16 +305,15 @@ class Stream:
         try:
             with self._wait, self._around_watch():
                 await self._inbox.watch()
-        finally:
-            # The client has left, or the server cancels the request, unless the end has begun already.
-            self._over("disconnected" if self._inbox.disconnected or not self._draining.is_set() else "drained")
-            try:
-                await self._clean_up()
-            finally:
-                self._state = _State.CLOSED
-                self.abandoned = self._has_tasks
-                (self._live or self.buffer).detach()
-                self._keeper.discard(self)
+        except GeneratorExit:  # it is closed, or collected with an event loop that is: nothing can be awaited
+            if not self._loop.closed:
+                self._over("disconnected")
+                self._leave()
+            raise
+        except BaseException:
+            await self._end()
+            raise
+        await self._end()
         error, self._error = self._error, None
         if isinstance(error, StreamClosedError) and self._inbox.disconnected:
             error = None  # how a read of the body learned that the client had left: no more than a disconnect
@@ -323,6 +322,20 @@ class Stream:
                 raise error
             finally:
                 del error  # or its traceback would hold this frame, and this frame it
+
+    async def _end(self) -> None:
+        # The client has left, or the server cancels the request, unless the end has begun already.
+        self._over("disconnected" if self._inbox.disconnected or not self._draining.is_set() else "drained")
+        try:
+            await self._clean_up()
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        self._state = _State.CLOSED
+        self.abandoned = self._has_tasks
+        (self._live or self.buffer).detach()
+        self._keeper.discard(self)
 
     async def _clean_up(self) -> None:
         with anyio.CancelScope(shield=True):

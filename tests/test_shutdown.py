@@ -575,6 +575,42 @@ def test_streams_whose_event_loop_was_closed_under_them_hold_up_nothing() -> Non
     assert reasons == list(registry.statistics().closed) == ["disconnected"]
     for task in tasks:
         task._log_destroy_pending = False  # type: ignore[attr-defined]
+    del registry, stream, opened, tasks, task
+    gc.collect()  # which says nothing, or pytest would
+
+
+async def test_a_request_that_is_closed_where_it_waits_ends_its_source() -> None:
+    """Nothing can be awaited in it then."""
+    begun, ended = anyio.Event(), anyio.Event()
+
+    async def source() -> AsyncIterator[str]:
+        try:
+            begun.set()
+            await anyio.sleep_forever()
+            yield "never"
+        finally:
+            ended.set()
+
+    class Never:
+        def __await__(self) -> Any:
+            yield
+
+    async def receive() -> Any:
+        await Never()
+
+    async def send(message: Any) -> None:
+        pass
+
+    registry = StreamRegistry()
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    request: Any = EventSourceResponse(source(), registry=registry)(scope, receive, send)
+    request.send(None)  # up to where it waits for its client to leave
+    assert len(registry) == 1
+    await begun.wait()
+    request.close()
+    await ended.wait()
+    assert len(registry) == 0
+    assert registry.statistics().closed == {"disconnected": 1}
 
 
 async def test_a_clean_up_does_not_outlast_the_server() -> None:

@@ -385,14 +385,20 @@ class OpenStream:
         open_streams.add(self)
         try:
             await app(dict(scope, headers=list(scope["headers"])), self._receive, self._send)
+        except GeneratorExit:  # its event loop was closed under it, which who waits could not be told in
+            open_streams.discard(self)
+            raise
         except anyio.get_cancelled_exc_class():
+            self._return()
             raise
         except BaseException as exc:  # for the test to see, not for the event loop
             self._error = exc
-        finally:
-            open_streams.discard(self)
-            self._returned = True
-            self._notify()
+        self._return()
+
+    def _return(self) -> None:
+        open_streams.discard(self)
+        self._returned = True
+        self._notify()
 
     async def _receive(self) -> Message:
         if self._body is not None:
