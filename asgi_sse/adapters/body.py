@@ -69,6 +69,8 @@ class Body(Changing):
                     self._raise_error()
                     raise StopAsyncIteration
                 await self._change()
+        except GeneratorExit:  # its event loop was closed under it
+            raise
         except anyio.get_cancelled_exc_class():
             self._leave()  # who is cancelled here does not ask again
             raise
@@ -103,6 +105,8 @@ class Body(Changing):
         scope: Scope = self._scope or {"type": "http", "method": "GET", "path": "", "headers": []}
         try:
             await self._response(scope, self._receive, self._send)
+        except GeneratorExit:  # as above
+            raise
         except BaseException as exc:
             if self._disconnected and isinstance(exc, anyio.get_cancelled_exc_class()):
                 pass  # the event loop ends

@@ -370,6 +370,8 @@ class Runs(Mapping[str, Run]):
     async def _keep_watching(self) -> None:
         try:
             await self._watch_others()
+        except GeneratorExit:  # its event loop was closed under it
+            raise
         except anyio.get_cancelled_exc_class():
             pass
         except BaseException:
