@@ -4,6 +4,7 @@ It does nothing for a test without ``@pytest.mark.asgi_sse``, unless the ini opt
 """
 
 from collections.abc import Generator
+from functools import partial
 from typing import Any
 from unittest import TestCase
 
@@ -43,8 +44,10 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
     if guard is None:
         pytest.fail(str(wrong), pytrace=False)
     test: Any = getattr(item, "obj", None)
-    # unittest runs its own async tests, as they are, and is interrupted as by any other test.
-    if guard.takes(test) and not issubclass(getattr(item, "cls", None) or object, TestCase):
+    if issubclass(getattr(item, "cls", None) or object, TestCase):
+        item.obj = guard.in_unittest(test, partial(pytest.fail, pytrace=False))  # type: ignore[attr-defined]
+        setattr(item.instance, item.name, item.obj)  # type: ignore[attr-defined] # which unittest calls, if it is async
+    elif guard.takes(test):
         item.obj = guard.around(test)  # type: ignore[attr-defined]
     result = None
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from shutdown_apps import note, ticks
 
-from asgi_sse import SSEMiddleware, StreamRegistry
+from asgi_sse import SSEMiddleware
 
 PAGE = "a page " * 1000
 
@@ -219,7 +219,7 @@ INSIDE = {
 
 
 def wrapped(app: Any) -> SSEMiddleware:
-    return SSEMiddleware(app, {"/ours": ticks}, registry=StreamRegistry(drain_timeout=1), ping=0.2)
+    return SSEMiddleware(app, {"/ours": ticks}, ping=0.2)
 
 
 def sentry_around() -> Any:

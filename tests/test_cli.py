@@ -501,7 +501,7 @@ def test_a_hub_that_is_told_to_end_tells_its_readers(number: signal.Signals, sta
             assert any(b"data: x\n" in chunk for chunk in body)
             process.send_signal(number)
             assert re.search(rb"retry: \d+\n\n\Z", b"".join(body))  # httpx raises for a body that is cut
-        assert process.wait(ENOUGH) == status
+        assert process.wait(9) == status
         assert process.stderr is not None
         log = process.stderr.read()
         assert "drained 1 stream" in log

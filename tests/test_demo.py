@@ -90,7 +90,7 @@ def test_shows_this_machine_until_it_is_told_to_end(number: signal.Signals, stat
             check_figures(next(events))
             process.send_signal(number)
             assert len(list(events)) <= 1  # httpx raises for a body that is cut
-        assert process.wait(ENOUGH) == status
+        assert process.wait(9) == status
         assert process.stderr is not None
         assert process.stderr.read() == ""
 

@@ -72,7 +72,7 @@ def test_connections_leave_nothing_behind(server: str) -> None:
             after = figures(port)
             return all(after[name] <= before[name] for name in LEFT)
 
-        wait_until(60, nothing_left, lambda: (before, after))
+        wait_until(9, nothing_left, lambda: (before, after))
         print(f"{server}: {CYCLES} connections in {seconds:.1f} s; before {before}, after {after}")
 
 

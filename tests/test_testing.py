@@ -964,18 +964,26 @@ async def test_virtual_on_trio():
 def test_blocked():
     time.sleep(30)
 
+cleaned_up = []
+
 class TestOfUnittest(unittest.IsolatedAsyncioTestCase):
+    def setUp(self):
+        self.addCleanup(cleaned_up.append, self.id())
+
     async def test_hangs(self):
         async with open_stream(app, "/ticks") as stream:
             async for event in stream:
                 pass
+
+    def test_hangs_too(self):
+        time.sleep(30)
 
     async def test_is_fine(self):
         async with open_stream(app, "/ticks") as stream:
             await stream.expect("0")
 
 def test_fine():
-    assert app
+    assert [one.rpartition(".")[2] for one in cleaned_up] == ["test_hangs", "test_hangs_too", "test_is_fine"]
 """
     )
     pytester.makeini("[pytest]\nasgi_sse_guard = true")
@@ -984,7 +992,7 @@ def test_fine():
         "    for item in items: item.add_marker(pytest.mark.asgi_sse(timeout=30 if 'fine' in item.name else 0.5))"
     )
     result = pytester.runpytest_inprocess(*PLUGIN)
-    result.assert_outcomes(failed=5, passed=2)
+    result.assert_outcomes(failed=6, passed=2)
     result.stdout.fnmatch_lines([*HUNG] * 3)
     # unittest has asyncio debug each step, for which the stream may not have begun by then.
     result.stdout.fnmatch_lines(["*TestOfUnittest.test_hangs*", HUNG[0]])
@@ -1039,6 +1047,117 @@ def test_blocked_on_trio():
     result = pytester.runpytest_inprocess(*PLUGIN)
     result.assert_outcomes(failed=62, passed=1)
     assert result.stdout.str().count("the test has not ended within") >= 62
+
+
+def test_what_was_interrupted_cleans_up_and_leaves_the_next_tests_alone(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        APP
+        + """
+import asyncio, signal, trio
+
+cleaned_up = []
+
+async def blocks(backend):
+    async def beside():
+        try:
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(0.05)
+            cleaned_up.append(backend)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(beside)
+        async with open_stream(app, "/ticks") as stream:
+            await stream.expect("0")
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            time.sleep(30)
+
+@pytest.mark.asgi_sse(timeout=60)
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_blocks(backend):
+    anyio.run(blocks, backend, backend=backend)
+
+def test_all_is_cleaned_up():
+    assert cleaned_up == ["asyncio", "trio"]
+
+@pytest.fixture(scope="module")
+def loop():
+    loop = asyncio.new_event_loop()
+    yield loop
+    loop.close()
+
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.asgi_sse(timeout=60)
+def test_ends_when_it_is_late(loop, number):
+    async def ends():
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        time.sleep(0.018 + number / 1000)  # in the loop's last turn
+
+    loop.run_until_complete(ends())
+
+def test_fine(loop):
+    loop.run_until_complete(asyncio.sleep(0.05))
+"""
+    )
+    result = pytester.runpytest_inprocess(*PLUGIN)
+    passed = result.parseoutcomes()["passed"]  # of those that are late, some may be in time
+    result.assert_outcomes(failed=9 - passed, passed=passed)
+    result.stdout.fnmatch_lines(["FAILED *test_blocks?asyncio?*", "FAILED *test_blocks?trio?*"])
+    for fine in ("test_all_is_cleaned_up", "test_fine"):
+        result.stdout.no_fnmatch_line(f"FAILED *{fine}*")
+
+
+SHARED = """
+@pytest.mark.asgi_sse(timeout=0.5)
+async def test_blocked():
+    async with open_stream(app, "/ticks") as stream:
+        await stream.expect("0")
+        time.sleep(60)
+
+async def test_is_fine():
+    async with open_stream(app, "/ticks") as stream:
+        await stream.expect("0")
+
+async def test_is_fine_too():
+    pass
+"""
+
+
+ONE_RUNNER = """
+pytestmark = pytest.mark.anyio
+
+@pytest.fixture(scope="module")
+def anyio_backend():
+    return "{}"
+
+@pytest.fixture(scope="module", autouse=True)
+async def shared():
+    yield
+
+"""
+ONE_LOOP = [
+    *("-p", "pytest_asyncio.plugin", "-o", "asyncio_mode=auto"),
+    *("-o", "asyncio_default_fixture_loop_scope=session", "-o", "asyncio_default_test_loop_scope=session"),
+]
+
+
+@pytest.mark.parametrize(
+    ("plugins", "shared"),
+    [
+        (["-p", "anyio.pytest_plugin"], ONE_RUNNER.format("asyncio")),
+        (["-p", "anyio.pytest_plugin"], ONE_RUNNER.format("trio")),
+        (ONE_LOOP, ""),
+    ],
+    ids=["anyio", "trio", "pytest-asyncio"],
+)
+def test_a_test_that_blocks_its_loop_leaves_it_to_the_others(
+    pytester: pytest.Pytester, plugins: list[str], shared: str
+) -> None:
+    pytester.makepyfile(APP + shared + SHARED)
+    result = pytester.runpytest_inprocess(*PLUGIN, *plugins)
+    result.assert_outcomes(failed=1, passed=2)
+    result.stdout.fnmatch_lines([HUNG[0], "  <Stream /ticks open>*"])
 
 
 def test_it_does_nothing_unless_it_is_asked(pytester: pytest.Pytester) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import wraps
 from inspect import iscoroutinefunction
 from types import FrameType
@@ -79,10 +80,13 @@ class Guard:
         self._timeout = timeout
         self._leaks = leaks
         self._around = False
+        self._has_deadline = False  # which its event loop knows of
         self._alarm: Any = None
-        self._in_loop = False  # it is interrupted there
-        self._over = False
+        self._in_loop = False  # its event loop is to end it
+        self._patient = False  # with its clean-up
         self._postponed = 0
+        self._interrupted = False
+        self._over = False
         self._begun = _Begun()
         self._before: set[OpenStream] = set()
         self._stop_observing: Callable[[], None] | None = None
@@ -102,19 +106,55 @@ class Guard:
         return virtual_time(backend=backend)(self._guarded(inner))
 
     def _guarded(self, test: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[None]]:
+        bounded = self._bounded(test)
+
         @wraps(test)
         async def guarded(*args: Any, **kwargs: Any) -> None:
-            if self._timeout is None:
-                await test(*args, **kwargs)
-            else:
-                with real_deadline(self._timeout, self._expired):
-                    await test(*args, **kwargs)
+            await bounded(*args, **kwargs)
             with anyio.move_on_after(_GRACE):
                 while self._left():  # noqa: ASYNC110 (nobody tells of an end in another thread)
                     await anyio.sleep(_STEP)
             self._check()
 
         return guarded
+
+    def _bounded(self, test: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[None]]:
+        self._has_deadline = self._timeout is not None
+
+        @wraps(test)
+        async def bounded(*args: Any, **kwargs: Any) -> None:
+            try:
+                if self._timeout is None:
+                    await test(*args, **kwargs)
+                else:
+                    with real_deadline(self._timeout, self._expired):
+                        await test(*args, **kwargs)
+            except* _Expired:  # out of its task, it would end the event loop, which other tests may run in too
+                pass
+
+        return bounded
+
+    def in_unittest(self, test: Callable[..., Any], fail: Callable[[str], object]) -> Callable[..., Any]:
+        """The test with its timeout, which calls `fail`: behind a KeyboardInterrupt, unittest does not clean up."""
+        if iscoroutinefunction(test):
+            bounded = self._bounded(test)
+
+            @wraps(test)
+            async def fails_async() -> None:
+                await bounded()
+                if self.failure:
+                    fail(self.failure)
+
+            return fails_async
+
+        @wraps(test)
+        def fails() -> None:
+            with suppress(_Expired):
+                test()
+            if self.failure:
+                fail(self.failure)
+
+        return fails
 
     def __enter__(self) -> None:
         self._before = set(open_streams)
@@ -142,18 +182,27 @@ class Guard:
         if not hasattr(signal, "setitimer") or signal.getsignal(signal.SIGALRM) is not signal.SIG_DFL:
             return
         self._alarm = signal.signal(signal.SIGALRM, self._interrupt)
-        # An async test has the time to be cancelled first: only a blocked event loop comes to this.
-        signal.setitimer(signal.ITIMER_REAL, self._timeout + (2 * PATIENCE if self._around else 0), _AGAIN)
+        signal.setitimer(signal.ITIMER_REAL, self._timeout, _AGAIN)
 
     def _interrupt(self, _: int, frame: FrameType | None) -> None:
-        if not self._in_loop and self._soon_in_loop():
-            self._in_loop = True
-            signal.setitimer(signal.ITIMER_REAL, _TURN, _AGAIN)
-        elif self._postponed < _POSTPONED and _is_lost_in(frame):
-            self._postponed += 1
-            signal.setitimer(signal.ITIMER_REAL, _STEP, _AGAIN)
+        seconds = self._time_left(frame)
+        if seconds:
+            signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN)
         else:
             self._raise()
+
+    def _time_left(self, frame: FrameType | None) -> float:
+        """Seconds for which something better may end it than an interruption of whatever it does."""
+        if not self._in_loop and (self._has_deadline or self._soon_in_loop()):
+            self._in_loop = True
+            return _TURN
+        if self._has_deadline and self.failure and not (self._interrupted or self._patient):
+            self._patient = True
+            return 2 * PATIENCE  # it was cancelled; what does not take its deadline for a turn is blocked
+        if self._postponed < _POSTPONED and _is_lost_in(frame):
+            self._postponed += 1
+            return _STEP
+        return 0
 
     def _raise(self) -> None:
         if not self._over:
@@ -167,10 +216,12 @@ class Guard:
         never be awaited.
         """
         try:
-            asyncio.get_running_loop().call_soon_threadsafe(self._raise)
+            loop = asyncio.get_running_loop()
         except RuntimeError:
             pass
         else:
+            # Behind what a task that has ended in this turn has to say: that the loop is to stop, for one.
+            loop.call_soon_threadsafe(loop.call_soon, self._raise_in_loop)
             return True
         if (trio := sys.modules.get("trio")) is None:
             return False
@@ -180,14 +231,19 @@ class Guard:
             return False
         return True
 
+    def _raise_in_loop(self) -> None:
+        if not self._interrupted:  # else it was blocked, and cleans up now
+            self._raise()
+
     def _cancel(self, root: Callable[[], Any]) -> None:
         # What is raised out of a callback is an internal error to trio. The innermost nursery of the root task has only
         # one task, which trio.run() has been given.
-        if not self._over:
+        if not (self._over or self._interrupted):
             self._tell()
             root().child_nurseries[-1].cancel_scope.cancel()
 
     def _tell(self) -> None:
+        self._interrupted = True
         self._expired()
         signal.setitimer(signal.ITIMER_REAL, _AGAIN, _AGAIN)  # what it cleans up now may take as long
 
