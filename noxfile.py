@@ -52,7 +52,7 @@ def coverage(session: nox.Session) -> None:
     """The tests that run in this process, with the gate on branch coverage."""
     session.install("-e", ".[test]")
     files = [*IN_PROCESS, *ADAPTERS, *ENGINES, "tests/test_cli.py", "tests/test_demo.py", "tests/test_public.py"]
-    session.run("python", "-m", "pytest", "-n3", "--dist=loadfile", "--cov=asgi_sse", *files)
+    session.run("python", "-m", "pytest", "-n4", "--dist=loadfile", "--cov=asgi_sse", *files)
 
 
 @nox.session
