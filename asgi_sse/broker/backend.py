@@ -84,6 +84,10 @@ class Claim:
         """Whether it ended in a log that there is no more: this is the epoch that there is."""
         return bool(self.outcome) and self.epoch != epoch
 
+    def is_before(self, later: Claim) -> bool:
+        """Whether it had ended when that one began: then an engine that has lost events has brought it back."""
+        return bool(self.outcome) and (self.epoch != later.epoch or self.start < later.start)
+
 
 @dataclass(slots=True)
 class Publication:

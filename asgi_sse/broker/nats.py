@@ -564,8 +564,7 @@ class NatsBackend(RemoteBackend):
     async def _renew(self, name: str, claim: Claim) -> bool:
         while True:
             entry = await self._runs.entry(name)
-            # One that has ended in an earlier log was called so before: it came back with what has lost events.
-            if entry is not None and not entry.is_over and not entry.claim.is_gone(claim.epoch):
+            if entry is not None and not entry.is_over and not entry.claim.is_before(claim):
                 if entry.claim.node != self._node:
                     return False
                 if entry.claim.outcome:

@@ -438,7 +438,7 @@ class RedisBackend(RemoteBackend):
         return await self._here(partial(self._patiently, partial(self._renew, name, claim)))
 
     async def _renew(self, name: str, claim: Claim) -> bool:
-        arguments = [self._node, _LEASE_MS, claim.epoch]
+        arguments = [self._node, _LEASE_MS, claim.epoch, claim.start]
         for field in ("max_bytes", "ttl", "outcome", "final", "epoch", "start"):
             arguments += [field, getattr(claim, field)]
         arguments += ["whole", int(claim.whole)]

@@ -114,14 +114,16 @@ redis.call('PEXPIRE', KEYS[1], ARGV[5])
 return {1, redis.call('HGETALL', KEYS[1])}
 """
 
-# KEYS: run. ARGV: node, ms, the epoch, and the fields of the run, to put it back if it is gone, or of an earlier epoch:
-# if it has ended in that, it is one that was called so before, and came back with an engine that has lost events.
+# KEYS: run. ARGV: node, ms, the epoch, the start, and the fields of the run, to put it back if it is gone, or of an
+# earlier epoch. One that has ended in that, or began before it, was called so before, and came back with an engine that
+# has lost events.
 RENEW: Final = """
-local known = redis.call('HMGET', KEYS[1], 'node', 'epoch', 'outcome')
+local known = redis.call('HMGET', KEYS[1], 'node', 'epoch', 'outcome', 'start')
 local node, other = known[1], known[2] ~= ARGV[3]
-if node and node ~= ARGV[1] and not (other and known[3] ~= '') then return 0 end
-if not node or other then
-  redis.call('HSET', KEYS[1], 'node', ARGV[1], unpack(ARGV, 4))
+local before = node and known[3] ~= '' and (other or tonumber(known[4]) < tonumber(ARGV[4]))
+if node and node ~= ARGV[1] and not before then return 0 end
+if not node or other or before then
+  redis.call('HSET', KEYS[1], 'node', ARGV[1], unpack(ARGV, 5))
 end
 if redis.call('HGET', KEYS[1], 'outcome') == '' then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
 return 1

@@ -910,7 +910,10 @@ async def test_an_engine_that_comes_back_with_an_earlier_run_of_that_name_does_n
             with engine.client() as client:  # as it is on an engine that has come back, and is not found out yet
                 client.hset("{asgi_sse}:r:r", mapping=ended)
             await runs.Runs._look_after(two._runs, "r", found, set())
-            assert found.outcome is None
+            await runs.Runs._look_after(one._runs, "r", run, set())
+            assert found.outcome is run.outcome is None
+            with engine.client() as client:
+                assert client.hget("{asgi_sse}:r:r", "outcome") == b""  # its process has put it back
             await asyncio.to_thread(engine.restart, saved=True)
             await until(lambda: one.statistics().restarts == two.statistics().restarts == 1)
             async with asyncio.timeout(PATIENCE):
