@@ -62,7 +62,7 @@ class Claim:
 
     Attributes:
         node: The process that it runs in.
-        epoch: That of the log, when it began.
+        epoch: That of the log whose numbers these are: the one that it began in, or a later one that it goes on in.
         start: The number behind which its events are.
         max_bytes: Memory that its events may take in each process.
         ttl: Seconds for which it can be had after its end.
@@ -188,7 +188,10 @@ class Backend(ABC):
 
     @abstractmethod
     async def find(self, name: str) -> Claim | None:
-        """The run of that name: it goes on somewhere, or has ended less than its ``ttl`` ago."""
+        """The run of that name: it goes on somewhere, or has ended less than its ``ttl`` ago.
+
+        One that goes on is told of in terms of the log that there is; one that ended in an earlier log, as of that.
+        """
 
     @abstractmethod
     async def renew(self, name: str, claim: Claim) -> bool:
