@@ -3,7 +3,6 @@
 from .app import create_app
 from .broker import Access, Broker, Channel, Run, Subscription
 from .cors import CORS
-from .decoder import EventDecoder
 from .errors import (
     BrokerError,
     CompressionError,
@@ -12,8 +11,9 @@ from .errors import (
     SSEError,
     StreamClosedError,
 )
-from .event import JSONServerSentEvent, ServerSentEvent
 from .middleware import SSEMiddleware
+from .protocol.decoder import EventDecoder
+from .protocol.event import JSONServerSentEvent, ServerSentEvent
 from .registry import DrainReport, StreamRegistry
 from .response import EventSourceResponse
 from .routing import HTTPError, Request

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ._types import Receive, Scope, Send
 from .middleware import SSEMiddleware
+from .protocol.asgi import Receive, Scope, Send
 from .routing import HTTPError, send_text
 
 

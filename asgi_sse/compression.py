@@ -17,8 +17,8 @@ from types import FunctionType, MethodType, ModuleType
 from typing import Any, Final
 
 from ._eventloop import EventLoop
-from ._types import Send
 from .errors import shown_text
+from .protocol.asgi import Send
 from .server import behind
 
 logger = logging.getLogger(__name__)

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias, get_args
 
-from ._types import CloseReason
 from .broker import Broker
 from .broker.backend import BrokerStatistics, State
 from .errors import shown
+from .protocol.asgi import CloseReason
 from .registry import RegistryStatistics, StreamRegistry, statistics_of_all
 
 Brokers: TypeAlias = Broker | Iterable[Broker] | Mapping[str, Broker]

@@ -12,10 +12,10 @@ import anyio
 import anyio.lowlevel
 
 from ._eventloop import Child, Wait
-from ._types import Message, Receive, Scope, Send
 from .draining import DrainingEvent
 from .inbox import Changing
 from .options import StreamOptions
+from .protocol.asgi import Message, Receive, Scope, Send
 from .registry import StreamRegistry
 from .response import EVENT_STREAM_HEADERS
 from .server import Server

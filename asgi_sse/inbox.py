@@ -4,7 +4,7 @@ from typing import Final
 
 import anyio
 
-from ._types import Message, Receive
+from .protocol.asgi import Message, Receive
 
 _AHEAD: Final = 65_536
 """Bytes of body taken from the server before anybody asked: as much as one send carries."""

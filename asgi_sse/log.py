@@ -14,7 +14,7 @@ from itertools import chain
 from operator import attrgetter
 from typing import Final, Literal, TypeAlias
 
-from .event import ServerSentEvent, numbered_event
+from .protocol.event import ServerSentEvent, numbered_event
 from .ring import Entry, Ring, Sequence
 
 ResetReason: TypeAlias = Literal[

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from typing import Final
 
-from ._types import Receive, Scope, Send
 from .broker import Broker
 from .errors import missing, shown
 from .figures import DURATION, OF_BROKERS, OF_STREAMS, Brokers, Figure, Labels, Sources
+from .protocol.asgi import Receive, Scope, Send
 from .registry import StreamRegistry
 from .routing import HTTPError, send_text
 from .tally import DURATIONS

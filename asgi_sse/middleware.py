@@ -7,13 +7,13 @@ from typing import Any, Final
 from asgiref.compatibility import guarantee_single_callable
 
 from . import lifespan
-from ._types import ASGIApp, Receive, Scope, Send
 from .broker import Broker
 from .compression import Guard
 from .cors import CORS, is_preflight
 from .errors import shown
 from .options import StreamOptions
 from .passage import Passage, Terms
+from .protocol.asgi import ASGIApp, Receive, Scope, Send
 from .registry import StreamRegistry, check_registry
 from .response import SCOPE_KEY, Defaults
 from .routing import METHODS, Endpoint, RouteTable, route_path

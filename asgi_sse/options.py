@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ._checks import check_number
-from ._types import CloseReason
-from .event import JSONDumps, ServerSentEvent, check_separator
+from .protocol.asgi import CloseReason
+from .protocol.event import JSONDumps, ServerSentEvent, check_separator
+from .protocol.validation import check_number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,9 +11,9 @@ from enum import Enum
 from typing import Final, Protocol
 
 from ._eventloop import EventLoop
-from ._types import Message, Send
 from .feed import Feed
 from .flusher import Flusher
+from .protocol.asgi import Message, Send
 
 MESSAGE_BYTES: Final = 65_536
 """The most that one send carries, but for one larger event. Without it, 50 clients on a backlog of

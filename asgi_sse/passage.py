@@ -7,10 +7,10 @@ from functools import partial
 import anyio.lowlevel
 
 from ._eventloop import current_loop
-from ._types import ASGIApp, Message, Receive, Scope, Send
 from .compression import LOOK_AFTER, Guard, encoding_of, watch_head
 from .healing import PATIENCE, Adopted, may_be_adopted
 from .options import StreamOptions
+from .protocol.asgi import ASGIApp, Message, Receive, Scope, Send
 from .registry import StreamRegistry
 from .response import PASSAGE_KEY, current_scope
 from .routing import HTTPError, send_text

@@ -12,12 +12,12 @@ from typing import Final
 import anyio
 from anyio.lowlevel import RunVar
 
-from ._checks import check_number
 from ._eventloop import EventLoop, current_loop
-from ._types import CloseReason
 from .errors import shown, shown_text
 from .heartbeat import Heartbeat, current_heartbeat
 from .observer import Observer, Observers, Told
+from .protocol.asgi import CloseReason
+from .protocol.validation import check_number
 from .server import Server
 from .shutdown import ShutdownWatch
 from .stream import Stream

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, TypedDict, ca
 
 import anyio
 
-from ._types import CloseReason, Message, Receive, Scope, Send
 from .compression import watch_head
 from .draining import DrainingEvent
 from .errors import SendTimeoutError, StreamClosedError, shown
-from .event import ItemEncoder, JSONDumps, ServerSentEvent, encode_item
 from .inbox import Inbox
 from .options import StreamOptions
+from .protocol.asgi import CloseReason, Message, Receive, Scope, Send
+from .protocol.event import ItemEncoder, JSONDumps, ServerSentEvent, encode_item
 from .registry import StreamRegistry, check_registry, default_registry
 from .server import Server, server_of
 from .source import check_content, iterate

@@ -11,10 +11,10 @@ from urllib.parse import parse_qsl, unquote
 
 from asgiref.compatibility import double_to_single_callable
 
-from ._types import ASGIApp, Receive, Scope, Send
 from .draining import DrainingEvent
 from .errors import StreamClosedError, shown, shown_text
 from .inbox import Inbox
+from .protocol.asgi import ASGIApp, Receive, Scope, Send
 from .response import PASSAGE_KEY, SCOPE_KEY, Defaults, EventSourceResponse, encode_header
 from .server import Server, server_of
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 from anyio.lowlevel import RunVar
 
 from ._eventloop import EventLoop, current_loop
-from ._types import Send
+from .protocol.asgi import Send
 
 logger = logging.getLogger(__name__)
 

@@ -19,15 +19,15 @@ from typing import Any, Final, Protocol, TypeAlias
 import anyio
 
 from ._eventloop import Child, EventLoop, Wait
-from ._types import CloseReason, Message, Send
 from .draining import DrainingEvent
 from .driver import Driver
 from .errors import SendTimeoutError, StreamClosedError, shown_text
-from .event import ItemEncoder, ServerSentEvent, encode_item
 from .feed import Buffer, Feed, Lockstep
 from .flusher import current_flusher
 from .options import StreamOptions
 from .outbox import Outbox
+from .protocol.asgi import CloseReason, Message, Send
+from .protocol.event import ItemEncoder, ServerSentEvent, encode_item
 from .server import Server, abort_transport
 
 logger = logging.getLogger(__name__)

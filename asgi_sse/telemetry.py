@@ -9,7 +9,8 @@ import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from . import __version__
+from asgi_sse import __version__
+
 from .errors import missing
 from .figures import DURATION, FIGURES, OF_STREAMS, Brokers, Figure, Labels, Sources
 from .observer import EVERYWHERE, Observer

@@ -12,7 +12,7 @@ from .sizes import Size
 
 def micro(peers: list[str], size: Size) -> Outcome:
     from asgi_sse import EventDecoder, ServerSentEvent  # noqa: PLC0415
-    from asgi_sse.event import encode_item  # noqa: PLC0415
+    from asgi_sse.protocol.event import encode_item  # noqa: PLC0415
 
     event = ServerSentEvent('{"token": "hello world 123"}', id="123")
     item = {"data": '{"token": "hello world 123"}', "id": "123"}

@@ -16,11 +16,11 @@ from asgi_sse.broker.names import check_name, check_pattern, is_pattern, pattern
 from asgi_sse.compression import encoding_of
 from asgi_sse.cors import CORS, is_preflight
 from asgi_sse.errors import shown, shown_text
-from asgi_sse.event import encode_item
 from asgi_sse.feed import Buffer
 from asgi_sse.inbox import Inbox
 from asgi_sse.log import EventLog
 from asgi_sse.passage import _without_accept_encoding
+from asgi_sse.protocol.event import encode_item
 from asgi_sse.routing import RouteTable
 
 SEPARATORS: Final = ("\n", "\r\n", "\r")

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
-from .._types import Message, Send
+from asgi_sse.protocol.asgi import Message, Send
 
 
 class Child(ABC):

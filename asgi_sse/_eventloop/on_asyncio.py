@@ -7,7 +7,8 @@ import weakref
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Final
 
-from .._types import Message, Send
+from asgi_sse.protocol.asgi import Message, Send
+
 from .base import Child, EventLoop, Sender, Wait
 
 _EAGER: Final[dict[str, Any]] = {"eager_start": True} if sys.version_info >= (3, 12) else {}

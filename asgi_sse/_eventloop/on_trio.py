@@ -7,7 +7,8 @@ from typing import Any
 
 import trio
 
-from .._types import Message, Send
+from asgi_sse.protocol.asgi import Message, Send
+
 from .base import Child, EventLoop, Sender, Wait
 
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from .._eventloop import EventLoop, current_loop
-from ..errors import shown_text
-from ..inbox import Changing
-from ..response import PASSAGE_KEY, current_scope
+from asgi_sse._eventloop import EventLoop, current_loop
+from asgi_sse.errors import shown_text
+from asgi_sse.inbox import Changing
+from asgi_sse.response import PASSAGE_KEY, current_scope
 
 if TYPE_CHECKING:
-    from .._types import Message, Scope
-    from ..response import EventSourceResponse
+    from asgi_sse.protocol.asgi import Message, Scope
+    from asgi_sse.response import EventSourceResponse
 
 logger = logging.getLogger(__name__)
 

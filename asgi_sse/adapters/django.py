@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from asgiref.sync import ThreadSensitiveContext
 
-from ..errors import missing
-from ..response import EventSourceResponse as PlainResponse
-from ..response import Headers, StreamArguments
-from ..routing import make_endpoint
-from ..source import check_content
+from asgi_sse.errors import missing
+from asgi_sse.response import EventSourceResponse as PlainResponse
+from asgi_sse.response import Headers, StreamArguments
+from asgi_sse.routing import make_endpoint
+from asgi_sse.source import check_content
+
 from .body import Body
 
 try:
@@ -27,7 +28,7 @@ except ModuleNotFoundError as exc:
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from .._types import ASGIApp, Receive, Scope, Send
+    from asgi_sse.protocol.asgi import ASGIApp, Receive, Scope, Send
 
 __all__ = ["EventSourceResponse", "endpoint"]
 

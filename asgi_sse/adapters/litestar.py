@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
-from ..errors import missing
-from ..response import EventSourceResponse as PlainResponse
-from ..response import Headers, StreamArguments
+from asgi_sse.errors import missing
+from asgi_sse.response import EventSourceResponse as PlainResponse
+from asgi_sse.response import Headers, StreamArguments
 
 try:
     from litestar import asgi
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from litestar.handlers import ASGIRouteHandler
     from litestar.types import ResponseCookies
 
-    from .._types import ASGIApp
+    from asgi_sse.protocol.asgi import ASGIApp
 
 __all__ = ["EventSourceResponse", "mount"]
 

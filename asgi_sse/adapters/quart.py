@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextvars
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
-from ..errors import missing
-from ..response import EventSourceResponse as PlainResponse
-from ..response import Headers, StreamArguments
+from asgi_sse.errors import missing
+from asgi_sse.response import EventSourceResponse as PlainResponse
+from asgi_sse.response import Headers, StreamArguments
+
 from .body import Body
 
 try:
@@ -18,7 +19,7 @@ except ModuleNotFoundError as exc:
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Iterable
 
-    from .._types import Scope
+    from asgi_sse.protocol.asgi import Scope
 
 __all__ = ["EventSourceResponse"]
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..event import ServerSentEvent
+    from asgi_sse.protocol.event import ServerSentEvent
+
     from .hub import Hub
 
 State: TypeAlias = Literal[

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
-from .._checks import check_number
-from .._eventloop import current_loop
-from ..errors import BrokerError
-from ..flusher import current_flusher
-from ..log import EventLog
-from ..source import check_content
+from asgi_sse._eventloop import current_loop
+from asgi_sse.errors import BrokerError
+from asgi_sse.flusher import current_flusher
+from asgi_sse.log import EventLog
+from asgi_sse.protocol.validation import check_number
+from asgi_sse.source import check_content
+
 from .backend import Publication
 from .channel import Channel
 from .checks import check_key, name_of
@@ -31,9 +32,10 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from .._eventloop import EventLoop
-    from ..event import ServerSentEvent
-    from ..routing import Request
+    from asgi_sse._eventloop import EventLoop
+    from asgi_sse.protocol.event import ServerSentEvent
+    from asgi_sse.routing import Request
+
     from .backend import BrokerStatistics, Claim
     from .cursor import Overflow
     from .pump import Outcome

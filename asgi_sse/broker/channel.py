@@ -5,14 +5,16 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any, Final
 
-from ..event import ServerSentEvent
-from ..routing import Answering
+from asgi_sse.protocol.event import ServerSentEvent
+from asgi_sse.routing import Answering
+
 from .hub import UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..routing import Request
+    from asgi_sse.routing import Request
+
     from .broker import Broker
     from .hub import Hub
     from .subscription import Subscription

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final, cast
 
-from ..errors import shown
+from asgi_sse.errors import shown
+
 from .channel import Channel
 from .names import check_pattern
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
-from ..event import ServerSentEvent
-from ..inbox import Changing
+from asgi_sse.inbox import Changing
+from asgi_sse.protocol.event import ServerSentEvent
+
 from .hub import clock
 from .names import is_pattern
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from ..log import ResetReason
-    from ..ring import Entry
+    from asgi_sse.log import ResetReason
+    from asgi_sse.ring import Entry
+
     from .hub import Hub
     from .run import Run
     from .snapshot import Snapshot

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import anyio
 
-from .._checks import check_number
-from ..errors import shown
-from ..response import EventSourceResponse
-from ..routing import Answering, HTTPError
+from asgi_sse.errors import shown
+from asgi_sse.protocol.validation import check_number
+from asgi_sse.response import EventSourceResponse
+from asgi_sse.routing import Answering, HTTPError
+
 from .channel import Channel, come_back
 from .checks import name_of
 from .hub import UnavailableError
@@ -24,12 +25,13 @@ from .names import check_name, check_pattern, is_pattern, pattern_test
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from .._types import Scope, Send
-    from ..draining import DrainingEvent
-    from ..event import ServerSentEvent
-    from ..inbox import Inbox
-    from ..routing import Request
-    from ..server import Server
+    from asgi_sse.draining import DrainingEvent
+    from asgi_sse.inbox import Inbox
+    from asgi_sse.protocol.asgi import Scope, Send
+    from asgi_sse.protocol.event import ServerSentEvent
+    from asgi_sse.routing import Request
+    from asgi_sse.server import Server
+
     from .broker import Broker
     from .subscription import Subscription
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import missing, shown
+from asgi_sse.errors import missing, shown
+
 from .memory import MemoryBackend
 
 if TYPE_CHECKING:

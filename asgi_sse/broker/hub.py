@@ -7,17 +7,18 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from .._eventloop import EventLoop, current_loop, running_loop
-from ..errors import BrokerError, InvalidEventError, shown
-from ..event import ServerSentEvent, as_event
-from ..routing import HTTPError
+from asgi_sse._eventloop import EventLoop, current_loop, running_loop
+from asgi_sse.errors import BrokerError, InvalidEventError, shown
+from asgi_sse.protocol.event import ServerSentEvent, as_event
+from asgi_sse.routing import HTTPError
+
 from .names import is_pattern, pattern_test
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
-    from ..log import EventLog
-    from ..ring import Entry
+    from asgi_sse.log import EventLog
+    from asgi_sse.ring import Entry
 
 clock: Final = time.monotonic
 

@@ -6,7 +6,8 @@ import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
-from ..errors import BrokerError
+from asgi_sse.errors import BrokerError
+
 from .backend import Backend, BrokerStatistics, Claim, Publication
 from .hub import clock
 

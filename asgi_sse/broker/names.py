@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Final
 
-from ..errors import shown
+from asgi_sse.errors import shown
 
 MAX_NAME: Final = 200
 """Characters of a channel's name; it becomes a key of Redis and a subject of NATS."""

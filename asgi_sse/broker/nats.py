@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import nats.errors
 import nats.js.errors
 
-from ..errors import BrokerError
+from asgi_sse.errors import BrokerError
+
 from . import wire
 from .backend import Claim, Publication
 from .hub import TooLargeError, clock

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final
 
-from .._checks import check_number
-from ..errors import BrokerError
-from ..log import EventLog
+from asgi_sse.errors import BrokerError
+from asgi_sse.log import EventLog
+from asgi_sse.protocol.validation import check_number
+
 from .backend import Publication
 from .checks import check_key
 from .engines import backend_of

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
-from .._eventloop import Child, EventLoop, current_loop
-from ..errors import shown_text
+from asgi_sse._eventloop import Child, EventLoop, current_loop
+from asgi_sse.errors import shown_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable

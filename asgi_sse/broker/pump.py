@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
 import anyio
 
-from .._eventloop import EventLoop, current_loop
-from ..driver import Driver
-from ..errors import BrokerError
-from ..event import ServerSentEvent
+from asgi_sse._eventloop import EventLoop, current_loop
+from asgi_sse.driver import Driver
+from asgi_sse.errors import BrokerError
+from asgi_sse.protocol.event import ServerSentEvent
+
 from .hub import unnumbered
 
 if TYPE_CHECKING:

@@ -40,7 +40,8 @@ from redis.exceptions import (
     TimeoutError as RedisTimeoutError,
 )
 
-from ..errors import InvalidEventError
+from asgi_sse.errors import InvalidEventError
+
 from . import redis_script, wire
 from .backend import Claim, Publication
 from .hub import clock
@@ -50,7 +51,8 @@ from .remote import CONTROL, Item, RemoteBackend, logger
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from ..ring import Entry
+    from asgi_sse.ring import Entry
+
     from .hub import Hub
 
 _BLOCK_MS: Final = 1000

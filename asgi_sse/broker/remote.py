@@ -18,9 +18,10 @@ from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
-from ..errors import BrokerError
-from ..event import ServerSentEvent
-from ..flusher import current_flusher
+from asgi_sse.errors import BrokerError
+from asgi_sse.flusher import current_flusher
+from asgi_sse.protocol.event import ServerSentEvent
+
 from . import wire
 from .backend import Backend, BrokerStatistics, Claim, Publication, State
 from .hub import UnavailableError, clock

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 
-from .._eventloop import EventLoop, current_loop
-from ..errors import BrokerError
-from ..routing import HTTPError
+from asgi_sse._eventloop import EventLoop, current_loop
+from asgi_sse.errors import BrokerError
+from asgi_sse.routing import HTTPError
+
 from .backend import Backend, Publication
 from .channel import Channel
 from .pump import Outcome, Pump
@@ -16,9 +17,10 @@ from .pump import Outcome, Pump
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from ..event import ServerSentEvent
-    from ..ring import Entry
-    from ..routing import Request
+    from asgi_sse.protocol.event import ServerSentEvent
+    from asgi_sse.ring import Entry
+    from asgi_sse.routing import Request
+
     from .backend import Claim
     from .broker import Broker
     from .hub import Hub

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import anyio
 
-from .._eventloop import current_loop
-from ..errors import BrokerError
-from ..source import iterate
+from asgi_sse._eventloop import current_loop
+from asgi_sse.errors import BrokerError
+from asgi_sse.source import iterate
+
 from .hub import clock
 from .pump import Outcome, Pump, final_event
 from .run import Run
@@ -23,9 +24,10 @@ from .run import Run
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable, Iterable, Iterator
 
-    from .._eventloop import Child, EventLoop
-    from ..event import ServerSentEvent
-    from ..ring import Entry
+    from asgi_sse._eventloop import Child, EventLoop
+    from asgi_sse.protocol.event import ServerSentEvent
+    from asgi_sse.ring import Entry
+
     from .backend import Backend, Claim
 
 logger = logging.getLogger(__name__)

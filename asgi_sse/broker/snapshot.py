@@ -7,8 +7,8 @@ from collections.abc import AsyncIterable, Iterable, Mapping
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import InvalidEventError, shown
-from ..event import ServerSentEvent, as_event, numbered_event
+from asgi_sse.errors import InvalidEventError, shown
+from asgi_sse.protocol.event import ServerSentEvent, as_event, numbered_event
 
 if TYPE_CHECKING:
     from collections.abc import Callable

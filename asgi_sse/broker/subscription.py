@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import anyio.lowlevel
 
-from .._eventloop import current_loop, running_loop
-from ..errors import StreamClosedError, shown_text
-from ..event import ServerSentEvent
+from asgi_sse._eventloop import current_loop, running_loop
+from asgi_sse.errors import StreamClosedError, shown_text
+from asgi_sse.protocol.event import ServerSentEvent
+
 from .cursor import Cursor, Overflow
 from .snapshot import Snapshot
 
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from .._eventloop import EventLoop
-    from ..ring import Entry, Ring
-    from ..stream import Stream
+    from asgi_sse._eventloop import EventLoop
+    from asgi_sse.ring import Entry, Ring
+    from asgi_sse.stream import Stream
+
     from .hub import Hub
     from .presence import Presence
     from .run import Run

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
-from ..errors import InvalidEventError
-from ..event import ServerSentEvent
+from asgi_sse.errors import InvalidEventError
+from asgi_sse.protocol.event import ServerSentEvent
 
 _dumps: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _FIELDS: Final = frozenset({"data", "event", "retry", "comment", "end"})

@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from .. import __version__
+from asgi_sse import __version__
+
 from . import bench, demo, publish, serve, tail
 from .frame import INTERRUPTED, NAME, Commands, OutputError, unwritten
 

@@ -117,7 +117,7 @@ def _run(options: argparse.Namespace) -> int:
         from .load import Load  # noqa: PLC0415 (of an extra)
     except ModuleNotFoundError as exc:
         return missing(exc, "bench", "cli", "h11", "httpx")
-    from ..errors import SSEError  # noqa: PLC0415
+    from asgi_sse.errors import SSEError  # noqa: PLC0415
 
     needed, limit = options.connections + _OTHER_FILES, _raise_limit()
     if needed > limit:

@@ -32,7 +32,8 @@ def add(commands: Commands) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     try:
-        from ..demo.app import create_demo  # noqa: PLC0415 (of an extra)
+        from asgi_sse.demo.app import create_demo  # noqa: PLC0415 (of an extra)
+
         from .listen import serve  # noqa: PLC0415
     except ModuleNotFoundError as exc:
         return missing(exc, "the demo", "demo", "psutil", "uvicorn", "h11")

@@ -10,9 +10,9 @@ from typing import Final, Self
 
 import httpx
 
-from ..decoder import EventDecoder
-from ..errors import InvalidEventError, SSEError
-from ..event import ServerSentEvent
+from asgi_sse.errors import InvalidEventError, SSEError
+from asgi_sse.protocol.decoder import EventDecoder
+from asgi_sse.protocol.event import ServerSentEvent
 
 _RETRY: Final = 3.0
 """Seconds until it reconnects, where the stream does not say: what this library's streams say, and browsers have."""

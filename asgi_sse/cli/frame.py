@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Final
 from urllib.parse import urlsplit
 
-from ..errors import not_installed
+from asgi_sse.errors import not_installed
 
 NAME: Final = "asgi-sse"
 WRONG_ARGUMENTS: Final = 2  # as argparse has it

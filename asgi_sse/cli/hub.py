@@ -7,20 +7,20 @@ import json
 import os
 from typing import TYPE_CHECKING, Any, Final
 
-from ..app import create_app
-from ..broker import Broker
-from ..cors import CORS
-from ..errors import BrokerError, shown
-from ..event import ServerSentEvent
-from ..registry import StreamRegistry
-from ..routing import HTTPError, Request, send_text
+from asgi_sse.app import create_app
+from asgi_sse.broker import Broker
+from asgi_sse.cors import CORS
+from asgi_sse.errors import BrokerError, shown
+from asgi_sse.protocol.event import ServerSentEvent
+from asgi_sse.registry import StreamRegistry
+from asgi_sse.routing import HTTPError, Request, send_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
 
-    from .._types import ASGIApp, Receive, Scope, Send
-    from ..broker.endpoint import BrokerEndpoint
-    from ..middleware import SSEMiddleware
+    from asgi_sse.broker.endpoint import BrokerEndpoint
+    from asgi_sse.middleware import SSEMiddleware
+    from asgi_sse.protocol.asgi import ASGIApp, Receive, Scope, Send
 
 BROKER: Final = "ASGI_SSE_BROKER"
 PUBLISH_TOKEN: Final = "ASGI_SSE_PUBLISH_TOKEN"  # noqa: S105 (names of variables)
@@ -107,7 +107,7 @@ def tokens_in(variable: str) -> list[str]:
 def metrics_endpoint() -> Callable[..., ASGIApp] | None:
     """What answers Prometheus; ``None``: its client is not installed."""
     try:
-        from ..metrics import MetricsEndpoint  # noqa: PLC0415 (of an extra)
+        from asgi_sse.metrics import MetricsEndpoint  # noqa: PLC0415 (of an extra)
     except ModuleNotFoundError:
         return None
     return MetricsEndpoint

@@ -7,7 +7,8 @@ from typing import Any
 
 import uvicorn
 
-from .._types import ASGIApp
+from asgi_sse.protocol.asgi import ASGIApp
+
 from .frame import INTERRUPTED, fail, say
 
 

@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 import h11
 import httpx
 
-from ..decoder import EventDecoder
-from ..errors import SSEError
+from asgi_sse.errors import SSEError
+from asgi_sse.protocol.decoder import EventDecoder
 
 _PRECISION: Final = 1.01
 """How far apart the times are that a distribution takes for one, so that it is small, however many it has."""

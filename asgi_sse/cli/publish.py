@@ -55,8 +55,8 @@ def add(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from ..broker import publish  # noqa: PLC0415 (the other commands do without)
-    from ..errors import SSEError  # noqa: PLC0415
+    from asgi_sse.broker import publish  # noqa: PLC0415 (the other commands do without)
+    from asgi_sse.errors import SSEError  # noqa: PLC0415
 
     if "://" not in options.url:
         wrong = f"{options.url!r} is no URL; give redis://…, nats://…, or a hub's http://HOST:PORT"

@@ -154,9 +154,10 @@ def _run(options: argparse.Namespace) -> int:
         from .listen import serve  # noqa: PLC0415 (of an extra)
     except ModuleNotFoundError as exc:
         return missing(exc, "serve", "cli", "uvicorn")
-    from ..broker import Broker  # noqa: PLC0415 (the other commands do without)
-    from ..errors import BrokerError  # noqa: PLC0415
-    from ..registry import StreamRegistry  # noqa: PLC0415
+    from asgi_sse.broker import Broker  # noqa: PLC0415 (the other commands do without)
+    from asgi_sse.errors import BrokerError  # noqa: PLC0415
+    from asgi_sse.registry import StreamRegistry  # noqa: PLC0415
+
     from . import hub  # noqa: PLC0415
 
     publish_tokens = options.publish_token or hub.tokens_in(hub.PUBLISH_TOKEN)

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from ..event import ServerSentEvent
+from asgi_sse.protocol.event import ServerSentEvent
+
 from .frame import Commands, add_headers, count, fail, missing, note, positive_seconds, say, web_url
 
 _DESCRIPTION: Final = """\

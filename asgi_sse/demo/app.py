@@ -5,11 +5,12 @@
 
 from typing import Any, Final
 
-from ..app import create_app
-from ..broker import Broker, Subscription
-from ..middleware import SSEMiddleware
-from ..registry import StreamRegistry
-from ..routing import HTTPError, Request
+from asgi_sse.app import create_app
+from asgi_sse.broker import Broker, Subscription
+from asgi_sse.middleware import SSEMiddleware
+from asgi_sse.registry import StreamRegistry
+from asgi_sse.routing import HTTPError, Request
+
 from .limits import command
 from .meter import Meter
 from .page import PageFile

@@ -3,9 +3,9 @@
 from collections import deque
 from typing import Any, Final
 
-from ..broker import Broker
-from ..registry import StreamRegistry
-from ..stream import Stream
+from asgi_sse.broker import Broker
+from asgi_sse.registry import StreamRegistry
+from asgi_sse.stream import Stream
 
 _KEPT: Final = 30
 """Ended streams that are shown."""

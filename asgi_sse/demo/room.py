@@ -4,8 +4,9 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, Final
 
-from ..broker import Broker
-from ..routing import HTTPError
+from asgi_sse.broker import Broker
+from asgi_sse.routing import HTTPError
+
 from .limits import Allowance
 
 _KEPT: Final = 30

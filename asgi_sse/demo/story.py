@@ -6,8 +6,9 @@ from typing import Any, Final
 
 import anyio
 
-from ..broker import Broker
-from ..event import ServerSentEvent
+from asgi_sse.broker import Broker
+from asgi_sse.protocol.event import ServerSentEvent
+
 from .limits import Allowance
 from .ticks import now
 

@@ -10,10 +10,11 @@ import h11
 from anyio.abc import ByteStream
 from anyio.streams.memory import MemoryObjectSendStream
 
-from ..broker import Broker
-from ..decoder import EventDecoder
-from ..event import ServerSentEvent
-from ..routing import HTTPError, Request
+from asgi_sse.broker import Broker
+from asgi_sse.protocol.decoder import EventDecoder
+from asgi_sse.protocol.event import ServerSentEvent
+from asgi_sse.routing import HTTPError, Request
+
 from .limits import Allowance
 from .ticks import now
 

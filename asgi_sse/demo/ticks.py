@@ -6,8 +6,8 @@ from typing import Any, Final
 
 import anyio
 
-from ..broker import Broker
-from ..event import ServerSentEvent
+from asgi_sse.broker import Broker
+from asgi_sse.protocol.event import ServerSentEvent
 
 _INTERVAL: Final = 1.0
 _FIRST_INTERVAL: Final = 0.1

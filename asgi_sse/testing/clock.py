@@ -15,8 +15,8 @@ from typing import Any, ParamSpec, TypeVar, overload
 
 import anyio
 
-from .._eventloop import current_loop
-from ..errors import shown
+from asgi_sse._eventloop import current_loop
+from asgi_sse.errors import shown
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")

@@ -6,11 +6,12 @@ from typing import Any, Final
 
 import anyio
 
-from .. import lifespan
-from .._eventloop import Child, current_loop
-from .._types import ASGIApp, Message, Receive, Scope, Send
-from ..errors import shown
-from ..shutdown import ShutdownHook
+from asgi_sse import lifespan
+from asgi_sse._eventloop import Child, current_loop
+from asgi_sse.errors import shown
+from asgi_sse.protocol.asgi import ASGIApp, Message, Receive, Scope, Send
+from asgi_sse.shutdown import ShutdownHook
+
 from .clock import real_deadline
 
 _TASK_ENDS: Final = 1.0

@@ -12,11 +12,12 @@ from urllib.parse import unquote
 import anyio
 import anyio.lowlevel
 
-from .._eventloop import Child, current_loop
-from .._types import ASGIApp, Message, Scope
-from ..decoder import EventDecoder
-from ..errors import StreamClosedError, shown
-from ..event import ServerSentEvent
+from asgi_sse._eventloop import Child, current_loop
+from asgi_sse.errors import StreamClosedError, shown
+from asgi_sse.protocol.asgi import ASGIApp, Message, Scope
+from asgi_sse.protocol.decoder import EventDecoder
+from asgi_sse.protocol.event import ServerSentEvent
+
 from .clock import real_deadline
 
 _SHOWN: Final = 5

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 
-from .._types import ASGIApp, Scope
-from ..errors import shown
+from asgi_sse.errors import shown
+from asgi_sse.protocol.asgi import ASGIApp, Scope
+
 from .stream import OpenStream
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeAlias
 
-from .errors import InvalidEventError, shown
+from asgi_sse.errors import InvalidEventError, shown
 
 JSONDumps: TypeAlias = Callable[[Any], str | bytes]
 ItemEncoder: TypeAlias = Callable[[Any, str, JSONDumps | None], bytes]

@@ -1,6 +1,6 @@
 """`check_number`: seconds, sizes and counts, looked at where they are given."""
 
-from .errors import shown
+from asgi_sse.errors import shown
 
 
 def check_number(name: str, value: object, *, optional: bool = False, positive: bool = False) -> None:

@@ -7,7 +7,8 @@ import re
 import sys
 from typing import Final
 
-from .errors import InvalidEventError
+from asgi_sse.errors import InvalidEventError
+
 from .event import ServerSentEvent, decoded_event
 
 _BOM: Final = b"\xef\xbb\xbf"
