@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import anyio
 import anyio.lowlevel
 
-from ._eventloop import Child, EventLoop
 from .errors import InvalidEventError
+from .runtime.base import Child, EventLoop
 
 
 class Owner(Protocol):

@@ -11,14 +11,14 @@ from typing import Final
 import anyio
 import anyio.lowlevel
 
-from ._eventloop import Child, Wait
 from .draining import DrainingEvent
 from .inbox import Changing
 from .options import StreamOptions
 from .protocol.asgi import Message, Receive, Scope, Send
 from .registry import StreamRegistry
 from .response import EVENT_STREAM_HEADERS
-from .server import Server
+from .runtime.base import Child, Wait
+from .runtime.server import Server
 from .stream import Stream
 
 PATIENCE: Final = 0.5

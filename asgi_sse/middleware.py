@@ -6,9 +6,9 @@ from typing import Any, Final
 
 from asgiref.compatibility import guarantee_single_callable
 
-from . import lifespan
+from asgi_sse.runtime import lifespan
+
 from .broker import Broker
-from .compression import Guard
 from .cors import CORS, is_preflight
 from .errors import shown
 from .options import StreamOptions
@@ -17,7 +17,8 @@ from .protocol.asgi import ASGIApp, Receive, Scope, Send
 from .registry import StreamRegistry, check_registry
 from .response import SCOPE_KEY, Defaults
 from .routing import METHODS, Endpoint, RouteTable, route_path
-from .server import Server, server_of
+from .runtime.compressors import Guard
+from .runtime.server import Server, server_of
 
 _OWN: Final = ("routes", "broker", "registry", "compression", "adopt", "cors", "signals", "strict_lifespan")
 _OPTIONS: Final = tuple(field.name for field in fields(StreamOptions))

@@ -10,10 +10,10 @@ import contextvars
 from enum import Enum
 from typing import Final, Protocol
 
-from ._eventloop import EventLoop
 from .feed import Feed
 from .flusher import Flusher
 from .protocol.asgi import Message, Send
+from .runtime.base import EventLoop
 
 MESSAGE_BYTES: Final = 65_536
 """The most that one send carries, but for one larger event. Without it, 50 clients on a backlog of

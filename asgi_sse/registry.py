@@ -12,14 +12,15 @@ from typing import Final
 import anyio
 from anyio.lowlevel import RunVar
 
-from ._eventloop import EventLoop, current_loop
 from .errors import shown, shown_text
-from .heartbeat import Heartbeat, current_heartbeat
 from .observer import Observer, Observers, Told
 from .protocol.asgi import CloseReason
 from .protocol.validation import check_number
-from .server import Server
-from .shutdown import ShutdownWatch
+from .runtime.base import EventLoop
+from .runtime.current import current_loop
+from .runtime.deadlines import Heartbeat, current_heartbeat
+from .runtime.server import Server
+from .runtime.shutdown import ShutdownWatch
 from .stream import Stream
 from .tally import Census, Tally
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, TypedDict, ca
 
 import anyio
 
-from .compression import watch_head
 from .draining import DrainingEvent
 from .errors import SendTimeoutError, StreamClosedError, shown
 from .inbox import Inbox
@@ -19,7 +18,8 @@ from .options import StreamOptions
 from .protocol.asgi import CloseReason, Message, Receive, Scope, Send
 from .protocol.event import ItemEncoder, JSONDumps, ServerSentEvent, encode_item
 from .registry import StreamRegistry, check_registry, default_registry
-from .server import Server, server_of
+from .runtime.compressors import watch_head
+from .runtime.server import Server, server_of
 from .source import check_content, iterate
 from .stream import Stream
 

@@ -16,7 +16,7 @@ from .errors import StreamClosedError, shown, shown_text
 from .inbox import Inbox
 from .protocol.asgi import ASGIApp, Receive, Scope, Send
 from .response import PASSAGE_KEY, SCOPE_KEY, Defaults, EventSourceResponse, encode_header
-from .server import Server, server_of
+from .runtime.server import Server, server_of
 
 METHODS: Final = ("GET", "HEAD", "POST")  # POST since prompts are too large for a URL
 _PARSED_BYTES: Final = 65_536

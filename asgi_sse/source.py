@@ -11,8 +11,9 @@ from typing import Any, Final
 
 import anyio
 
-from ._eventloop import EventLoop, current_loop
 from .errors import SSEError, shown
+from .runtime.base import EventLoop
+from .runtime.current import current_loop
 
 logger = logging.getLogger(__name__)
 

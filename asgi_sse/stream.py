@@ -18,7 +18,6 @@ from typing import Any, Final, Protocol, TypeAlias
 
 import anyio
 
-from ._eventloop import Child, EventLoop, Wait
 from .draining import DrainingEvent
 from .driver import Driver
 from .errors import SendTimeoutError, StreamClosedError, shown_text
@@ -28,7 +27,8 @@ from .options import StreamOptions
 from .outbox import Outbox
 from .protocol.asgi import CloseReason, Message, Send
 from .protocol.event import ItemEncoder, ServerSentEvent, encode_item
-from .server import Server, abort_transport
+from .runtime.base import Child, EventLoop, Wait
+from .runtime.server import Server, abort_transport
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ import anyio
 import pytest
 
 from asgi_sse import DrainReport, EventDecoder, EventSourceResponse, Request, StreamRegistry, create_app
-from asgi_sse.heartbeat import current_heartbeat
 from asgi_sse.observer import Observer
 from asgi_sse.registry import default_registry
+from asgi_sse.runtime.deadlines import current_heartbeat
 from asgi_sse.stream import Stream
 from asgi_sse.tally import Tally
 from asgi_sse.testing import open_stream

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from asgi_sse._eventloop import EventLoop, current_loop
 from asgi_sse.errors import shown_text
 from asgi_sse.inbox import Changing
 from asgi_sse.response import PASSAGE_KEY, current_scope
+from asgi_sse.runtime.base import EventLoop
+from asgi_sse.runtime.current import current_loop
 
 if TYPE_CHECKING:
     from asgi_sse.protocol.asgi import Message, Scope

@@ -22,7 +22,7 @@ from asgi_sse.protocol import event as core
 from asgi_sse.registry import StreamRegistry, check_registry
 from asgi_sse.response import PASSAGE_KEY, encode_header, registry_of
 from asgi_sse.response import EventSourceResponse as PlainResponse
-from asgi_sse.server import Server, server_of
+from asgi_sse.runtime.server import Server, server_of
 from asgi_sse.source import ThreadedIterator
 
 try:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
-from asgi_sse._eventloop import current_loop
 from asgi_sse.errors import BrokerError
 from asgi_sse.flusher import current_flusher
 from asgi_sse.log import EventLog
 from asgi_sse.protocol.validation import check_number
+from asgi_sse.runtime.current import current_loop
 from asgi_sse.source import check_content
 
 from .backend import Publication
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from asgi_sse._eventloop import EventLoop
     from asgi_sse.protocol.event import ServerSentEvent
     from asgi_sse.routing import Request
+    from asgi_sse.runtime.base import EventLoop
 
     from .backend import BrokerStatistics, Claim
     from .cursor import Overflow

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from asgi_sse.protocol.asgi import Scope, Send
     from asgi_sse.protocol.event import ServerSentEvent
     from asgi_sse.routing import Request
-    from asgi_sse.server import Server
+    from asgi_sse.runtime.server import Server
 
     from .broker import Broker
     from .subscription import Subscription

@@ -7,10 +7,11 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from asgi_sse._eventloop import EventLoop, current_loop, running_loop
 from asgi_sse.errors import BrokerError, InvalidEventError, shown
 from asgi_sse.protocol.event import ServerSentEvent, as_event
 from asgi_sse.routing import HTTPError
+from asgi_sse.runtime.base import EventLoop
+from asgi_sse.runtime.current import current_loop, running_loop
 
 from .names import is_pattern, pattern_test
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
 import anyio
 
-from asgi_sse._eventloop import EventLoop, current_loop
 from asgi_sse.driver import Driver
 from asgi_sse.errors import BrokerError
 from asgi_sse.protocol.event import ServerSentEvent
+from asgi_sse.runtime.base import EventLoop
+from asgi_sse.runtime.current import current_loop
 
 from .hub import unnumbered
 

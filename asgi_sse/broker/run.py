@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 
-from asgi_sse._eventloop import EventLoop, current_loop
 from asgi_sse.errors import BrokerError
 from asgi_sse.routing import HTTPError
+from asgi_sse.runtime.base import EventLoop
+from asgi_sse.runtime.current import current_loop
 
 from .backend import Backend, Publication
 from .channel import Channel

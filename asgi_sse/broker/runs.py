@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import anyio
 
-from asgi_sse._eventloop import current_loop
 from asgi_sse.errors import BrokerError
+from asgi_sse.runtime.current import current_loop
 from asgi_sse.source import iterate
 
 from .hub import clock
@@ -24,9 +24,9 @@ from .run import Run
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable, Iterable, Iterator
 
-    from asgi_sse._eventloop import Child, EventLoop
     from asgi_sse.protocol.event import ServerSentEvent
     from asgi_sse.ring import Entry
+    from asgi_sse.runtime.base import Child, EventLoop
 
     from .backend import Backend, Claim
 

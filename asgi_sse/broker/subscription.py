@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import anyio.lowlevel
 
-from asgi_sse._eventloop import current_loop, running_loop
 from asgi_sse.errors import StreamClosedError, shown_text
 from asgi_sse.protocol.event import ServerSentEvent
+from asgi_sse.runtime.current import current_loop, running_loop
 
 from .cursor import Cursor, Overflow
 from .snapshot import Snapshot
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from asgi_sse._eventloop import EventLoop
     from asgi_sse.ring import Entry, Ring
+    from asgi_sse.runtime.base import EventLoop
     from asgi_sse.stream import Stream
 
     from .hub import Hub

@@ -15,8 +15,8 @@ from typing import Any, ParamSpec, TypeVar, overload
 
 import anyio
 
-from asgi_sse._eventloop import current_loop
 from asgi_sse.errors import shown
+from asgi_sse.runtime.current import current_loop
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")

@@ -6,11 +6,12 @@ from typing import Any, Final
 
 import anyio
 
-from asgi_sse import lifespan
-from asgi_sse._eventloop import Child, current_loop
 from asgi_sse.errors import shown
 from asgi_sse.protocol.asgi import ASGIApp, Message, Receive, Scope, Send
-from asgi_sse.shutdown import ShutdownHook
+from asgi_sse.runtime import lifespan
+from asgi_sse.runtime.base import Child
+from asgi_sse.runtime.current import current_loop
+from asgi_sse.runtime.shutdown import ShutdownHook
 
 from .clock import real_deadline
 

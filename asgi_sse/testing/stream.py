@@ -12,11 +12,12 @@ from urllib.parse import unquote
 import anyio
 import anyio.lowlevel
 
-from asgi_sse._eventloop import Child, current_loop
 from asgi_sse.errors import StreamClosedError, shown
 from asgi_sse.protocol.asgi import ASGIApp, Message, Scope
 from asgi_sse.protocol.decoder import EventDecoder
 from asgi_sse.protocol.event import ServerSentEvent
+from asgi_sse.runtime.base import Child
+from asgi_sse.runtime.current import current_loop
 
 from .clock import real_deadline
 

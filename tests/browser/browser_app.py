@@ -19,7 +19,7 @@ from asgi_sse import (
     Subscription,
     create_app,
 )
-from asgi_sse.server import abort_transport
+from asgi_sse.runtime.server import abort_transport
 
 OTHER = os.environ["OTHER_ORIGIN"]
 ODD_IDS = ["0f3e-1", "a b", "~_:/@+=,-", "\u00e9\u2713", '"quoted"', "%41"]

@@ -16,9 +16,10 @@ from importlib.metadata import PackageNotFoundError, version
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, Final
 
-from ._eventloop import EventLoop
-from .errors import shown_text
-from .protocol.asgi import Send
+from asgi_sse.errors import shown_text
+from asgi_sse.protocol.asgi import Send
+
+from .base import EventLoop
 from .server import behind
 
 logger = logging.getLogger(__name__)

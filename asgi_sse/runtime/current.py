@@ -10,9 +10,7 @@ from typing import Any
 
 from anyio.lowlevel import RunVar
 
-from .base import Child, EventLoop, Sender, Wait
-
-__all__ = ["Child", "EventLoop", "Sender", "Wait", "current_loop", "running_loop"]
+from .base import EventLoop
 
 # Every request asks, so a look into a dictionary where that is enough: anyio's RunVar takes five times as long.
 _on_asyncio: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, EventLoop]" = weakref.WeakKeyDictionary()
@@ -31,7 +29,7 @@ def current_loop() -> EventLoop:
     running = asyncio.get_running_loop()
     loop = _on_asyncio.get(running)
     if loop is None:
-        from .on_asyncio import AsyncioLoop  # noqa: PLC0415 (each where it is used)
+        from .asyncio_loop import AsyncioLoop  # noqa: PLC0415 (each where it is used)
 
         loop = _on_asyncio[running] = AsyncioLoop()
     return loop
@@ -49,7 +47,7 @@ def _trio_loop() -> EventLoop:
     try:
         return _on_trio.get()
     except LookupError:
-        from .on_trio import TrioLoop  # noqa: PLC0415 (trio is optional)
+        from .trio_loop import TrioLoop  # noqa: PLC0415 (trio is optional)
 
         loop = TrioLoop()
         _on_trio.set(loop)

@@ -13,8 +13,10 @@ from typing import Any, Final
 
 from anyio.lowlevel import RunVar
 
-from ._eventloop import EventLoop, current_loop
-from .protocol.asgi import Send
+from asgi_sse.protocol.asgi import Send
+
+from .base import EventLoop
+from .current import current_loop
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from .protocol.asgi import ASGIApp, Message, Receive, Scope, Send
+from asgi_sse.protocol.asgi import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from functools import partial
 from types import FrameType
 from typing import Any, Final
 
-from ._eventloop import EventLoop
+from .base import EventLoop
 from .server import Server
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,11 @@ from typing import Final
 
 from anyio.lowlevel import RunVar
 
-from ._eventloop import EventLoop, current_loop
-from .errors import shown_text
-from .stream import Stream
+from asgi_sse.errors import shown_text
+from asgi_sse.stream import Stream
+
+from .base import EventLoop
+from .current import current_loop
 
 logger = logging.getLogger(__name__)
 
