@@ -14,9 +14,9 @@ from .errors import (
 from .middleware import SSEMiddleware
 from .protocol.decoder import EventDecoder
 from .protocol.event import JSONServerSentEvent, ServerSentEvent
-from .registry import DrainReport, StreamRegistry
-from .response import EventSourceResponse
 from .routing import HTTPError, Request
+from .stream.registry import DrainReport, StreamRegistry
+from .stream.response import EventSourceResponse
 
 __version__ = "0.1.0.dev0"
 

@@ -9,7 +9,7 @@ from .broker import Broker
 from .broker.backend import BrokerStatistics, State
 from .errors import shown
 from .protocol.asgi import CloseReason
-from .registry import RegistryStatistics, StreamRegistry, statistics_of_all
+from .stream.registry import RegistryStatistics, StreamRegistry, statistics_of_all
 
 Brokers: TypeAlias = Broker | Iterable[Broker] | Mapping[str, Broker]
 Labels: TypeAlias = dict[str, str]

@@ -11,15 +11,15 @@ from typing import Final
 import anyio
 import anyio.lowlevel
 
-from .draining import DrainingEvent
-from .inbox import Changing
-from .options import StreamOptions
 from .protocol.asgi import Message, Receive, Scope, Send
-from .registry import StreamRegistry
-from .response import EVENT_STREAM_HEADERS
 from .runtime.base import Child, Wait
 from .runtime.server import Server
-from .stream import Stream
+from .stream.draining import DrainingEvent
+from .stream.options import StreamOptions
+from .stream.receiver import Changing
+from .stream.registry import StreamRegistry
+from .stream.response import EVENT_STREAM_HEADERS
+from .stream.stream import Stream
 
 PATIENCE: Final = 0.5
 """Seconds that an app has to find its disconnect in ``receive()``, before it is cancelled."""

@@ -11,9 +11,9 @@ from .broker import Broker
 from .errors import missing, shown
 from .figures import DURATION, OF_BROKERS, OF_STREAMS, Brokers, Figure, Labels, Sources
 from .protocol.asgi import Receive, Scope, Send
-from .registry import StreamRegistry
 from .routing import HTTPError, send_text
-from .tally import DURATIONS
+from .stream.counters import DURATIONS
+from .stream.registry import StreamRegistry
 
 try:
     from prometheus_client import CollectorRegistry

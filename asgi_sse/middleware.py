@@ -11,14 +11,14 @@ from asgi_sse.runtime import lifespan
 from .broker import Broker
 from .cors import CORS, is_preflight
 from .errors import shown
-from .options import StreamOptions
 from .passage import Passage, Terms
 from .protocol.asgi import ASGIApp, Receive, Scope, Send
-from .registry import StreamRegistry, check_registry
-from .response import SCOPE_KEY, Defaults
 from .routing import METHODS, Endpoint, RouteTable, route_path
 from .runtime.compressors import Guard
 from .runtime.server import Server, server_of
+from .stream.options import StreamOptions
+from .stream.registry import StreamRegistry, check_registry
+from .stream.response import SCOPE_KEY, Defaults
 
 _OWN: Final = ("routes", "broker", "registry", "compression", "adopt", "cors", "signals", "strict_lifespan")
 _OPTIONS: Final = tuple(field.name for field in fields(StreamOptions))

@@ -7,15 +7,15 @@ from functools import partial
 import anyio.lowlevel
 
 from .healing import PATIENCE, Adopted, may_be_adopted
-from .options import StreamOptions
 from .protocol.asgi import ASGIApp, Message, Receive, Scope, Send
-from .registry import StreamRegistry
-from .response import PASSAGE_KEY, current_scope
 from .routing import HTTPError, send_text
 from .runtime.compressors import LOOK_AFTER, Guard, encoding_of, watch_head
 from .runtime.current import current_loop
 from .runtime.server import Server, server_of
-from .stream import Stream
+from .stream.options import StreamOptions
+from .stream.registry import StreamRegistry
+from .stream.response import PASSAGE_KEY, current_scope
+from .stream.stream import Stream
 
 
 @dataclass(slots=True)

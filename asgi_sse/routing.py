@@ -11,12 +11,12 @@ from urllib.parse import parse_qsl, unquote
 
 from asgiref.compatibility import double_to_single_callable
 
-from .draining import DrainingEvent
 from .errors import StreamClosedError, shown, shown_text
-from .inbox import Inbox
 from .protocol.asgi import ASGIApp, Receive, Scope, Send
-from .response import PASSAGE_KEY, SCOPE_KEY, Defaults, EventSourceResponse, encode_header
 from .runtime.server import Server, server_of
+from .stream.draining import DrainingEvent
+from .stream.receiver import Inbox
+from .stream.response import PASSAGE_KEY, SCOPE_KEY, Defaults, EventSourceResponse, encode_header
 
 METHODS: Final = ("GET", "HEAD", "POST")  # POST since prompts are too large for a URL
 _PARSED_BYTES: Final = 65_536

@@ -13,8 +13,8 @@ from asgi_sse import __version__
 
 from .errors import missing
 from .figures import DURATION, FIGURES, OF_STREAMS, Brokers, Figure, Labels, Sources
-from .observer import EVERYWHERE, Observer
-from .tally import DURATIONS
+from .stream.counters import DURATIONS
+from .stream.observer import EVERYWHERE, Observer
 
 try:
     from opentelemetry import context, metrics, trace
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from .broker import Broker
     from .broker.backend import BrokerStatistics
-    from .registry import RegistryStatistics, StreamRegistry
-    from .stream import Stream
+    from .stream.registry import RegistryStatistics, StreamRegistry
+    from .stream.stream import Stream
 
 
 class Instrumentation:

@@ -26,10 +26,7 @@ from asgi_sse import (
     ServerSentEvent,
     SSEMiddleware,
     create_app,
-    feed,
     healing,
-    inbox,
-    outbox,
     routing,
 )
 from asgi_sse.broker import checks, memory
@@ -37,8 +34,11 @@ from asgi_sse.broker import endpoint as broker_endpoint
 from asgi_sse.broker.endpoint import MAX_CHANNELS, Access
 from asgi_sse.broker.hub import UnavailableError
 from asgi_sse.broker.names import MAX_NAME
-from asgi_sse.options import StreamOptions
-from asgi_sse.source import MAX_THREADS
+from asgi_sse.stream import buffer as feed
+from asgi_sse.stream import receiver as inbox
+from asgi_sse.stream import writer as outbox
+from asgi_sse.stream.options import StreamOptions
+from asgi_sse.stream.source import MAX_THREADS
 from asgi_sse.testing import open_stream
 
 FUZZ = settings(max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck))

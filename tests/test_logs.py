@@ -97,7 +97,7 @@ async def test_the_end_of_each_stream_is_a_record(caplog: pytest.LogCaptureFixtu
     size = registry.statistics().bytes
     assert end == {"sse_path": "/three", "sse_reason": "finished", "sse_events": 3, "sse_bytes": size}
     (record,) = (record for record in caplog.records if " ended: " in record.getMessage())
-    assert (record.name, record.levelname) == ("asgi_sse.registry", "DEBUG")
+    assert (record.name, record.levelname) == ("asgi_sse.stream.registry", "DEBUG")
     assert record.getMessage() == f"stream /three ended: finished after 3.0 s, 3 events, {size} bytes"
 
 

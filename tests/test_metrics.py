@@ -25,7 +25,7 @@ from serving import running
 
 from asgi_sse import Broker, EventSourceResponse, SSEMiddleware, StreamRegistry, create_app
 from asgi_sse.metrics import Collector, MetricsEndpoint
-from asgi_sse.registry import RegistryStatistics
+from asgi_sse.stream.registry import RegistryStatistics
 from asgi_sse.testing import open_stream
 
 pytestmark = pytest.mark.anyio

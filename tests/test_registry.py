@@ -13,11 +13,11 @@ import anyio
 import pytest
 
 from asgi_sse import DrainReport, EventDecoder, EventSourceResponse, Request, StreamRegistry, create_app
-from asgi_sse.observer import Observer
-from asgi_sse.registry import default_registry
 from asgi_sse.runtime.deadlines import current_heartbeat
-from asgi_sse.stream import Stream
-from asgi_sse.tally import Tally
+from asgi_sse.stream.counters import Tally
+from asgi_sse.stream.observer import Observer
+from asgi_sse.stream.registry import default_registry
+from asgi_sse.stream.stream import Stream
 from asgi_sse.testing import open_stream
 
 pytestmark = pytest.mark.anyio

@@ -573,7 +573,7 @@ async def test_each_stream_has_its_own_context() -> None:
 async def test_the_clean_up_of_a_synchronous_source_that_comes_out_of_next_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("asgi_sse.source._IN_NEXT", 30)  # a slow machine takes longer than it has
+    monkeypatch.setattr("asgi_sse.stream.source._IN_NEXT", 30)  # a slow machine takes longer than it has
     inside, seen = threading.Event(), []
 
     def source() -> Iterator[int]:
@@ -902,7 +902,9 @@ async def test_a_synchronous_source_runs_in_one_thread_and_context() -> None:
 
 @pytest.mark.real_time
 async def test_a_synchronous_source_is_closed_in_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("asgi_sse.source._IN_NEXT", 30)  # it may be inside, for a moment that a slow machine prolongs
+    monkeypatch.setattr(
+        "asgi_sse.stream.source._IN_NEXT", 30
+    )  # it may be inside, for a moment that a slow machine prolongs
     closed = threading.Event()
 
     def source() -> Any:
@@ -942,7 +944,7 @@ async def test_a_blocked_synchronous_source_does_not_hold_the_disconnect() -> No
 
 @pytest.mark.real_time
 async def test_threads_are_bounded_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("asgi_sse.source._threads", threading.BoundedSemaphore(1))
+    monkeypatch.setattr("asgi_sse.stream.source._threads", threading.BoundedSemaphore(1))
     release = threading.Event()
 
     def source() -> Any:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import anyio
 
 from asgi_sse.errors import shown_text
-from asgi_sse.inbox import Changing
-from asgi_sse.response import PASSAGE_KEY, current_scope
-from asgi_sse.runtime.base import EventLoop
 from asgi_sse.runtime.current import current_loop
+from asgi_sse.stream.receiver import Changing
+from asgi_sse.stream.response import PASSAGE_KEY, current_scope
 
 if TYPE_CHECKING:
+    from asgi_sse.runtime.base import EventLoop
     from asgi_sse.protocol.asgi import Message, Scope
-    from asgi_sse.response import EventSourceResponse
+    from asgi_sse.stream.response import EventSourceResponse
 
 logger = logging.getLogger(__name__)
 

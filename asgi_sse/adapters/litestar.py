@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from asgi_sse.errors import missing
-from asgi_sse.response import EventSourceResponse as PlainResponse
-from asgi_sse.response import Headers, StreamArguments
+from asgi_sse.stream.response import EventSourceResponse as PlainResponse
+from asgi_sse.stream.response import Headers, StreamArguments
 
 try:
     from litestar import asgi

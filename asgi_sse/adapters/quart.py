@@ -6,8 +6,8 @@ import contextvars
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from asgi_sse.errors import missing
-from asgi_sse.response import EventSourceResponse as PlainResponse
-from asgi_sse.response import Headers, StreamArguments
+from asgi_sse.stream.response import EventSourceResponse as PlainResponse
+from asgi_sse.stream.response import Headers, StreamArguments
 
 from .body import Body
 

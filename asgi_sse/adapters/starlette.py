@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeGuard
 
 import anyio
 
-from asgi_sse.draining import DrainingEvent
 from asgi_sse.errors import InvalidEventError, SendTimeoutError, missing, shown
-from asgi_sse.inbox import Inbox
-from asgi_sse.options import StreamOptions
 from asgi_sse.protocol import event as core
-from asgi_sse.registry import StreamRegistry, check_registry
-from asgi_sse.response import PASSAGE_KEY, encode_header, registry_of
-from asgi_sse.response import EventSourceResponse as PlainResponse
 from asgi_sse.runtime.server import Server, server_of
-from asgi_sse.source import ThreadedIterator
+from asgi_sse.stream.draining import DrainingEvent
+from asgi_sse.stream.options import StreamOptions
+from asgi_sse.stream.receiver import Inbox
+from asgi_sse.stream.registry import StreamRegistry, check_registry
+from asgi_sse.stream.response import PASSAGE_KEY, encode_header, registry_of
+from asgi_sse.stream.response import EventSourceResponse as PlainResponse
+from asgi_sse.stream.source import ThreadedIterator
 
 try:
     from starlette.datastructures import MutableHeaders
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from asgi_sse.protocol.asgi import CloseReason, Message, Receive, Scope, Send
-    from asgi_sse.stream import Stream
+    from asgi_sse.stream.stream import Stream
 
 __all__ = [
     "AppStatus",

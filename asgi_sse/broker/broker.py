@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 
 from asgi_sse.errors import BrokerError
-from asgi_sse.flusher import current_flusher
 from asgi_sse.log import EventLog
 from asgi_sse.protocol.validation import check_number
 from asgi_sse.runtime.current import current_loop
-from asgi_sse.source import check_content
+from asgi_sse.stream.flusher import current_flusher
+from asgi_sse.stream.source import check_content
 
 from .backend import Publication
 from .channel import Channel

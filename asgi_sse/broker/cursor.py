@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
-from asgi_sse.inbox import Changing
 from asgi_sse.protocol.event import ServerSentEvent
+from asgi_sse.stream.receiver import Changing
 
 from .hub import clock
 from .names import is_pattern

@@ -14,8 +14,8 @@ import anyio
 
 from asgi_sse.errors import shown
 from asgi_sse.protocol.validation import check_number
-from asgi_sse.response import EventSourceResponse
 from asgi_sse.routing import Answering, HTTPError
+from asgi_sse.stream.response import EventSourceResponse
 
 from .channel import Channel, come_back
 from .checks import name_of
@@ -25,12 +25,12 @@ from .names import check_name, check_pattern, is_pattern, pattern_test
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from asgi_sse.draining import DrainingEvent
-    from asgi_sse.inbox import Inbox
     from asgi_sse.protocol.asgi import Scope, Send
     from asgi_sse.protocol.event import ServerSentEvent
     from asgi_sse.routing import Request
     from asgi_sse.runtime.server import Server
+    from asgi_sse.stream.draining import DrainingEvent
+    from asgi_sse.stream.receiver import Inbox
 
     from .broker import Broker
     from .subscription import Subscription

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from asgi_sse.errors import BrokerError, InvalidEventError, shown
 from asgi_sse.protocol.event import ServerSentEvent, as_event
 from asgi_sse.routing import HTTPError
-from asgi_sse.runtime.base import EventLoop
 from asgi_sse.runtime.current import current_loop, running_loop
 
 from .names import is_pattern, pattern_test
 
 if TYPE_CHECKING:
+    from asgi_sse.runtime.base import EventLoop
     from collections.abc import Callable, Collection, Iterable
 
     from asgi_sse.log import EventLog

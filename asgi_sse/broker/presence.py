@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 
 from asgi_sse.errors import shown_text
-from asgi_sse.runtime.base import Child, EventLoop
 from asgi_sse.runtime.current import current_loop
 
 if TYPE_CHECKING:
+    from asgi_sse.runtime.base import Child, EventLoop
     from collections.abc import Callable
 
     from .subscription import Subscription

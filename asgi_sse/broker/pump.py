@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
 import anyio
 
-from asgi_sse.driver import Driver
 from asgi_sse.errors import BrokerError
 from asgi_sse.protocol.event import ServerSentEvent
-from asgi_sse.runtime.base import EventLoop
 from asgi_sse.runtime.current import current_loop
+from asgi_sse.stream.source_task import Driver
 
 from .hub import unnumbered
 
 if TYPE_CHECKING:
+    from asgi_sse.runtime.base import EventLoop
     from collections.abc import AsyncIterator, Awaitable, Callable
 
 logger = logging.getLogger(__name__)

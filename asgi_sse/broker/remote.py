@@ -19,8 +19,8 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 from asgi_sse.errors import BrokerError
-from asgi_sse.flusher import current_flusher
 from asgi_sse.protocol.event import ServerSentEvent
+from asgi_sse.stream.flusher import current_flusher
 
 from . import wire
 from .backend import Backend, BrokerStatistics, Claim, Publication, State

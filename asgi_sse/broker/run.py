@@ -8,7 +8,6 @@ import anyio
 
 from asgi_sse.errors import BrokerError
 from asgi_sse.routing import HTTPError
-from asgi_sse.runtime.base import EventLoop
 from asgi_sse.runtime.current import current_loop
 
 from .backend import Backend, Publication
@@ -16,6 +15,7 @@ from .channel import Channel
 from .pump import Outcome, Pump
 
 if TYPE_CHECKING:
+    from asgi_sse.runtime.base import EventLoop
     from collections.abc import Awaitable, Callable
 
     from asgi_sse.protocol.event import ServerSentEvent

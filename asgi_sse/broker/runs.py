@@ -15,7 +15,7 @@ import anyio
 
 from asgi_sse.errors import BrokerError
 from asgi_sse.runtime.current import current_loop
-from asgi_sse.source import iterate
+from asgi_sse.stream.source import iterate
 
 from .hub import clock
 from .pump import Outcome, Pump, final_event

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from asgi_sse.ring import Entry, Ring
     from asgi_sse.runtime.base import EventLoop
-    from asgi_sse.stream import Stream
+    from asgi_sse.stream.stream import Stream
 
     from .hub import Hub
     from .presence import Presence

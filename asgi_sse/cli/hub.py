@@ -12,8 +12,8 @@ from asgi_sse.broker import Broker
 from asgi_sse.cors import CORS
 from asgi_sse.errors import BrokerError, shown
 from asgi_sse.protocol.event import ServerSentEvent
-from asgi_sse.registry import StreamRegistry
 from asgi_sse.routing import HTTPError, Request, send_text
+from asgi_sse.stream.registry import StreamRegistry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping

@@ -156,7 +156,7 @@ def _run(options: argparse.Namespace) -> int:
         return missing(exc, "serve", "cli", "uvicorn")
     from asgi_sse.broker import Broker  # noqa: PLC0415 (the other commands do without)
     from asgi_sse.errors import BrokerError  # noqa: PLC0415
-    from asgi_sse.registry import StreamRegistry  # noqa: PLC0415
+    from asgi_sse.stream.registry import StreamRegistry  # noqa: PLC0415
 
     from . import hub  # noqa: PLC0415
 

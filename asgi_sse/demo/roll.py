@@ -4,8 +4,8 @@ from collections import deque
 from typing import Any, Final
 
 from asgi_sse.broker import Broker
-from asgi_sse.registry import StreamRegistry
-from asgi_sse.stream import Stream
+from asgi_sse.stream.registry import StreamRegistry
+from asgi_sse.stream.stream import Stream
 
 _KEPT: Final = 30
 """Ended streams that are shown."""

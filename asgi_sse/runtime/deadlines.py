@@ -10,7 +10,7 @@ from typing import Final
 from anyio.lowlevel import RunVar
 
 from asgi_sse.errors import shown_text
-from asgi_sse.stream import Stream
+from asgi_sse.stream.stream import Stream
 
 from .base import EventLoop
 from .current import current_loop

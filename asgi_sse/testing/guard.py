@@ -16,9 +16,9 @@ from typing import Any, Final
 
 import anyio
 
-from asgi_sse.observer import EVERYWHERE, Observer
 from asgi_sse.protocol.validation import check_number
-from asgi_sse.stream import Stream
+from asgi_sse.stream.observer import EVERYWHERE, Observer
+from asgi_sse.stream.stream import Stream
 
 from .clock import inside_of, real_deadline, virtual_time
 from .stream import PATIENCE, OpenStream, open_streams

@@ -2,18 +2,20 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Any, Final, TYPE_CHECKING
 
 import anyio
 
 from asgi_sse.errors import shown
 from asgi_sse.protocol.asgi import ASGIApp, Message, Receive, Scope, Send
 from asgi_sse.runtime import lifespan
-from asgi_sse.runtime.base import Child
 from asgi_sse.runtime.current import current_loop
 from asgi_sse.runtime.shutdown import ShutdownHook
 
 from .clock import real_deadline
+
+if TYPE_CHECKING:
+    from asgi_sse.runtime.base import Child
 
 _TASK_ENDS: Final = 1.0
 """Seconds in which an app returns from its lifespan, or raises, after it has sent its last message."""

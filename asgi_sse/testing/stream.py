@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from types import EllipsisType
-from typing import Any, Final, cast
+from typing import Any, Final, cast, TYPE_CHECKING
 from urllib.parse import unquote
 
 import anyio
@@ -16,10 +16,12 @@ from asgi_sse.errors import StreamClosedError, shown
 from asgi_sse.protocol.asgi import ASGIApp, Message, Scope
 from asgi_sse.protocol.decoder import EventDecoder
 from asgi_sse.protocol.event import ServerSentEvent
-from asgi_sse.runtime.base import Child
 from asgi_sse.runtime.current import current_loop
 
 from .clock import real_deadline
+
+if TYPE_CHECKING:
+    from asgi_sse.runtime.base import Child
 
 _SHOWN: Final = 5
 """Events, of those received before, that a failure shows."""

@@ -16,7 +16,7 @@ def rename(record):
     return True
 
 
-logging.getLogger("asgi_sse.stream").addFilter(rename)
+logging.getLogger("asgi_sse.stream.stream").addFilter(rename)
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ import threading
 from collections.abc import Callable
 from typing import Final, Literal
 
-from .errors import shown_text
+from asgi_sse.errors import shown_text
+
 from .stream import Stream
 
 logger = logging.getLogger(__name__)

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, TypedDict, ca
 
 import anyio
 
+from asgi_sse.errors import SendTimeoutError, StreamClosedError, shown
+from asgi_sse.protocol.asgi import CloseReason, Message, Receive, Scope, Send
+from asgi_sse.protocol.event import ItemEncoder, JSONDumps, ServerSentEvent, encode_item
+from asgi_sse.runtime.compressors import watch_head
+from asgi_sse.runtime.server import Server, server_of
+
 from .draining import DrainingEvent
-from .errors import SendTimeoutError, StreamClosedError, shown
-from .inbox import Inbox
 from .options import StreamOptions
-from .protocol.asgi import CloseReason, Message, Receive, Scope, Send
-from .protocol.event import ItemEncoder, JSONDumps, ServerSentEvent, encode_item
+from .receiver import Inbox
 from .registry import StreamRegistry, check_registry, default_registry
-from .runtime.compressors import watch_head
-from .runtime.server import Server, server_of
 from .source import check_content, iterate
 from .stream import Stream
 

@@ -18,17 +18,18 @@ from typing import Any, Final, Protocol, TypeAlias
 
 import anyio
 
+from asgi_sse.errors import SendTimeoutError, StreamClosedError, shown_text
+from asgi_sse.protocol.asgi import CloseReason, Message, Send
+from asgi_sse.protocol.event import ItemEncoder, ServerSentEvent, encode_item
+from asgi_sse.runtime.base import Child, EventLoop, Wait
+from asgi_sse.runtime.server import Server, abort_transport
+
+from .buffer import Buffer, Feed, Lockstep
 from .draining import DrainingEvent
-from .driver import Driver
-from .errors import SendTimeoutError, StreamClosedError, shown_text
-from .feed import Buffer, Feed, Lockstep
 from .flusher import current_flusher
 from .options import StreamOptions
-from .outbox import Outbox
-from .protocol.asgi import CloseReason, Message, Send
-from .protocol.event import ItemEncoder, ServerSentEvent, encode_item
-from .runtime.base import Child, EventLoop, Wait
-from .runtime.server import Server, abort_transport
+from .source_task import Driver
+from .writer import Outbox
 
 logger = logging.getLogger(__name__)
 

@@ -7,13 +7,15 @@ import math
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping
-from typing import Any, Final
+from typing import Any, Final, TYPE_CHECKING
 
 import anyio
 
-from .errors import SSEError, shown
-from .runtime.base import EventLoop
-from .runtime.current import current_loop
+from asgi_sse.errors import SSEError, shown
+from asgi_sse.runtime.current import current_loop
+
+if TYPE_CHECKING:
+    from asgi_sse.runtime.base import EventLoop
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,11 @@ import contextvars
 from enum import Enum
 from typing import Final, Protocol
 
-from .feed import Feed
+from asgi_sse.protocol.asgi import Message, Send
+from asgi_sse.runtime.base import EventLoop
+
+from .buffer import Feed
 from .flusher import Flusher
-from .protocol.asgi import Message, Send
-from .runtime.base import EventLoop
 
 MESSAGE_BYTES: Final = 65_536
 """The most that one send carries, but for one larger event. Without it, 50 clients on a backlog of

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import anyio
 import anyio.lowlevel
 
-from .errors import InvalidEventError
-from .runtime.base import Child, EventLoop
+from asgi_sse.errors import InvalidEventError
+from asgi_sse.runtime.base import Child, EventLoop
 
 
 class Owner(Protocol):

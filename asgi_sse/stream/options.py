@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .protocol.asgi import CloseReason
-from .protocol.event import JSONDumps, ServerSentEvent, check_separator
-from .protocol.validation import check_number
+from asgi_sse.protocol.asgi import CloseReason
+from asgi_sse.protocol.event import JSONDumps, ServerSentEvent, check_separator
+from asgi_sse.protocol.validation import check_number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
 
-from .protocol.asgi import CloseReason
+from asgi_sse.protocol.asgi import CloseReason
 
 T = TypeVar("T")
 

@@ -6,8 +6,8 @@ from typing import Final, Protocol
 import anyio
 from anyio.lowlevel import RunVar
 
-from .runtime.base import EventLoop
-from .runtime.current import current_loop
+from asgi_sse.runtime.base import EventLoop
+from asgi_sse.runtime.current import current_loop
 
 _TURN_SOURCES: Final = 4
 """How many waiting sources go on in one loop turn. uvloop accepts one connection a turn: without a

@@ -4,7 +4,7 @@ from typing import Final
 
 import anyio
 
-from .protocol.asgi import Message, Receive
+from asgi_sse.protocol.asgi import Message, Receive
 
 _AHEAD: Final = 65_536
 """Bytes of body taken from the server before anybody asked: as much as one send carries."""

@@ -12,17 +12,18 @@ from typing import Final
 import anyio
 from anyio.lowlevel import RunVar
 
-from .errors import shown, shown_text
+from asgi_sse.errors import shown, shown_text
+from asgi_sse.protocol.asgi import CloseReason
+from asgi_sse.protocol.validation import check_number
+from asgi_sse.runtime.base import EventLoop
+from asgi_sse.runtime.current import current_loop
+from asgi_sse.runtime.deadlines import Heartbeat, current_heartbeat
+from asgi_sse.runtime.server import Server
+from asgi_sse.runtime.shutdown import ShutdownWatch
+
+from .counters import Census, Tally
 from .observer import Observer, Observers, Told
-from .protocol.asgi import CloseReason
-from .protocol.validation import check_number
-from .runtime.base import EventLoop
-from .runtime.current import current_loop
-from .runtime.deadlines import Heartbeat, current_heartbeat
-from .runtime.server import Server
-from .runtime.shutdown import ShutdownWatch
 from .stream import Stream
-from .tally import Census, Tally
 
 logger = logging.getLogger(__name__)
 
