@@ -14,8 +14,8 @@ from asgi_sse.stream.receiver import Changing
 from asgi_sse.stream.response import PASSAGE_KEY, current_scope
 
 if TYPE_CHECKING:
-    from asgi_sse.runtime.base import EventLoop
     from asgi_sse.protocol.asgi import Message, Scope
+    from asgi_sse.runtime.base import EventLoop
     from asgi_sse.stream.response import EventSourceResponse
 
 logger = logging.getLogger(__name__)

@@ -15,11 +15,11 @@ from asgi_sse.runtime.current import current_loop, running_loop
 from .names import is_pattern, pattern_test
 
 if TYPE_CHECKING:
-    from asgi_sse.runtime.base import EventLoop
     from collections.abc import Callable, Collection, Iterable
 
     from asgi_sse.log import EventLog
     from asgi_sse.ring import Entry
+    from asgi_sse.runtime.base import EventLoop
 
 clock: Final = time.monotonic
 

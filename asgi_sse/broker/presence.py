@@ -13,8 +13,9 @@ from asgi_sse.errors import shown_text
 from asgi_sse.runtime.current import current_loop
 
 if TYPE_CHECKING:
-    from asgi_sse.runtime.base import Child, EventLoop
     from collections.abc import Callable
+
+    from asgi_sse.runtime.base import Child, EventLoop
 
     from .subscription import Subscription
 

@@ -18,8 +18,9 @@ from asgi_sse.stream.source_task import Driver
 from .hub import unnumbered
 
 if TYPE_CHECKING:
-    from asgi_sse.runtime.base import EventLoop
     from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from asgi_sse.runtime.base import EventLoop
 
 logger = logging.getLogger(__name__)
 

@@ -15,12 +15,12 @@ from .channel import Channel
 from .pump import Outcome, Pump
 
 if TYPE_CHECKING:
-    from asgi_sse.runtime.base import EventLoop
     from collections.abc import Awaitable, Callable
 
     from asgi_sse.protocol.event import ServerSentEvent
     from asgi_sse.ring import Entry
     from asgi_sse.routing import Request
+    from asgi_sse.runtime.base import EventLoop
 
     from .backend import Claim
     from .broker import Broker
