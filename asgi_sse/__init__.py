@@ -2,7 +2,6 @@
 
 from .app import create_app
 from .broker import Access, Broker, Channel, Run, Subscription
-from .cors import CORS
 from .errors import (
     BrokerError,
     CompressionError,
@@ -14,7 +13,8 @@ from .errors import (
 from .middleware import SSEMiddleware
 from .protocol.decoder import EventDecoder
 from .protocol.event import JSONServerSentEvent, ServerSentEvent
-from .routing import HTTPError, Request
+from .routing.cors import CORS
+from .routing.endpoint import HTTPError, Request
 from .stream.registry import DrainReport, StreamRegistry
 from .stream.response import EventSourceResponse
 

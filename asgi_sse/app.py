@@ -5,7 +5,7 @@ from typing import Any
 
 from .middleware import SSEMiddleware
 from .protocol.asgi import Receive, Scope, Send
-from .routing import HTTPError, send_text
+from .routing.endpoint import HTTPError, send_text
 
 
 def create_app(routes: Mapping[str, Any], **options: Any) -> SSEMiddleware:

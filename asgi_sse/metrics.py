@@ -11,7 +11,7 @@ from .broker import Broker
 from .errors import missing, shown
 from .figures import DURATION, OF_BROKERS, OF_STREAMS, Brokers, Figure, Labels, Sources
 from .protocol.asgi import Receive, Scope, Send
-from .routing import HTTPError, send_text
+from .routing.endpoint import HTTPError, send_text
 from .stream.counters import DURATIONS
 from .stream.registry import StreamRegistry
 

@@ -9,11 +9,11 @@ from asgiref.compatibility import guarantee_single_callable
 from asgi_sse.runtime import lifespan
 
 from .broker import Broker
-from .cors import CORS, is_preflight
 from .errors import shown
 from .passage import Passage, Terms
 from .protocol.asgi import ASGIApp, Receive, Scope, Send
-from .routing import METHODS, Endpoint, RouteTable, route_path
+from .routing.cors import CORS, is_preflight
+from .routing.endpoint import METHODS, Endpoint, RouteTable, route_path
 from .runtime.compressors import Guard
 from .runtime.server import Server, server_of
 from .stream.options import StreamOptions

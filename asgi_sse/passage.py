@@ -8,7 +8,7 @@ import anyio.lowlevel
 
 from .healing import PATIENCE, Adopted, may_be_adopted
 from .protocol.asgi import ASGIApp, Message, Receive, Scope, Send
-from .routing import HTTPError, send_text
+from .routing.endpoint import HTTPError, send_text
 from .runtime.compressors import LOOK_AFTER, Guard, encoding_of, watch_head
 from .runtime.current import current_loop
 from .runtime.server import Server, server_of

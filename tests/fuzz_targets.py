@@ -13,12 +13,12 @@ from asgi_sse.broker import wire
 from asgi_sse.broker.checks import check_key
 from asgi_sse.broker.endpoint import Access
 from asgi_sse.broker.names import check_name, check_pattern, is_pattern, pattern_test
-from asgi_sse.cors import CORS, is_preflight
 from asgi_sse.errors import shown, shown_text
 from asgi_sse.log import EventLog
 from asgi_sse.passage import _without_accept_encoding
 from asgi_sse.protocol.event import encode_item
-from asgi_sse.routing import RouteTable
+from asgi_sse.routing.cors import CORS, is_preflight
+from asgi_sse.routing.endpoint import RouteTable
 from asgi_sse.runtime.compressors import encoding_of
 from asgi_sse.stream.buffer import Buffer
 from asgi_sse.stream.receiver import Inbox

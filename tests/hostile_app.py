@@ -17,7 +17,7 @@ from asgi_sse import (
     ServerSentEvent,
     create_app,
 )
-from asgi_sse.cors import CORS
+from asgi_sse.routing.cors import CORS
 
 broker = Broker(history=100, max_bytes=1_000_000, max_channels=1000, max_subscribers=1000)
 crowded = Broker(max_subscribers=2)

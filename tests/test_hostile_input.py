@@ -27,13 +27,13 @@ from asgi_sse import (
     SSEMiddleware,
     create_app,
     healing,
-    routing,
 )
 from asgi_sse.broker import checks, memory
 from asgi_sse.broker import endpoint as broker_endpoint
 from asgi_sse.broker.endpoint import MAX_CHANNELS, Access
 from asgi_sse.broker.hub import UnavailableError
 from asgi_sse.broker.names import MAX_NAME
+from asgi_sse.routing import endpoint as routing
 from asgi_sse.stream import buffer as feed
 from asgi_sse.stream import receiver as inbox
 from asgi_sse.stream import writer as outbox
@@ -164,7 +164,7 @@ def test_a_pattern_of_many_segments_is_tested_in_linear_time() -> None:
 
 
 def test_a_path_of_a_million_segments_is_not_taken_apart() -> None:
-    from asgi_sse.routing import RouteTable
+    from asgi_sse.routing.endpoint import RouteTable
 
     async def endpoint() -> None: ...
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from asgiref.sync import ThreadSensitiveContext
 
 from asgi_sse.errors import missing
-from asgi_sse.routing import make_endpoint
+from asgi_sse.routing.endpoint import make_endpoint
 from asgi_sse.stream.response import EventSourceResponse as PlainResponse
 from asgi_sse.stream.response import Headers, StreamArguments
 from asgi_sse.stream.source import check_content

@@ -6,14 +6,14 @@ import random
 from typing import TYPE_CHECKING, Any, Final
 
 from asgi_sse.protocol.event import ServerSentEvent
-from asgi_sse.routing import Answering
+from asgi_sse.routing.endpoint import Answering
 
 from .hub import UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from asgi_sse.routing import Request
+    from asgi_sse.routing.endpoint import Request
 
     from .broker import Broker
     from .hub import Hub

@@ -14,7 +14,7 @@ import anyio
 
 from asgi_sse.errors import shown
 from asgi_sse.protocol.validation import check_number
-from asgi_sse.routing import Answering, HTTPError
+from asgi_sse.routing.endpoint import Answering, HTTPError
 from asgi_sse.stream.response import EventSourceResponse
 
 from .channel import Channel, come_back
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from asgi_sse.protocol.asgi import Scope, Send
     from asgi_sse.protocol.event import ServerSentEvent
-    from asgi_sse.routing import Request
+    from asgi_sse.routing.endpoint import Request
     from asgi_sse.runtime.server import Server
     from asgi_sse.stream.draining import DrainingEvent
     from asgi_sse.stream.receiver import Inbox

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import anyio
 
 from asgi_sse.errors import BrokerError
-from asgi_sse.routing import HTTPError
+from asgi_sse.routing.endpoint import HTTPError
 from asgi_sse.runtime.current import current_loop
 
 from .backend import Backend, Publication
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from asgi_sse.protocol.event import ServerSentEvent
     from asgi_sse.ring import Entry
-    from asgi_sse.routing import Request
+    from asgi_sse.routing.endpoint import Request
     from asgi_sse.runtime.base import EventLoop
 
     from .backend import Claim

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from asgi_sse.app import create_app
 from asgi_sse.broker import Broker
-from asgi_sse.cors import CORS
 from asgi_sse.errors import BrokerError, shown
 from asgi_sse.protocol.event import ServerSentEvent
-from asgi_sse.routing import HTTPError, Request, send_text
+from asgi_sse.routing.cors import CORS
+from asgi_sse.routing.endpoint import HTTPError, Request, send_text
 from asgi_sse.stream.registry import StreamRegistry
 
 if TYPE_CHECKING:

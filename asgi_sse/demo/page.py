@@ -4,7 +4,7 @@ from importlib.resources import files
 from typing import Final
 
 from asgi_sse.protocol.asgi import Receive, Scope, Send
-from asgi_sse.routing import HTTPError, send_text
+from asgi_sse.routing.endpoint import HTTPError, send_text
 
 _TYPES: Final = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 

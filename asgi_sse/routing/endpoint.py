@@ -11,12 +11,12 @@ from urllib.parse import parse_qsl, unquote
 
 from asgiref.compatibility import double_to_single_callable
 
-from .errors import StreamClosedError, shown, shown_text
-from .protocol.asgi import ASGIApp, Receive, Scope, Send
-from .runtime.server import Server, server_of
-from .stream.draining import DrainingEvent
-from .stream.receiver import Inbox
-from .stream.response import PASSAGE_KEY, SCOPE_KEY, Defaults, EventSourceResponse, encode_header
+from asgi_sse.errors import StreamClosedError, shown, shown_text
+from asgi_sse.protocol.asgi import ASGIApp, Receive, Scope, Send
+from asgi_sse.runtime.server import Server, server_of
+from asgi_sse.stream.draining import DrainingEvent
+from asgi_sse.stream.receiver import Inbox
+from asgi_sse.stream.response import PASSAGE_KEY, SCOPE_KEY, Defaults, EventSourceResponse, encode_header
 
 METHODS: Final = ("GET", "HEAD", "POST")  # POST since prompts are too large for a URL
 _PARSED_BYTES: Final = 65_536

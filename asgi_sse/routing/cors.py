@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-from .protocol.asgi import Message, Scope, Send
+from asgi_sse.protocol.asgi import Message, Scope, Send
 
 _PREFLIGHT_SECONDS: Final = 600
 _OWN: Final = (b"access-control-allow-origin", b"access-control-allow-credentials")  # twice, browsers refuse them

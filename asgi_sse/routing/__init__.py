@@ -1,0 +1,1 @@
+"""Requests, routes, endpoints and CORS."""
