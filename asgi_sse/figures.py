@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias, get_args
 
 from .broker import Broker
-from .broker.backend import BrokerStatistics, State
+from .broker.backends.base import BrokerStatistics, State
 from .errors import shown
 from .protocol.asgi import CloseReason
 from .stream.registry import RegistryStatistics, StreamRegistry, statistics_of_all

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from contextvars import Token
 
     from .broker import Broker
-    from .broker.backend import BrokerStatistics
+    from .broker.backends.base import BrokerStatistics
     from .stream.registry import RegistryStatistics, StreamRegistry
     from .stream.stream import Stream
 

@@ -119,11 +119,11 @@ KEEPS = f"one log and {HISTORY} events of each channel"
 PEERS = {
     "memory": Peer(asgi_sse, "", ("asgi_sse",), f"asgi_sse: this process has it, in {KEEPS}"),
     "valkey": Peer(
-        asgi_sse, "redis", ("redis", "asgi_sse.broker.redis"),
+        asgi_sse, "redis", ("redis", "asgi_sse.broker.backends.redis"),
         f"asgi_sse: the server has it, and its number, in {KEEPS}; trying again does not double it",
     ),
     "nats": Peer(
-        asgi_sse, "nats", ("nats", "asgi_sse.broker.nats"),
+        asgi_sse, "nats", ("nats", "asgi_sse.broker.backends.nats"),
         f"asgi_sse: JetStream has it, and its number, in {KEEPS}; trying again does not double it",
     ),
     "litestar-stream": Peer(

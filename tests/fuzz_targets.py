@@ -9,12 +9,12 @@ from functools import partial
 from typing import Any, Final
 
 from asgi_sse import EventDecoder, InvalidEventError, Request, ServerSentEvent
-from asgi_sse.broker import wire
+from asgi_sse.broker.backends import codec as wire
 from asgi_sse.broker.checks import check_key
 from asgi_sse.broker.endpoint import Access
-from asgi_sse.broker.names import check_name, check_pattern, is_pattern, pattern_test
+from asgi_sse.broker.log import EventLog
+from asgi_sse.broker.patterns import check_name, check_pattern, is_pattern, pattern_test
 from asgi_sse.errors import shown, shown_text
-from asgi_sse.log import EventLog
 from asgi_sse.passage import _without_accept_encoding
 from asgi_sse.protocol.event import encode_item
 from asgi_sse.routing.cors import CORS, is_preflight

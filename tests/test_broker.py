@@ -29,7 +29,7 @@ from asgi_sse import (
     Subscription,
     create_app,
 )
-from asgi_sse.broker.names import pattern_test
+from asgi_sse.broker.patterns import pattern_test
 from asgi_sse.testing import open_stream
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ async def test_what_is_lost_twice_before_it_is_told_is_told_once_and_not_resumed
 
 async def test_what_is_too_old_is_given_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("asgi_sse.broker.hub.clock", lambda: now)
+    monkeypatch.setattr("asgi_sse.broker.dispatcher.clock", lambda: now)
     monkeypatch.setattr("asgi_sse.broker.cursor.clock", lambda: now)
     broker = Broker(max_age=60)
     first = await broker.publish("a", "old")

@@ -10,8 +10,8 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from asgi_sse import ServerSentEvent
-from asgi_sse.broker.names import check_name, check_pattern, is_pattern, pattern_test
-from asgi_sse.log import EventLog
+from asgi_sse.broker.log import EventLog
+from asgi_sse.broker.patterns import check_name, check_pattern, is_pattern, pattern_test
 
 CHANNELS = ["a", "a.x", "a.y", "b.x", "b.y.z"]
 PATTERNS = ["a", "a.x", "b.x", "a.*", "*.x", "**", "b.**", "*"]

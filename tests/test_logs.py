@@ -25,7 +25,7 @@ from asgi_sse import (
     StreamRegistry,
     create_app,
 )
-from asgi_sse.broker import wire
+from asgi_sse.broker.backends import codec as wire
 from asgi_sse.testing import open_stream
 
 PACKAGE = Path(asgi_sse.__file__).parent

@@ -3,8 +3,8 @@
 from .broker import Broker
 from .channel import Channel
 from .endpoint import Access
-from .outside import publish
-from .run import Run
+from .publishing import publish
+from .runs.run import Run
 from .subscription import Subscription
 
 __all__ = ["Access", "Broker", "Channel", "Run", "Subscription", "publish"]

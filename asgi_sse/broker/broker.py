@@ -8,23 +8,23 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 
 from asgi_sse.errors import BrokerError
-from asgi_sse.log import EventLog
 from asgi_sse.protocol.validation import check_number
 from asgi_sse.runtime.current import current_loop
 from asgi_sse.stream.flusher import current_flusher
 from asgi_sse.stream.source import check_content
 
-from .backend import Publication
+from .backends.base import Publication
+from .backends.factory import backend_of
+from .backends.memory import MemoryBackend
 from .channel import Channel
 from .checks import check_key, name_of
+from .dispatcher import Hub, unnumbered
 from .endpoint import Authorize, BrokerEndpoint
-from .engines import backend_of
-from .hub import Hub, unnumbered
-from .memory import MemoryBackend
-from .names import check_name
+from .log import EventLog
+from .patterns import check_name
 from .presence import Presence
-from .run import Run
-from .runs import Runs
+from .runs.manager import Runs
+from .runs.run import Run
 from .subscription import Subscription
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from asgi_sse.routing.endpoint import Request
     from asgi_sse.runtime.base import EventLoop
 
-    from .backend import BrokerStatistics, Claim
+    from .backends.base import BrokerStatistics, Claim
     from .cursor import Overflow
-    from .pump import Outcome
+    from .runs.publisher import Outcome
 
 _BURST: Final = 64
 """Events after which a publisher waits for its turn."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from asgi_sse.protocol.event import ServerSentEvent
 from asgi_sse.routing.endpoint import Answering
 
-from .hub import UnavailableError
+from .dispatcher import UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from asgi_sse.routing.endpoint import Request
 
     from .broker import Broker
-    from .hub import Hub
+    from .dispatcher import Hub
     from .subscription import Subscription
 
 

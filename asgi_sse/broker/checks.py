@@ -7,7 +7,7 @@ from typing import Final, cast
 from asgi_sse.errors import shown
 
 from .channel import Channel
-from .names import check_pattern
+from .patterns import check_pattern
 
 _LONGEST_KEY: Final = 200
 """Characters of an idempotency key, which becomes a part of a key of Redis."""

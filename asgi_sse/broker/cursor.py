@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 from asgi_sse.protocol.event import ServerSentEvent
 from asgi_sse.stream.receiver import Changing
 
-from .hub import clock
-from .names import is_pattern
+from .dispatcher import clock
+from .patterns import is_pattern
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from asgi_sse.log import ResetReason
-    from asgi_sse.ring import Entry
-
-    from .hub import Hub
-    from .run import Run
+    from .dispatcher import Hub
+    from .log import ResetReason
+    from .ring import Entry
+    from .runs.run import Run
     from .snapshot import Snapshot
 
 Overflow: TypeAlias = Literal["reset", "close"]

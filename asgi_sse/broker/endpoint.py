@@ -19,8 +19,8 @@ from asgi_sse.stream.response import EventSourceResponse
 
 from .channel import Channel, come_back
 from .checks import name_of
-from .hub import UnavailableError
-from .names import check_name, check_pattern, is_pattern, pattern_test
+from .dispatcher import UnavailableError
+from .patterns import check_name, check_pattern, is_pattern, pattern_test
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from asgi_sse.ring import Entry, Ring
     from asgi_sse.runtime.base import EventLoop
     from asgi_sse.stream.stream import Stream
 
-    from .hub import Hub
+    from .dispatcher import Hub
     from .presence import Presence
-    from .run import Run
+    from .ring import Entry, Ring
+    from .runs.run import Run
 
 _BATCH: Final = 64
 

@@ -167,7 +167,7 @@ class Valkey(Engine):
 
     @classmethod
     def available(cls) -> bool:
-        return bool(find_spec("redis") and find_spec("asgi_sse.broker.redis") and cls.binary())
+        return bool(find_spec("redis") and find_spec("asgi_sse.broker.backends.redis") and cls.binary())
 
     def _arguments(self) -> list[str]:
         return [
@@ -233,7 +233,7 @@ class Nats(Engine):
 
     @classmethod
     def available(cls) -> bool:
-        return bool(find_spec("nats") and find_spec("asgi_sse.broker.nats") and cls.binary())
+        return bool(find_spec("nats") and find_spec("asgi_sse.broker.backends.nats") and cls.binary())
 
     def _arguments(self) -> list[str]:
         config = self._directory / "nats.conf"

@@ -1,4 +1,4 @@
-"""What `asgi_sse.broker.backend.Backend` promises, asked of every engine: of memory, and of real servers.
+"""What `asgi_sse.broker.backends.base.Backend` promises, asked of every engine: of memory, and of real servers.
 
 There are two brokers on one engine, as of two processes; in memory it is one, twice.
 """

@@ -15,11 +15,11 @@ import nats
 from engines import Nats
 
 from asgi_sse import Broker, BrokerError, ServerSentEvent
-from asgi_sse.broker import jetstream, nats_runs
-from asgi_sse.broker import nats as back_end
-from asgi_sse.broker.backend import Claim, Publication
-from asgi_sse.broker.jetstream import servers_of, shown_server
-from asgi_sse.broker.nats import NatsBackend
+from asgi_sse.broker.backends import jetstream, nats_runs
+from asgi_sse.broker.backends import nats as back_end
+from asgi_sse.broker.backends.base import Claim, Publication
+from asgi_sse.broker.backends.jetstream import servers_of, shown_server
+from asgi_sse.broker.backends.nats import NatsBackend
 from asgi_sse.cli.hub import create_hub
 from asgi_sse.testing import open_stream
 

@@ -13,7 +13,7 @@ from asgi_sse import Broker, ServerSentEvent
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from asgi_sse.broker.hub import Hub
+    from asgi_sse.broker.dispatcher import Hub
 
 pytestmark = pytest.mark.anyio
 

@@ -21,11 +21,12 @@ from serving import environment, free_port
 
 import asgi_sse.broker
 from asgi_sse import Broker, BrokerError, HTTPError, ServerSentEvent, Subscription
-from asgi_sse.broker import redis as redis_backend
-from asgi_sse.broker import redis_client, runs
-from asgi_sse.broker.backend import Claim, Publication
-from asgi_sse.broker.pump import final_event
-from asgi_sse.broker.redis import RedisBackend
+from asgi_sse.broker.backends import redis as redis_backend
+from asgi_sse.broker.backends import redis_client
+from asgi_sse.broker.backends.base import Claim, Publication
+from asgi_sse.broker.backends.redis import RedisBackend
+from asgi_sse.broker.runs import manager as runs
+from asgi_sse.broker.runs.publisher import final_event
 from asgi_sse.testing import open_stream
 
 pytestmark = [
@@ -107,7 +108,7 @@ async def test_a_lost_connection_is_seen_and_made_again(tmp_path: Path, caplog: 
             seen = data(await take(subscription, 2))
             assert seen == ["0", "1"] or [*seen, *data(await take(subscription, 1))] == ["0", "lost", "1"]
             assert subscription.last_event_id == place
-    records = [record for record in caplog.records if record.name == "asgi_sse.broker.remote"]
+    records = [record for record in caplog.records if record.name == "asgi_sse.broker.backends.remote"]
     assert {vars(record)["sse_engine"] for record in records} == {engine.url.removesuffix("/0")}
     said = [record.getMessage() for record in records]
     assert sum("is lost, and is tried again" in message for message in said) == 2  # each of them once

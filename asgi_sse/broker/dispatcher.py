@@ -12,14 +12,15 @@ from asgi_sse.protocol.event import ServerSentEvent, as_event
 from asgi_sse.routing.endpoint import HTTPError
 from asgi_sse.runtime.current import current_loop, running_loop
 
-from .names import is_pattern, pattern_test
+from .patterns import is_pattern, pattern_test
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
-    from asgi_sse.log import EventLog
-    from asgi_sse.ring import Entry
     from asgi_sse.runtime.base import EventLoop
+
+    from .log import EventLog
+    from .ring import Entry
 
 clock: Final = time.monotonic
 

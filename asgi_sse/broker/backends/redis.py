@@ -40,20 +40,20 @@ from redis.exceptions import (
     TimeoutError as RedisTimeoutError,
 )
 
+from asgi_sse.broker.dispatcher import clock
 from asgi_sse.errors import InvalidEventError
 
-from . import redis_script, wire
-from .backend import Claim, Publication
-from .hub import clock
+from . import codec as wire
+from . import redis_script
+from .base import Claim, Publication
 from .redis_client import RedisURL, shown_url
 from .remote import CONTROL, Item, RemoteBackend, logger
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from asgi_sse.ring import Entry
-
-    from .hub import Hub
+    from asgi_sse.broker.dispatcher import Hub
+    from asgi_sse.broker.ring import Entry
 
 _BLOCK_MS: Final = 1000
 """How long a read waits for something to come, before it is asked whether the log is still the same."""

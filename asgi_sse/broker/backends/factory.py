@@ -10,8 +10,9 @@ from asgi_sse.errors import missing, shown
 from .memory import MemoryBackend
 
 if TYPE_CHECKING:
-    from .backend import Backend
-    from .hub import Hub
+    from asgi_sse.broker.dispatcher import Hub
+
+    from .base import Backend
 
 _REDIS: Final = {"redis", "rediss", "unix", "redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel"}
 _NATS: Final = {"nats", "tls", "ws", "wss"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Final
 
-from .protocol.event import ServerSentEvent
+from asgi_sse.protocol.event import ServerSentEvent
 
 _ENTRY_BYTES: Final = 350
 """What an event takes beside its bytes: objects, their numbers, their places in lists. Measured on Python 3.12."""

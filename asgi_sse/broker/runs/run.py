@@ -6,26 +6,25 @@ from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 
+from asgi_sse.broker.backends.base import Backend, Publication
+from asgi_sse.broker.channel import Channel
 from asgi_sse.errors import BrokerError
 from asgi_sse.routing.endpoint import HTTPError
 from asgi_sse.runtime.current import current_loop
 
-from .backend import Backend, Publication
-from .channel import Channel
-from .pump import Outcome, Pump
+from .publisher import Outcome, Pump
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from asgi_sse.broker.backends.base import Claim
+    from asgi_sse.broker.broker import Broker
+    from asgi_sse.broker.dispatcher import Hub
+    from asgi_sse.broker.ring import Entry
+    from asgi_sse.broker.subscription import Subscription
     from asgi_sse.protocol.event import ServerSentEvent
-    from asgi_sse.ring import Entry
     from asgi_sse.routing.endpoint import Request
     from asgi_sse.runtime.base import EventLoop
-
-    from .backend import Claim
-    from .broker import Broker
-    from .hub import Hub
-    from .subscription import Subscription
 
 __all__ = ["Outcome", "Run"]
 

@@ -6,15 +6,15 @@ import asyncio
 from typing import Any, Final
 
 from asgi_sse.errors import BrokerError
-from asgi_sse.log import EventLog
 from asgi_sse.protocol.validation import check_number
 
-from .backend import Publication
+from .backends.base import Publication
+from .backends.factory import backend_of
+from .backends.remote import RemoteBackend
 from .checks import check_key
-from .engines import backend_of
-from .hub import Hub, unnumbered
-from .names import check_name
-from .remote import RemoteBackend
+from .dispatcher import Hub, unnumbered
+from .log import EventLog
+from .patterns import check_name
 
 _AS_OTHERS: Final = {"burst": 1, "history": None, "max_channels": 10_000, "max_age": None}
 """The limits of a channel are those of the brokers that have it open."""

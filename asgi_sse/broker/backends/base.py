@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from asgi_sse.broker.dispatcher import Hub
     from asgi_sse.protocol.event import ServerSentEvent
-
-    from .hub import Hub
 
 State: TypeAlias = Literal[
     "local",  # in memory: there is nothing to be connected to

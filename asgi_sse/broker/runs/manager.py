@@ -13,22 +13,21 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import anyio
 
+from asgi_sse.broker.dispatcher import clock
 from asgi_sse.errors import BrokerError
 from asgi_sse.runtime.current import current_loop
 from asgi_sse.stream.source import iterate
 
-from .hub import clock
-from .pump import Outcome, Pump, final_event
+from .publisher import Outcome, Pump, final_event
 from .run import Run
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable, Iterable, Iterator
 
+    from asgi_sse.broker.backends.base import Backend, Claim
+    from asgi_sse.broker.ring import Entry
     from asgi_sse.protocol.event import ServerSentEvent
-    from asgi_sse.ring import Entry
     from asgi_sse.runtime.base import Child, EventLoop
-
-    from .backend import Backend, Claim
 
 logger = logging.getLogger(__name__)
 

@@ -30,20 +30,21 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import nats.errors
 import nats.js.errors
 
+from asgi_sse.broker.dispatcher import TooLargeError, clock
+from asgi_sse.broker.patterns import check_name
 from asgi_sse.errors import BrokerError
 
-from . import wire
-from .backend import Claim, Publication
-from .hub import TooLargeError, clock
+from . import codec as wire
+from .base import Claim, Publication
 from .jetstream import ANSWER, DELIVERY, HEARTBEAT, Delivery, JetStream, Stream, answer_of, servers_of, shown_server
-from .names import check_name
 from .nats_runs import Bucket
 from .remote import CONTROL, Item, RemoteBackend, logger
 
 if TYPE_CHECKING:
     from nats.aio.msg import Msg
 
-    from .hub import Hub
+    from asgi_sse.broker.dispatcher import Hub
+
     from .jetstream import Consumer
 
 _LIMIT: Final = 100_000

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
 import anyio
 
+from asgi_sse.broker.dispatcher import unnumbered
 from asgi_sse.errors import BrokerError
 from asgi_sse.protocol.event import ServerSentEvent
 from asgi_sse.runtime.current import current_loop
 from asgi_sse.stream.source_task import Driver
-
-from .hub import unnumbered
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

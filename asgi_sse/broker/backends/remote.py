@@ -18,18 +18,18 @@ from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
+from asgi_sse.broker.dispatcher import UnavailableError, clock
 from asgi_sse.errors import BrokerError
 from asgi_sse.protocol.event import ServerSentEvent
 from asgi_sse.stream.flusher import current_flusher
 
-from . import wire
-from .backend import Backend, BrokerStatistics, Claim, Publication, State
-from .hub import UnavailableError, clock
+from . import codec as wire
+from .base import Backend, BrokerStatistics, Claim, Publication, State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
 
-    from .hub import Hub
+    from asgi_sse.broker.dispatcher import Hub
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import nats.js.errors
 
-from .backend import Claim
+from .base import Claim
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,13 +6,13 @@ import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
+from asgi_sse.broker.dispatcher import clock
 from asgi_sse.errors import BrokerError
 
-from .backend import Backend, BrokerStatistics, Claim, Publication
-from .hub import clock
+from .base import Backend, BrokerStatistics, Claim, Publication
 
 if TYPE_CHECKING:
-    from .hub import Hub
+    from asgi_sse.broker.dispatcher import Hub
 
 _IDEMPOTENCY_WINDOW: Final = 120.0
 """Seconds for which a key is known: as long as NATS JetStream does by default."""

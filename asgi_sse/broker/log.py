@@ -14,7 +14,8 @@ from itertools import chain
 from operator import attrgetter
 from typing import Final, Literal, TypeAlias
 
-from .protocol.event import ServerSentEvent, numbered_event
+from asgi_sse.protocol.event import ServerSentEvent, numbered_event
+
 from .ring import Entry, Ring, Sequence
 
 ResetReason: TypeAlias = Literal[

@@ -1,0 +1,1 @@
+"""Where a broker's events are kept: in memory, on Redis or on NATS."""

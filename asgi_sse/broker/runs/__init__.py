@@ -1,0 +1,1 @@
+"""Runs: sources that go on when their clients leave."""
