@@ -1,6 +1,5 @@
 """Server-Sent Events for any ASGI app, that stay up, resume, and end cleanly."""
 
-from .app import create_app
 from .broker import Access, Broker, Channel, Run, Subscription
 from .errors import (
     BrokerError,
@@ -10,7 +9,8 @@ from .errors import (
     SSEError,
     StreamClosedError,
 )
-from .middleware import SSEMiddleware
+from .middleware.app import create_app
+from .middleware.middleware import SSEMiddleware
 from .protocol.decoder import EventDecoder
 from .protocol.event import JSONServerSentEvent, ServerSentEvent
 from .routing.cors import CORS

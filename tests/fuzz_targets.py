@@ -15,7 +15,7 @@ from asgi_sse.broker.endpoint import Access
 from asgi_sse.broker.log import EventLog
 from asgi_sse.broker.patterns import check_name, check_pattern, is_pattern, pattern_test
 from asgi_sse.errors import shown, shown_text
-from asgi_sse.passage import _without_accept_encoding
+from asgi_sse.middleware.responder import _without_accept_encoding
 from asgi_sse.protocol.event import encode_item
 from asgi_sse.routing.cors import CORS, is_preflight
 from asgi_sse.routing.endpoint import RouteTable

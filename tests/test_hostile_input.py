@@ -26,7 +26,6 @@ from asgi_sse import (
     ServerSentEvent,
     SSEMiddleware,
     create_app,
-    healing,
 )
 from asgi_sse.broker import checks
 from asgi_sse.broker import endpoint as broker_endpoint
@@ -34,6 +33,7 @@ from asgi_sse.broker.backends import memory
 from asgi_sse.broker.dispatcher import UnavailableError
 from asgi_sse.broker.endpoint import MAX_CHANNELS, Access
 from asgi_sse.broker.patterns import MAX_NAME
+from asgi_sse.middleware import adoption as healing
 from asgi_sse.routing import endpoint as routing
 from asgi_sse.stream import buffer as feed
 from asgi_sse.stream import receiver as inbox

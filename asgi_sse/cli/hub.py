@@ -7,9 +7,9 @@ import json
 import os
 from typing import TYPE_CHECKING, Any, Final
 
-from asgi_sse.app import create_app
 from asgi_sse.broker import Broker
 from asgi_sse.errors import BrokerError, shown
+from asgi_sse.middleware.app import create_app
 from asgi_sse.protocol.event import ServerSentEvent
 from asgi_sse.routing.cors import CORS
 from asgi_sse.routing.endpoint import HTTPError, Request, send_text
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
 
     from asgi_sse.broker.endpoint import BrokerEndpoint
-    from asgi_sse.middleware import SSEMiddleware
+    from asgi_sse.middleware.middleware import SSEMiddleware
     from asgi_sse.protocol.asgi import ASGIApp, Receive, Scope, Send
 
 BROKER: Final = "ASGI_SSE_BROKER"

@@ -34,7 +34,7 @@ SCOPE_KEY: Final = "asgi_sse"
 _TOKEN: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
 _NO_BODY: Final = frozenset({204, 205, 304})
 
-PASSAGE_KEY: Final = "asgi_sse.passage"
+PASSAGE_KEY: Final = "asgi_sse.middleware.responder"
 """Where a request's scope holds what takes it through an app that is wrapped."""
 
 current_scope: Final[ContextVar[Scope | None]] = ContextVar("asgi_sse scope", default=None)

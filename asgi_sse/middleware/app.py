@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from asgi_sse.protocol.asgi import Receive, Scope, Send
+from asgi_sse.routing.endpoint import HTTPError, send_text
+
 from .middleware import SSEMiddleware
-from .protocol.asgi import Receive, Scope, Send
-from .routing.endpoint import HTTPError, send_text
 
 
 def create_app(routes: Mapping[str, Any], **options: Any) -> SSEMiddleware:

@@ -6,19 +6,19 @@ from typing import Any, Final
 
 from asgiref.compatibility import guarantee_single_callable
 
+from asgi_sse.broker import Broker
+from asgi_sse.errors import shown
+from asgi_sse.protocol.asgi import ASGIApp, Receive, Scope, Send
+from asgi_sse.routing.cors import CORS, is_preflight
+from asgi_sse.routing.endpoint import METHODS, Endpoint, RouteTable, route_path
 from asgi_sse.runtime import lifespan
+from asgi_sse.runtime.compressors import Guard
+from asgi_sse.runtime.server import Server, server_of
+from asgi_sse.stream.options import StreamOptions
+from asgi_sse.stream.registry import StreamRegistry, check_registry
+from asgi_sse.stream.response import SCOPE_KEY, Defaults
 
-from .broker import Broker
-from .errors import shown
-from .passage import Passage, Terms
-from .protocol.asgi import ASGIApp, Receive, Scope, Send
-from .routing.cors import CORS, is_preflight
-from .routing.endpoint import METHODS, Endpoint, RouteTable, route_path
-from .runtime.compressors import Guard
-from .runtime.server import Server, server_of
-from .stream.options import StreamOptions
-from .stream.registry import StreamRegistry, check_registry
-from .stream.response import SCOPE_KEY, Defaults
+from .responder import Passage, Terms
 
 _OWN: Final = ("routes", "broker", "registry", "compression", "adopt", "cors", "signals", "strict_lifespan")
 _OPTIONS: Final = tuple(field.name for field in fields(StreamOptions))

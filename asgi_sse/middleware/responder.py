@@ -6,16 +6,17 @@ from functools import partial
 
 import anyio.lowlevel
 
-from .healing import PATIENCE, Adopted, may_be_adopted
-from .protocol.asgi import ASGIApp, Message, Receive, Scope, Send
-from .routing.endpoint import HTTPError, send_text
-from .runtime.compressors import LOOK_AFTER, Guard, encoding_of, watch_head
-from .runtime.current import current_loop
-from .runtime.server import Server, server_of
-from .stream.options import StreamOptions
-from .stream.registry import StreamRegistry
-from .stream.response import PASSAGE_KEY, current_scope
-from .stream.stream import Stream
+from asgi_sse.protocol.asgi import ASGIApp, Message, Receive, Scope, Send
+from asgi_sse.routing.endpoint import HTTPError, send_text
+from asgi_sse.runtime.compressors import LOOK_AFTER, Guard, encoding_of, watch_head
+from asgi_sse.runtime.current import current_loop
+from asgi_sse.runtime.server import Server, server_of
+from asgi_sse.stream.options import StreamOptions
+from asgi_sse.stream.registry import StreamRegistry
+from asgi_sse.stream.response import PASSAGE_KEY, current_scope
+from asgi_sse.stream.stream import Stream
+
+from .adoption import PATIENCE, Adopted, may_be_adopted
 
 
 @dataclass(slots=True)

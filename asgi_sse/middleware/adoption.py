@@ -11,15 +11,15 @@ from typing import Final
 import anyio
 import anyio.lowlevel
 
-from .protocol.asgi import Message, Receive, Scope, Send
-from .runtime.base import Child, Wait
-from .runtime.server import Server
-from .stream.draining import DrainingEvent
-from .stream.options import StreamOptions
-from .stream.receiver import Changing
-from .stream.registry import StreamRegistry
-from .stream.response import EVENT_STREAM_HEADERS
-from .stream.stream import Stream
+from asgi_sse.protocol.asgi import Message, Receive, Scope, Send
+from asgi_sse.runtime.base import Child, Wait
+from asgi_sse.runtime.server import Server
+from asgi_sse.stream.draining import DrainingEvent
+from asgi_sse.stream.options import StreamOptions
+from asgi_sse.stream.receiver import Changing
+from asgi_sse.stream.registry import StreamRegistry
+from asgi_sse.stream.response import EVENT_STREAM_HEADERS
+from asgi_sse.stream.stream import Stream
 
 PATIENCE: Final = 0.5
 """Seconds that an app has to find its disconnect in ``receive()``, before it is cancelled."""

@@ -1,0 +1,1 @@
+"""`SSEMiddleware` around any ASGI app, and `create_app`."""
