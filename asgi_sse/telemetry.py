@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from asgi_sse import __version__
 
 from .errors import missing
-from .figures import DURATION, FIGURES, OF_STREAMS, Brokers, Figure, Labels, Sources
+from .metrics.instruments import DURATION, FIGURES, OF_STREAMS, Brokers, Figure, Labels, Sources
 from .stream.counters import DURATIONS
 from .stream.observer import EVERYWHERE, Observer
 

@@ -6,7 +6,7 @@ import anyio
 from prometheus_client import REGISTRY
 
 from asgi_sse import Broker, Request, create_app
-from asgi_sse.metrics import MetricsEndpoint
+from asgi_sse.metrics.prometheus import MetricsEndpoint
 
 broker = Broker()
 

@@ -462,7 +462,7 @@ async def test_health() -> None:
 
 @pytest.mark.anyio
 async def test_metrics() -> None:
-    pytest.importorskip("asgi_sse.metrics")
+    pytest.importorskip("asgi_sse.metrics.prometheus")
     app = create_hub(insecure_publish=True)
     await post(app, "/channels/a", "x")
     async with open_stream(app, "/channels/a"), open_stream(app, "/metrics") as answer:

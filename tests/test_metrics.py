@@ -24,7 +24,7 @@ from prometheus_client.registry import Collector as PrometheusCollector
 from serving import running
 
 from asgi_sse import Broker, EventSourceResponse, SSEMiddleware, StreamRegistry, create_app
-from asgi_sse.metrics import Collector, MetricsEndpoint
+from asgi_sse.metrics.prometheus import Collector, MetricsEndpoint
 from asgi_sse.stream.registry import RegistryStatistics
 from asgi_sse.testing import open_stream
 

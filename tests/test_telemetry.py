@@ -7,7 +7,7 @@ import anyio
 import pytest
 
 from asgi_sse import Broker, EventSourceResponse, Request, SSEMiddleware, StreamRegistry, create_app
-from asgi_sse.figures import DURATION, FIGURES, OF_BROKERS, OF_STREAMS
+from asgi_sse.metrics.instruments import DURATION, FIGURES, OF_BROKERS, OF_STREAMS
 from asgi_sse.stream.registry import RegistryStatistics
 from asgi_sse.testing import open_stream
 

@@ -107,7 +107,7 @@ def tokens_in(variable: str) -> list[str]:
 def metrics_endpoint() -> Callable[..., ASGIApp] | None:
     """What answers Prometheus; ``None``: its client is not installed."""
     try:
-        from asgi_sse.metrics import MetricsEndpoint  # noqa: PLC0415 (of an extra)
+        from asgi_sse.metrics.prometheus import MetricsEndpoint  # noqa: PLC0415 (of an extra)
     except ModuleNotFoundError:
         return None
     return MetricsEndpoint

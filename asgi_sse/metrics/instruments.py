@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias, get_args
 
-from .broker import Broker
-from .broker.backends.base import BrokerStatistics, State
-from .errors import shown
-from .protocol.asgi import CloseReason
-from .stream.registry import RegistryStatistics, StreamRegistry, statistics_of_all
+from asgi_sse.broker import Broker
+from asgi_sse.broker.backends.base import BrokerStatistics, State
+from asgi_sse.errors import shown
+from asgi_sse.protocol.asgi import CloseReason
+from asgi_sse.stream.registry import RegistryStatistics, StreamRegistry, statistics_of_all
 
 Brokers: TypeAlias = Broker | Iterable[Broker] | Mapping[str, Broker]
 Labels: TypeAlias = dict[str, str]

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from typing import Final
 
-from .broker import Broker
-from .errors import missing, shown
-from .figures import DURATION, OF_BROKERS, OF_STREAMS, Brokers, Figure, Labels, Sources
-from .protocol.asgi import Receive, Scope, Send
-from .routing.endpoint import HTTPError, send_text
-from .stream.counters import DURATIONS
-from .stream.registry import StreamRegistry
+from asgi_sse.broker import Broker
+from asgi_sse.errors import missing, shown
+from asgi_sse.protocol.asgi import Receive, Scope, Send
+from asgi_sse.routing.endpoint import HTTPError, send_text
+from asgi_sse.stream.counters import DURATIONS
+from asgi_sse.stream.registry import StreamRegistry
+
+from .instruments import DURATION, OF_BROKERS, OF_STREAMS, Brokers, Figure, Labels, Sources
 
 try:
     from prometheus_client import CollectorRegistry
