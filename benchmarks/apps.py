@@ -187,7 +187,7 @@ def sse_starlette() -> Any:
 
 def adapter() -> Any:
     """The same, with the import changed."""
-    from asgi_sse.adapters.starlette import EventSourceResponse  # noqa: PLC0415
+    from asgi_sse.adapters.sse_starlette import EventSourceResponse  # noqa: PLC0415
 
     return on_starlette(EventSourceResponse)
 

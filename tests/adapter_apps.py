@@ -25,7 +25,7 @@ import asgi_sse
 from asgi_sse.adapters import django as django_adapter
 from asgi_sse.adapters import litestar as litestar_adapter
 from asgi_sse.adapters import quart as quart_adapter
-from asgi_sse.adapters import starlette as starlette_adapter
+from asgi_sse.adapters import sse_starlette as starlette_adapter
 
 seen: list[str] = []
 broker = asgi_sse.Broker()

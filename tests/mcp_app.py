@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "mcp"))
 
 import server
 
-from asgi_sse.adapters import starlette
+from asgi_sse.adapters import sse_starlette as starlette
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:

@@ -23,7 +23,7 @@ from asgi_sse import Request, SSEMiddleware, StreamRegistry, create_app
 from asgi_sse.adapters import django as django_adapter
 from asgi_sse.adapters import litestar as litestar_adapter
 from asgi_sse.adapters import quart as quart_adapter
-from asgi_sse.adapters import starlette as starlette_adapter
+from asgi_sse.adapters import sse_starlette as starlette_adapter
 from asgi_sse.testing import open_stream
 
 pytestmark = [

@@ -20,7 +20,7 @@ from serving import HERE
 from starlette.requests import Request
 
 from asgi_sse import SSEMiddleware, StreamRegistry
-from asgi_sse.adapters.starlette import EventSourceResponse
+from asgi_sse.adapters.sse_starlette import EventSourceResponse
 from asgi_sse.testing import open_stream
 
 VERSION = "3.7.0"
@@ -149,7 +149,8 @@ def snippets(distribution: Path) -> list[str]:
     text = (distribution / "README.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return [
-        re.sub(r"from sse_starlette[.\w]* import", "from asgi_sse.adapters.starlette import", block) for block in blocks
+        re.sub(r"from sse_starlette[.\w]* import", "from asgi_sse.adapters.sse_starlette import", block)
+        for block in blocks
     ]
 
 

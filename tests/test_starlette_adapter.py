@@ -17,7 +17,7 @@ from starlette.background import BackgroundTask
 
 import asgi_sse
 from asgi_sse import SSEMiddleware, StreamRegistry
-from asgi_sse.adapters.starlette import (
+from asgi_sse.adapters.sse_starlette import (
     AppStatus,
     EventSourceEndpoint,
     EventSourceResponse,

@@ -69,7 +69,7 @@ _PLAIN: Final = StreamOptions()
 _NOTHING: Final[dict[str, Any]] = {}
 _HINT: Final = (
     "An asgi_sse.EventSourceResponse is an ASGI app: it answers when it is called. Where a framework takes only "
-    "responses of its own, return the EventSourceResponse of asgi_sse.adapters.starlette (Starlette, FastAPI), "
+    "responses of its own, return the EventSourceResponse of asgi_sse.adapters.sse_starlette (Starlette, FastAPI), "
     "asgi_sse.adapters.django, asgi_sse.adapters.quart or asgi_sse.adapters.litestar"
 )
 _ALWAYS_TOLD: Final = frozenset({"ping", "retry", "send_timeout", "max_lifetime", "cleanup_timeout", "json_dumps"})

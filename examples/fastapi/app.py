@@ -7,7 +7,7 @@ from typing import Annotated
 import anyio
 from fastapi import Depends, FastAPI, Header, Query
 
-from asgi_sse.adapters.starlette import EventSourceResponse, JSONServerSentEvent
+from asgi_sse.adapters.sse_starlette import EventSourceResponse, JSONServerSentEvent
 
 app = FastAPI()
 

@@ -13,7 +13,7 @@ from mcp.server.streamable_http import EventCallback, EventMessage, EventStore
 from mcp_types import JSONRPCMessage
 
 from asgi_sse import SSEMiddleware
-from asgi_sse.adapters.starlette import EventSourceResponse
+from asgi_sse.adapters.sse_starlette import EventSourceResponse
 
 # The SDK has no setting for its response: it looks up this name, in these two modules, at each request.
 mcp.server.sse.EventSourceResponse = EventSourceResponse  # type: ignore[assignment, attr-defined]

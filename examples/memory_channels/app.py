@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.routing import Route
 
-from asgi_sse.adapters.starlette import EventSourceResponse
+from asgi_sse.adapters.sse_starlette import EventSourceResponse
 
 subscribers: set[MemoryObjectSendStream[str]] = set()
 

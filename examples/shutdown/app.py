@@ -9,7 +9,7 @@ from starlette.requests import Request as StarletteRequest
 from starlette.routing import Route
 
 from asgi_sse import Request, ServerSentEvent, SSEMiddleware
-from asgi_sse.adapters.starlette import EventSourceResponse
+from asgi_sse.adapters.sse_starlette import EventSourceResponse
 
 FAREWELL = ServerSentEvent("the server restarts", event="farewell")
 

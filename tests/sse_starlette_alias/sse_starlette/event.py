@@ -1,3 +1,3 @@
-from asgi_sse.adapters.starlette import JSONServerSentEvent, ServerSentEvent, ensure_bytes
+from asgi_sse.adapters.sse_starlette import JSONServerSentEvent, ServerSentEvent, ensure_bytes
 
 __all__ = ["JSONServerSentEvent", "ServerSentEvent", "ensure_bytes"]

@@ -2,8 +2,8 @@
 
 import anyio
 
-from asgi_sse.adapters import starlette as ours
-from asgi_sse.adapters.starlette import AppStatus, SendTimeoutError, ServerSentEvent, ensure_bytes
+from asgi_sse.adapters import sse_starlette as ours
+from asgi_sse.adapters.sse_starlette import AppStatus, SendTimeoutError, ServerSentEvent, ensure_bytes
 
 __all__ = ["AppStatus", "EventSourceResponse", "SendTimeoutError", "ServerSentEvent", "ensure_bytes"]
 
