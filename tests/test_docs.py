@@ -317,9 +317,9 @@ def run(function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
 def run_by_pytest(page: Path, directory: Path) -> None:
     blocks = [block for block in BLOCKS[page] if block.language == "python" and block.command != "not run"]
     (directory / "test_page.py").write_text("\n".join(block.text for block in blocks if not block.is_module))
-    own = find_spec("asgi_sse.pytest_plugin") is not None
+    own = find_spec("asgi_sse.testing.pytest_plugin") is not None
     installed = any(point.value.startswith("asgi_sse") for point in entry_points(group="pytest11"))
-    plugin = ["-p", "asgi_sse.pytest_plugin"] if own and not installed else []
+    plugin = ["-p", "asgi_sse.testing.pytest_plugin"] if own and not installed else []
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:asyncio", *plugin, "."]
     done = subprocess.run(
         command, cwd=directory, env=environment(), capture_output=True, text=True, timeout=180, check=False

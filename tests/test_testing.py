@@ -759,7 +759,7 @@ async def test_nothing_of_a_lifespan_is_left_running(way: str, expected: type[Ex
 
 # The plugin
 
-PLUGIN = ["-p", "asgi_sse.pytest_plugin", "-p", "no:cacheprovider", "-W", "error"]
+PLUGIN = ["-p", "asgi_sse.testing.pytest_plugin", "-p", "no:cacheprovider", "-W", "error"]
 APP = """
 import time
 
@@ -1166,7 +1166,7 @@ def test_it_does_nothing_unless_it_is_asked(pytester: pytest.Pytester) -> None:
 import sys
 
 def test_it():
-    assert "asgi_sse.pytest_plugin" in sys.modules
+    assert "asgi_sse.testing.pytest_plugin" in sys.modules
     assert "asgi_sse.testing" not in sys.modules
     assert not {"httpx", "trio", "starlette"} & set(sys.modules)
 """

@@ -33,7 +33,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
     marker = item.get_closest_marker(_MARKER)
     if marker is None and not item.config.getini("asgi_sse_guard"):
         return (yield)
-    from .testing.guard import Guard  # noqa: PLC0415 (only where it is used)
+    from .guard import Guard  # noqa: PLC0415 (only where it is used)
 
     guard = wrong = None
     try:
