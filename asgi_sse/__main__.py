@@ -1,7 +1,7 @@
-"""``python -m asgi_sse``: see `asgi_sse.cli`."""
+"""Run the command ``asgi-sse`` by ``python -m asgi_sse``."""
 
 import sys
 
-from .cli import main
+from asgi_sse.cli.main import main
 
 sys.exit(main())

@@ -22,8 +22,8 @@ import httpx
 import pytest
 
 from asgi_sse import Broker, BrokerError, StreamRegistry, __version__
-from asgi_sse.cli import main
 from asgi_sse.cli.hub import create_hub
+from asgi_sse.cli.main import main
 from asgi_sse.testing import open_stream
 
 ENOUGH = 60.0  # seconds for any of these, on a slow machine; none of them waits for it to pass
@@ -221,7 +221,7 @@ def test_no_such_host(name: str, host: str, capsys: pytest.CaptureFixture[str]) 
 def test_missing_extra(arguments: str, missing: str, what: str, extra: str) -> None:
     # In a process of its own: a module that is imported anew would be another one for the tests that follow.
     code = (
-        f"import sys; sys.modules[{missing!r}] = None; from asgi_sse.cli import main; "
+        f"import sys; sys.modules[{missing!r}] = None; from asgi_sse.cli.main import main; "
         f"sys.exit(main({arguments.split()}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=ENOUGH, check=False)
@@ -233,7 +233,7 @@ def test_help_needs_no_extra() -> None:
     code = (
         "import sys\n"
         "for name in ('httpx', 'h11', 'uvicorn', 'psutil', 'prometheus_client'): sys.modules[name] = None\n"
-        "from asgi_sse.cli import main; main(['serve', '--help'])"
+        "from asgi_sse.cli.main import main; main(['serve', '--help'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=ENOUGH, check=False)
     assert (done.returncode, done.stderr) == (0, "")

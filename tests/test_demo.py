@@ -22,8 +22,8 @@ from anyio.abc import SocketAttribute, SocketStream
 from asgi_lifespan import LifespanManager
 
 from asgi_sse import EventDecoder, ServerSentEvent
-from asgi_sse.demo.app import create_demo
-from asgi_sse.demo.meter import Meter
+from asgi_sse.cli.demo.app import create_demo
+from asgi_sse.cli.demo.meter import Meter
 from asgi_sse.testing import OpenStream, open_stream
 
 ENOUGH = 60.0  # seconds for any of these, on a slow machine; none of them waits for it to pass
@@ -105,7 +105,7 @@ def test_shows_this_machine_until_it_is_told_to_end(number: signal.Signals, stat
 )
 def test_runs_under_other_servers(command: str) -> None:
     # They are not told to end while the stream is open: they would wait for its client.
-    with serving("-m", *command.split(), "asgi_sse.demo.app:app", stderr=subprocess.STDOUT) as (process, url):
+    with serving("-m", *command.split(), "asgi_sse.cli.demo.app:app", stderr=subprocess.STDOUT) as (process, url):
         with streaming(url) as (_, events):
             check_figures(next(events))
             check_figures(next(events))
@@ -228,7 +228,7 @@ async def test_a_post_that_is_none(post: Any, status: int) -> None:
 async def test_posts_are_bounded_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 5.0
     # Five more are allowed each second: on a slow machine the 21st would be one of them.
-    monkeypatch.setattr("asgi_sse.demo.limits.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("asgi_sse.cli.demo.limits.time", SimpleNamespace(monotonic=lambda: now))
     app = create_demo()
     answers = [await say(app, {"name": "Ann", "text": "hi"}) for _ in range(21)]
     assert [answer.status for answer in answers[:-1]] == [204] * 20
@@ -338,8 +338,8 @@ def test_a_drain_brings_all_clients_back_spread_out(monkeypatch: pytest.MonkeyPa
     """Over real sockets, since the clients of the drain are real ones."""
     # On a slow machine not all would be there when they are drained, and a second drain be allowed by then.
     for name in ("_PATIENCE", "_STAY"):
-        monkeypatch.setattr(f"asgi_sse.demo.swarm.{name}", ENOUGH)
-    monkeypatch.setattr("asgi_sse.demo.limits.time", SimpleNamespace(monotonic=lambda: 5.0))
+        monkeypatch.setattr(f"asgi_sse.cli.demo.swarm.{name}", ENOUGH)
+    monkeypatch.setattr("asgi_sse.cli.demo.limits.time", SimpleNamespace(monotonic=lambda: 5.0))
     with served_here(create_demo()) as url:
         came: dict[int, int] = {}
         retries: dict[int, int] = {}
@@ -376,7 +376,7 @@ async def test_the_clients_of_a_drain_take_nothing_over_from_a_block_that_was_cu
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Their next connection begins anew, behind the last whole event."""
-    monkeypatch.setattr("asgi_sse.demo.swarm._PATIENCE", 0.1)  # they do not stay
+    monkeypatch.setattr("asgi_sse.cli.demo.swarm._PATIENCE", 0.1)  # they do not stay
     asked: list[bytes] = []
     enough = anyio.Event()
 
@@ -409,7 +409,7 @@ async def test_a_drain_needs_a_port() -> None:
     async with open_stream(app, "/drain", method="POST", scope=scope) as stream:
         assert stream.status == 501
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("asgi_sse.demo.swarm._PATIENCE", 0.5)
+        patch.setattr("asgi_sse.cli.demo.swarm._PATIENCE", 0.5)
         async with LifespanManager(app):
             with socket.socket() as taken:  # bound, and nobody listens
                 taken.bind(("127.0.0.1", 0))

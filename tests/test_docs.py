@@ -26,7 +26,7 @@ from serving import environment
 
 import asgi_sse
 from asgi_sse import broker, testing
-from asgi_sse.cli import main
+from asgi_sse.cli.main import main
 from asgi_sse.stream.options import StreamOptions
 from asgi_sse.testing import open_stream
 

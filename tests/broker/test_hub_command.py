@@ -11,7 +11,7 @@ from engines import Valkey
 from serving import free_port
 from test_cli import ENOUGH, command, hub
 
-from asgi_sse.cli import main
+from asgi_sse.cli.main import main
 
 
 @pytest.mark.skipif(not Valkey.available(), reason="Valkey is not installed")

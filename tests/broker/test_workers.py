@@ -15,7 +15,7 @@ from engines import ENGINES, Engine
 from serving import HERE, environment, free_port, serving
 
 from asgi_sse import EventDecoder, ServerSentEvent
-from asgi_sse.cli import main
+from asgi_sse.cli.main import main
 
 PATIENCE = 20
 
@@ -121,7 +121,7 @@ def test_the_command_says_what_is_wrong(
 @pytest.mark.parametrize(("scheme", "extra"), [("redis", "redis"), ("nats", "nats")])
 def test_a_client_that_is_not_installed(scheme: str, extra: str) -> None:
     code = (
-        f"import sys; sys.modules[{extra!r}] = None; from asgi_sse.cli import main; "
+        f"import sys; sys.modules[{extra!r}] = None; from asgi_sse.cli.main import main; "
         f"sys.exit(main(['publish', '{scheme}://127.0.0.1', 'a', 'x']))"
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)

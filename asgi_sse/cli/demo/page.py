@@ -28,7 +28,7 @@ class PageFile:
     """
 
     def __init__(self, name: str) -> None:
-        self._body = files("asgi_sse.demo").joinpath(name).read_bytes()
+        self._body = files("asgi_sse.cli.demo").joinpath(name).read_bytes()
         self._headers = [
             (b"content-type", f"{_TYPES[name.rpartition('.')[2]]}; charset=utf-8".encode()),
             (b"content-length", str(len(self._body)).encode()),

@@ -4,8 +4,8 @@ import argparse
 import sys
 from typing import Any, Final
 
-from .frame import WRONG_ARGUMENTS, Commands, fail, missing, positive_seconds, say
-from .hub import PUBLISH_TOKEN, tokens_in
+from asgi_sse.cli.frame import WRONG_ARGUMENTS, Commands, fail, missing, positive_seconds, say
+from asgi_sse.cli.hub import PUBLISH_TOKEN, tokens_in
 
 _TIMEOUT: Final = 5.0
 _HUB_TIMEOUT: Final = _TIMEOUT + 1  # a hub waits for its engine that long itself, and then says what has become of it

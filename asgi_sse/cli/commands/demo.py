@@ -3,7 +3,7 @@
 import argparse
 from typing import Final
 
-from .frame import Commands, add_address, missing
+from asgi_sse.cli.frame import Commands, add_address, missing
 
 _DESCRIPTION: Final = """\
 Serves a page that shows what streams of this library do: a text that resumes
@@ -32,9 +32,8 @@ def add(commands: Commands) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     try:
-        from asgi_sse.demo.app import create_demo  # noqa: PLC0415 (of an extra)
-
-        from .listen import serve  # noqa: PLC0415
+        from asgi_sse.cli.demo.app import create_demo  # noqa: PLC0415 (of an extra)
+        from asgi_sse.cli.uvicorn_server import serve  # noqa: PLC0415
     except ModuleNotFoundError as exc:
         return missing(exc, "the demo", "demo", "psutil", "uvicorn", "h11")
     told = "The demo runs at {} (Ctrl-C ends it)".format

@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
+from asgi_sse.cli.frame import Commands, add_headers, count, fail, missing, note, positive_seconds, say, web_url
 from asgi_sse.protocol.event import ServerSentEvent
-
-from .frame import Commands, add_headers, count, fail, missing, note, positive_seconds, say, web_url
 
 _DESCRIPTION: Final = """\
 Prints the events of a stream as they come, and goes on where it was when the
@@ -82,7 +81,7 @@ def add(commands: Commands) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     try:
-        from .follow import Follower, StoppedError, ignore  # noqa: PLC0415 (of an extra)
+        from asgi_sse.cli.follow import Follower, StoppedError, ignore  # noqa: PLC0415 (of an extra)
     except ModuleNotFoundError as exc:
         return missing(exc, "tail", "cli", "httpx", "h11")
     try:

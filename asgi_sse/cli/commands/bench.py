@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
-from .frame import (
+from asgi_sse.cli.frame import (
     INTERRUPTED,
     Commands,
     add_headers,
@@ -22,10 +22,10 @@ from .frame import (
     say,
     web_url,
 )
-from .hub import PUBLISH_TOKEN, tokens_in
+from asgi_sse.cli.hub import PUBLISH_TOKEN, tokens_in
 
 if TYPE_CHECKING:
-    from .load import Load
+    from asgi_sse.cli.load import Load
 
 _OTHER_FILES: Final = 100
 """Beside its readers: its own libraries, and the connections by which it publishes."""
@@ -114,7 +114,7 @@ def add(commands: Commands) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     try:
-        from .load import Load  # noqa: PLC0415 (of an extra)
+        from asgi_sse.cli.load import Load  # noqa: PLC0415 (of an extra)
     except ModuleNotFoundError as exc:
         return missing(exc, "bench", "cli", "h11", "httpx")
     from asgi_sse.errors import SSEError  # noqa: PLC0415

@@ -7,7 +7,17 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
 
-from .frame import WRONG_ARGUMENTS, Commands, add_address, count, fail, missing, note, positive_seconds, seconds
+from asgi_sse.cli.frame import (
+    WRONG_ARGUMENTS,
+    Commands,
+    add_address,
+    count,
+    fail,
+    missing,
+    note,
+    positive_seconds,
+    seconds,
+)
 
 _DESCRIPTION: Final = """\
 Runs a hub: apps in any language publish events by POST, and any number of
@@ -151,14 +161,13 @@ def _add_process(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     try:
-        from .listen import serve  # noqa: PLC0415 (of an extra)
+        from asgi_sse.cli.uvicorn_server import serve  # noqa: PLC0415 (of an extra)
     except ModuleNotFoundError as exc:
         return missing(exc, "serve", "cli", "uvicorn")
     from asgi_sse.broker import Broker  # noqa: PLC0415 (the other commands do without)
+    from asgi_sse.cli import hub  # noqa: PLC0415
     from asgi_sse.errors import BrokerError  # noqa: PLC0415
     from asgi_sse.stream.registry import StreamRegistry  # noqa: PLC0415
-
-    from . import hub  # noqa: PLC0415
 
     publish_tokens = options.publish_token or hub.tokens_in(hub.PUBLISH_TOKEN)
     try:

@@ -1,6 +1,6 @@
 """The demo as an ASGI app: a page, and the streams that feed it.
 
-``python -m asgi_sse`` serves it, as does any ASGI server: ``hypercorn asgi_sse.demo.app:app``.
+``python -m asgi_sse`` serves it, as does any ASGI server: ``hypercorn asgi_sse.cli.demo.app:app``.
 """
 
 from typing import Any, Final
@@ -14,9 +14,9 @@ from asgi_sse.stream.registry import StreamRegistry
 from .limits import command
 from .meter import Meter
 from .page import PageFile
-from .roll import Roll
 from .room import Room
 from .story import Story
+from .stream_list import Roll
 from .swarm import Swarm
 from .ticks import Ticks
 
