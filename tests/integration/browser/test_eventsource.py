@@ -65,7 +65,7 @@ def server(other_origin: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
     log = tmp_path_factory.mktemp("server") / "log"
     arguments = [
         sys.executable, "-m", "uvicorn", f"--port={port}", "--log-level=warning",
-        f"--app-dir={HERE / 'browser'}", "browser_app:app",
+        f"--app-dir={HERE}", "browser_app:app",
     ]  # fmt: skip
     with serving(arguments, port, log, variables={"OTHER_ORIGIN": other_origin}):
         yield f"http://127.0.0.1:{port}"

@@ -8,8 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 from engines import Valkey
+from hub_process import ENOUGH, command, hub
 from serving import free_port
-from test_cli import ENOUGH, command, hub
 
 from asgi_sse.cli.main import main
 

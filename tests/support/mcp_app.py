@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "mcp"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "mcp"))
 
 import server
 

@@ -30,7 +30,7 @@ from asgi_sse.testing import open_stream
 
 pytestmark = pytest.mark.anyio
 
-PAGE = Path(__file__).parents[1] / "docs" / "pages" / "guides" / "observe.md"
+PAGE = Path(__file__).parents[2] / "docs" / "pages" / "guides" / "observe.md"
 
 
 def values_of(families: Iterable[Any]) -> dict[str, float]:

@@ -30,12 +30,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serving import HERE, address, environment, free_port, serving
+from serving import ROOT, address, environment, free_port, serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-ROOT = HERE.parent
 PAGES = ROOT / "docs/pages"
 ENOUGH = 60.0  # seconds for any one thing; none of them waits for it to pass
 SERVERS = ("uvicorn", "hypercorn", "granian", "asgi-sse serve", "asgi-sse demo")

@@ -21,8 +21,8 @@ from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from pages import ENOUGH, PAGES, ROOT, Block, Browser, in_order, read_blocks, session
-from serving import environment
+from pages import ENOUGH, PAGES, Block, Browser, in_order, read_blocks, session
+from serving import ROOT, environment
 
 import asgi_sse
 from asgi_sse import broker, testing
@@ -374,7 +374,7 @@ def engines_for(page: Path, stack: ExitStack, directory: Path) -> dict[str, str]
     replaced = {}
     for url, kind in {"redis://localhost:6379/0": "Valkey", "nats://localhost:4222": "Nats"}.items():
         if url in text:
-            sys.path.append(str(Path(__file__).parent / "broker"))
+            sys.path.append(str(Path(__file__).parents[1] / "support"))
             engine = getattr(import_module("engines"), kind)
             if not engine.available():
                 pytest.skip(f"{kind} is not installed")

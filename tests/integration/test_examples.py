@@ -17,11 +17,11 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import HERE, address, environment, free_port, serving
+from serving import ROOT, address, environment, free_port, serving
 
 from asgi_sse import EventDecoder, ServerSentEvent
 
-EXAMPLES = HERE.parent / "examples"
+EXAMPLES = ROOT / "examples"
 ENOUGH = 30.0  # seconds for any one thing, on a slow machine; none of them waits for it to pass
 TESTED_ELSEWHERE = {"mcp"}
 BAD = re.compile(r"ERROR|Traceback|ResourceWarning|RuntimeWarning")

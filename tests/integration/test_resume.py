@@ -9,8 +9,6 @@ import json
 import os
 import random
 import resource
-import socket
-import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator
@@ -18,15 +16,13 @@ from contextlib import ExitStack, suppress
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
-import httptools
 import psutil
 import pytest
 from channel_app import EACH, PUBLISHERS
+from connection import Connection, figures, get
 from serving import process, running
-
-from asgi_sse import EventDecoder, ServerSentEvent
 
 FULL = os.environ.get("ASGI_SSE_STRESS") == "full"
 CLIENTS = 1_000 if FULL else 100
@@ -53,101 +49,6 @@ def many_files() -> Iterator[None]:
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
     return tmp_path / "server.log"
-
-
-class Connection:
-    """One connection, and how far its event stream has come."""
-
-    def __init__(self, *, slow: bool = False) -> None:
-        self.sock = socket.socket()
-        self.sock.setblocking(False)
-        if slow:
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
-            # As over Ethernet: with segments as large as loopback's, the server's kernel takes megabytes for it.
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1_460)
-        self.decoder = EventDecoder()
-        self.first_id = ""  # where the stream begins
-        self.complete = False
-        self.ending = b""  # of all that came
-        self._parser = httptools.HttpResponseParser(self)
-        self._body = b""
-        self._tail = b""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.sock.close()
-
-    async def request(self, port: int, path: str, last_event_id: str = "") -> None:
-        loop = asyncio.get_running_loop()
-        await loop.sock_connect(self.sock, ("127.0.0.1", port))
-        header = f"Last-Event-ID: {last_event_id}\r\n" if last_event_id else ""
-        head = f"GET {path} HTTP/1.1\r\nHost: x\r\n{header}Connection: close\r\n\r\n"
-        await loop.sock_sendall(self.sock, head.encode())
-
-    async def receive(self, size: int = 65_536) -> bytes:
-        """What the next bytes are of the body. Who is cancelled has read nothing, and may go on."""
-        while True:
-            with suppress(BlockingIOError):
-                chunk = self.sock.recv(size)
-                break
-            await self._readable()
-        if not chunk:
-            raise ConnectionResetError("the server has cut the body")
-        self.ending = (self.ending + chunk)[-5:]
-        self._parser.feed_data(chunk)
-        body, self._body = self._body, b""
-        return body
-
-    async def _readable(self) -> None:
-        event, loop = asyncio.Event(), asyncio.get_running_loop()
-        loop.add_reader(self.sock, event.set)
-        try:
-            await event.wait()
-        finally:
-            loop.remove_reader(self.sock)
-
-    def on_body(self, body: bytes) -> None:
-        self._body += body
-
-    def on_message_complete(self) -> None:
-        self.complete = True
-
-    async def read(self, size: int = 65_536) -> list[ServerSentEvent]:
-        """The events that the next bytes complete."""
-        body = await self.receive(size)
-        self._tail = (self._tail + body)[-2:]
-        events = []
-        while body and not self.first_id:  # line by line, not to take the id of an event for the one before it
-            line, end, body = body.partition(b"\n")
-            events += self.decoder.feed(line + end)
-            self.first_id = self.decoder.last_event_id
-        return events + self.decoder.feed(body)
-
-    @property
-    def inside(self) -> bool:
-        """Whether a part of an event has come."""
-        return self._tail not in {b"", b"\n\n"}
-
-    def reset(self) -> None:
-        """Close as a client that is killed."""
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.sock.close()
-
-
-async def get(port: int, path: str) -> bytes:
-    body = b""
-    with Connection() as connection:
-        await connection.request(port, path)
-        while not connection.complete:
-            body += await connection.receive()
-    return body
-
-
-async def figures(port: int) -> Any:
-    (event,) = EventDecoder().feed(await get(port, "/figures"))
-    return json.loads(str(event.data))
 
 
 async def until(port: int, condition: Callable[[Any], bool]) -> Any:

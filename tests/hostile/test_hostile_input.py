@@ -476,7 +476,7 @@ def default(function: Callable[..., Any], name: str) -> Any:
     ids=lambda value: value if isinstance(value, str) and len(value) > 12 else "",
 )
 def test_the_numbers_of_security_md(of: str, limit: str, value: bool) -> None:
-    text = Path(__file__).parents[1].joinpath("SECURITY.md").read_text()
+    text = Path(__file__).parents[2].joinpath("SECURITY.md").read_text()
     (row,) = [line.split(" | ") for line in text.splitlines() if line.startswith(f"| {of}")]
     assert limit in row[1]
     assert value

@@ -22,9 +22,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self, TypeAlias
 
 import psutil
+from connection import Connection, figures, get
 from faults_app import CHANNELS
 from serving import HERE, command, free_port, serving
-from test_resume import Connection, figures, get
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -75,7 +75,7 @@ class Node:
             "ASGI_SSE_FAULTS_NODE": name,
             "ASGI_SSE_FAULTS_LEDGER": str(self.ledgers[-1]),
         }
-        arguments = [*command(SERVER, "faults_app:app", self.port), f"--app-dir={HERE / 'broker'}"]
+        arguments = [*command(SERVER, "faults_app:app", self.port), f"--app-dir={HERE}"]
         self._process = self._stack.enter_context(
             serving(arguments, self.port, self._directory / f"{name}.log", variables=variables)
         )

@@ -47,7 +47,7 @@ def test_all_workers_have_what_one_of_them_publishes(engine: Engine, tmp_path: P
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     arguments = [
-        sys.executable, "-m", "uvicorn", "--workers=2", f"--port={port}", f"--app-dir={HERE / 'broker'}",
+        sys.executable, "-m", "uvicorn", "--workers=2", f"--port={port}", f"--app-dir={HERE}",
         "workers_app:app",
     ]  # fmt: skip
     log = tmp_path / "server.log"

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import anyio
 import pytest
-from serving import HERE
+from serving import HERE, ROOT
 from starlette.requests import Request
 
 from asgi_sse import SSEMiddleware, StreamRegistry
@@ -75,7 +75,7 @@ def distribution(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ALIAS), str(HERE.parent)]), "PYTEST_ADDOPTS": ""}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ALIAS), str(ROOT)]), "PYTEST_ADDOPTS": ""}
 
 
 def test_its_own_tests_pass(distribution: Path, tmp_path: Path) -> None:

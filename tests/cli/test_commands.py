@@ -12,7 +12,7 @@ import socketserver
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,16 +20,13 @@ from typing import Any
 
 import httpx
 import pytest
+from hub_process import ENOUGH, OWN, command, hub
 
 from asgi_sse import Broker, BrokerError, StreamRegistry, __version__
 from asgi_sse.cli.hub import create_hub
 from asgi_sse.cli.main import main
 from asgi_sse.testing import open_stream
 
-ENOUGH = 60.0  # seconds for any of these, on a slow machine; none of them waits for it to pass
-OWN = {**os.environ, "PYTHONUNBUFFERED": "1"}  # of processes; what the hub reads from it is each test's
-for name in ("ASGI_SSE_BROKER", "ASGI_SSE_PUBLISH_TOKEN", "ASGI_SSE_SUBSCRIBE_TOKEN"):
-    OWN.pop(name, None)
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
 CHUNKED = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 GONE = b"HTTP/1.1 204 No Content\r\n\r\n"
@@ -39,40 +36,6 @@ GONE = b"HTTP/1.1 204 No Content\r\n\r\n"
 def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ASGI_SSE_BROKER", "ASGI_SSE_PUBLISH_TOKEN", "ASGI_SSE_SUBSCRIBE_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-
-
-@contextmanager
-def command(
-    *arguments: str,
-    stdout: int = subprocess.PIPE,
-    variables: Mapping[str, str] | None = None,
-    patience: float = ENOUGH,
-) -> Iterator[subprocess.Popen[str]]:
-    """The command's process. It is killed when it has had long enough."""
-    given = [sys.executable, "-m", "asgi_sse", *arguments]
-    pipe = subprocess.PIPE
-    env = {**OWN, **(variables or {})}
-    with subprocess.Popen(given, stdin=subprocess.DEVNULL, stdout=stdout, stderr=pipe, text=True, env=env) as process:
-        watchdog = threading.Timer(patience, process.kill)
-        watchdog.start()
-        try:
-            yield process
-        finally:
-            watchdog.cancel()
-            process.kill()
-
-
-@contextmanager
-def hub(
-    *options: str, port: int = 0, patience: float = ENOUGH, **variables: str
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A hub's process, and its URL."""
-    with command("serve", "--port", str(port), *options, variables=variables, patience=patience) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        found = re.fullmatch(r"The hub runs at (http://127.0.0.1:\d+)/ \(Ctrl-C ends it\)\n", line)
-        assert found, (line, process.communicate())
-        yield process, found[1]
 
 
 @pytest.fixture(scope="module")

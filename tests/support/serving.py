@@ -13,6 +13,10 @@ from itertools import cycle
 from pathlib import Path
 
 HERE = Path(__file__).parent
+"""The folder of the apps that tests serve."""
+
+ROOT = HERE.parents[1]
+"""The repository."""
 
 SERVERS: dict[str, list[str]] = {
     "uvicorn-httptools-uvloop": ["uvicorn", "--http=httptools", "--loop=uvloop"],
@@ -98,7 +102,7 @@ def process(
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "PYTHONWARNINGS": "default"}
+    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}", "PYTHONWARNINGS": "default"}
 
 
 @contextmanager

@@ -17,11 +17,11 @@ import httpx
 import pytest
 import trustme
 from pages import Browser
-from serving import HERE, address, free_port, serving
+from serving import ROOT, address, free_port, serving
 
 from asgi_sse import EventDecoder, ServerSentEvent
 
-PAGE = HERE.parent / "docs/pages/guides/proxies.md"
+PAGE = ROOT / "docs/pages/guides/proxies.md"
 ENOUGH = 60.0  # seconds for any one thing; none of them waits for it to pass
 
 if not PAGE.exists():

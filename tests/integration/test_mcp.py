@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import HERE
+from serving import HERE, ROOT
 from stopping import TERM, Row, Run, hypercorn, starting, uvicorn
 
 SERVERS: dict[str, Row] = {"uvicorn": uvicorn(app="mcp_app:app"), "hypercorn": hypercorn(app="mcp_app:app")}
@@ -226,7 +226,7 @@ def test_a_session_is_not_sent_the_events_of_another(tmp_path: Path) -> None:
 def test_the_example_s_client(tmp_path: Path) -> None:
     with starting(tmp_path) as start:
         run = start(SERVERS["uvicorn"])
-        example = str(HERE.parent / "examples" / "mcp" / "client.py")
+        example = str(ROOT / "examples" / "mcp" / "client.py")
         ran = [
             subprocess.Popen([sys.executable, example, f"http://127.0.0.1:{run.port}{path}"], stdout=subprocess.PIPE)
             for path in ("/mcp", "/sse")
