@@ -11,7 +11,7 @@ import anyio
 from asgi_sse.errors import shown_text
 from asgi_sse.runtime.current import current_loop
 from asgi_sse.stream.receiver import Changing
-from asgi_sse.stream.response import PASSAGE_KEY, current_scope
+from asgi_sse.stream.response import RESPONDER_KEY, current_scope
 
 if TYPE_CHECKING:
     from asgi_sse.protocol.asgi import Message, Scope
@@ -41,8 +41,8 @@ class Body(Changing):
         super().__init__()
         self._response = response
         self._scope = current_scope.get() if scope is None else scope
-        if self._scope is not None and PASSAGE_KEY in self._scope:
-            self._scope[PASSAGE_KEY].belongs_to_us()  # before the framework sends its head
+        if self._scope is not None and RESPONDER_KEY in self._scope:
+            self._scope[RESPONDER_KEY].belongs_to_us()  # before the framework sends its head
         self._context = context
         self._loop: EventLoop | None = None
         self._chunk: bytes | None = None

@@ -21,7 +21,7 @@ from asgi_sse.stream.draining import DrainingEvent
 from asgi_sse.stream.options import StreamOptions
 from asgi_sse.stream.receiver import Inbox
 from asgi_sse.stream.registry import StreamRegistry, check_registry
-from asgi_sse.stream.response import PASSAGE_KEY, encode_header, registry_of
+from asgi_sse.stream.response import RESPONDER_KEY, encode_header, registry_of
 from asgi_sse.stream.response import EventSourceResponse as PlainResponse
 from asgi_sse.stream.source import ThreadedIterator
 
@@ -325,8 +325,8 @@ class EventSourceResponse(Response):
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope.setdefault("path", "")  # ASGI requires it; tests that were written for sse-starlette leave it out
-        passage = scope.get(PASSAGE_KEY)
-        server = server_of(send) if passage is None else passage.server
+        responder = scope.get(RESPONDER_KEY)
+        server = server_of(send) if responder is None else responder.server
         registry = self._registry
         if registry is None:
             registry = registry_of(scope) if AppStatus.enable_automatic_graceful_drain else _by_hand

@@ -18,7 +18,7 @@ from asgi_sse.stream.options import StreamOptions
 from asgi_sse.stream.registry import StreamRegistry, check_registry
 from asgi_sse.stream.response import SCOPE_KEY, Defaults
 
-from .responder import Passage, Terms
+from .responder import Responder, ResponderConfig
 
 _OWN: Final = ("routes", "broker", "registry", "compression", "adopt", "cors", "signals", "strict_lifespan")
 _OPTIONS: Final = tuple(field.name for field in fields(StreamOptions))
@@ -101,7 +101,7 @@ class SSEMiddleware:
         self._defaults = Defaults(self.registry, options, watch=signals, guard=guarded)
         self._guard = Guard(self.app, compression, self.registry.count_compressed) if guarded else None
         adopted = replace(options, retry=None, opening_comment=False, open_timeout=0, on_error=None)
-        self._terms = Terms(self.registry, adopted if adopt else None, watch=signals, guard=self._guard)
+        self._config = ResponderConfig(self.registry, adopted if adopt else None, watch=signals, guard=self._guard)
         self._cors = cors if cors is None or isinstance(cors, CORS) else CORS(cors)
         self._strict_lifespan = strict_lifespan
         self._broker = broker
@@ -133,11 +133,11 @@ class SSEMiddleware:
             await self.app(scope, receive, send)
 
     def _pass(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        if self._guard is None and self._terms.options is None:
+        if self._guard is None and self._config.options is None:
             return app(scope, receive, send)
         if self._guard is not None:
             self._guard.look()
-        return Passage(scope, receive, send, self._terms).run(app)
+        return Responder(scope, receive, send, self._config).run(app)
 
     def _draining(self, server: Server | None, within: float) -> None:
         if self._broker is None:

@@ -13,14 +13,14 @@ from asgi_sse.runtime.current import current_loop
 from asgi_sse.runtime.server import Server, server_of
 from asgi_sse.stream.options import StreamOptions
 from asgi_sse.stream.registry import StreamRegistry
-from asgi_sse.stream.response import PASSAGE_KEY, current_scope
+from asgi_sse.stream.response import RESPONDER_KEY, current_scope
 from asgi_sse.stream.stream import Stream
 
 from .adoption import PATIENCE, Adopted, may_be_adopted
 
 
 @dataclass(slots=True)
-class Terms:
+class ResponderConfig:
     """What holds for every request through one app.
 
     Attributes:
@@ -36,7 +36,7 @@ class Terms:
     guard: Guard | None
 
 
-class Passage:
+class Responder:
     """Passes the messages on, and looks what kind of response they make.
 
     An event stream of the app's own is adopted; one of this library's, which runs inside of the app, is
@@ -45,15 +45,15 @@ class Passage:
 
     __slots__ = (
         "_adopted", "_answers_again", "_body_left", "_ours", "_outer", "_receive", "_receiving", "_refused", "_scope",
-        "_send", "_start_left", "_stream", "_terms", "_wait", "connection",
+        "_send", "_start_left", "_stream", "_config", "_wait", "connection",
     )  # fmt: skip
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, terms: Terms) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, config: ResponderConfig) -> None:
         self._scope = scope
         self._receive = receive
         self._send = send
-        self._terms = terms
-        self._outer: Passage | None = scope.get(PASSAGE_KEY)
+        self._config = config
+        self._outer: Responder | None = scope.get(RESPONDER_KEY)
         # As it is outside of every middleware: inside of one such as Starlette's BaseHTTPMiddleware, ``send`` leads
         # nowhere.
         self.connection: Send = send if self._outer is None else self._outer.connection
@@ -82,8 +82,8 @@ class Passage:
         # it, such as its route.
         scope = self._scope
         headers = scope["headers"]
-        scope[PASSAGE_KEY] = self
-        if self._terms.guard is not None and self._terms.guard.bypass:
+        scope[RESPONDER_KEY] = self
+        if self._config.guard is not None and self._config.guard.bypass:
             scope["headers"] = _without_accept_encoding(headers)
         error: BaseException | None = None
         token = current_scope.set(scope)
@@ -102,7 +102,7 @@ class Passage:
                 del error  # its traceback holds this frame
                 current_scope.reset(token)
                 scope["headers"] = headers
-                scope[PASSAGE_KEY] = self._outer
+                scope[RESPONDER_KEY] = self._outer
 
     # The app's side
 
@@ -150,7 +150,7 @@ class Passage:
     async def _meet(self, start: Message) -> bool:
         """Look at the head of an event stream. True: it is dealt with."""
         headers = {name.lower(): value for name, value in start.get("headers", ())}
-        guard = self._terms.guard
+        guard = self._config.guard
         encoding = encoding_of(headers.items())
         if encoding:
             if guard is not None:
@@ -159,15 +159,15 @@ class Passage:
                     await self._refuse(guard.refusal(encoding))
                     return True
             return False
-        if self._ours or self._terms.options is None or not may_be_adopted(self._scope, start, headers):
+        if self._ours or self._config.options is None or not may_be_adopted(self._scope, start, headers):
             self._watch_head(start)
             return False
-        self._adopt(start, headers, self._terms.options)
+        self._adopt(start, headers, self._config.options)
         return True
 
     def _watch_head(self, start: Message) -> None:
-        if self._terms.guard is not None and isinstance(start.get("headers"), list):
-            count = self._terms.registry.count_compressed
+        if self._config.guard is not None and isinstance(start.get("headers"), list):
+            count = self._config.registry.count_compressed
             watch_head(start["headers"], self._send, self.server.loop, self._scope["path"], count)
 
     async def _refuse(self, reason: str) -> None:
@@ -177,8 +177,8 @@ class Passage:
         await send_text(self._scope, self._send, HTTPError(500, reason))
 
     def _adopt(self, start: Message, headers: dict[bytes, bytes], options: StreamOptions) -> None:
-        if self._terms.watch:
-            self._terms.registry.watch(self.server)
+        if self._config.watch:
+            self._config.registry.watch(self.server)
         self.belongs_to_us()
         self._adopted = Adopted(
             self._scope,
@@ -189,7 +189,7 @@ class Passage:
             send=self._send,
             connection=self.connection,
             server=self.server,
-            registry=self._terms.registry,
+            registry=self._config.registry,
             options=options,
             wait=self._wait,
         )
@@ -211,7 +211,7 @@ class Passage:
             self._outer.belongs_to_us()
 
     def _compare(self, stream: Stream) -> None:
-        guard = self._terms.guard
+        guard = self._config.guard
         if guard is None or self._refused or stream.reason is not None or not stream.opened:
             return
         if stream.bytes_sent and not self._body_left:

@@ -16,7 +16,7 @@ from asgi_sse.protocol.asgi import ASGIApp, Receive, Scope, Send
 from asgi_sse.runtime.server import Server, server_of
 from asgi_sse.stream.draining import DrainingEvent
 from asgi_sse.stream.receiver import Inbox
-from asgi_sse.stream.response import PASSAGE_KEY, SCOPE_KEY, Defaults, EventSourceResponse, encode_header
+from asgi_sse.stream.response import RESPONDER_KEY, SCOPE_KEY, Defaults, EventSourceResponse, encode_header
 
 METHODS: Final = ("GET", "HEAD", "POST")  # POST since prompts are too large for a URL
 _PARSED_BYTES: Final = 65_536
@@ -423,8 +423,8 @@ class Endpoint:
             await send_text(scope, send, HTTPError(405, headers={"allow": ", ".join(METHODS)}))
             return
         inbox = Inbox(receive)
-        passage = scope.get(PASSAGE_KEY)
-        server = server_of(send) if passage is None else passage.server
+        responder = scope.get(RESPONDER_KEY)
+        server = server_of(send) if responder is None else responder.server
         request = Request(scope, inbox, server)
         response: EventSourceResponse | None = None
         try:

@@ -34,7 +34,7 @@ SCOPE_KEY: Final = "asgi_sse"
 _TOKEN: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
 _NO_BODY: Final = frozenset({204, 205, 304})
 
-PASSAGE_KEY: Final = "asgi_sse.middleware.responder"
+RESPONDER_KEY: Final = "asgi_sse.middleware.responder"
 """Where a request's scope holds what takes it through an app that is wrapped."""
 
 current_scope: Final[ContextVar[Scope | None]] = ContextVar("asgi_sse scope", default=None)
@@ -210,8 +210,8 @@ class EventSourceResponse:
         """
         if scope["type"] != "http":
             raise TypeError(f"an event stream answers HTTP requests, not {scope['type']!r}")
-        passage = scope.get(PASSAGE_KEY)
-        server = server_of(send) if passage is None else passage.server
+        responder = scope.get(RESPONDER_KEY)
+        server = server_of(send) if responder is None else responder.server
         await self.serve(scope, Inbox(receive), send, server, DrainingEvent())
 
     @property
@@ -261,7 +261,7 @@ class EventSourceResponse:
         if registry.is_draining(server):  # a 503 would stop a browser's EventSource for good
             farewell = ServerSentEvent(retry=registry.farewell_retry()).encode(options.sep)
             return _send_at_once(send, head, farewell, options.send_timeout, source)
-        passage = scope.get(PASSAGE_KEY)
+        responder = scope.get(RESPONDER_KEY)
         if live is not None:
             live = live.as_live()
             draining.watched = draining.watched or live.patient
@@ -272,7 +272,7 @@ class EventSourceResponse:
             client=scope.get("client"),
             inbox=inbox,
             send=send,
-            connection=send if passage is None else passage.connection,
+            connection=send if responder is None else responder.connection,
             server=server,
             options=options,
             keeper=registry,
@@ -281,8 +281,8 @@ class EventSourceResponse:
             lockstep=self.lockstep,
             live=live,
         )
-        if passage is not None:
-            passage.carries(self.stream)
+        if responder is not None:
+            responder.carries(self.stream)
         elif defaults is None or defaults.guard:
             watch_head(head["headers"], send, server.loop, scope["path"], registry.count_compressed)
         if self.feeder is not None:

@@ -190,7 +190,7 @@ class Backend(ABC):
     async def find(self, name: str) -> Claim | None:
         """The run of that name: it goes on somewhere, or has ended less than its ``ttl`` ago.
 
-        One that goes on is told of in terms of the log that there is; one that ended in an earlier log, as of that.
+        One that goes on is told of in config of the log that there is; one that ended in an earlier log, as of that.
         """
 
     @abstractmethod

@@ -355,7 +355,7 @@ class RemoteBackend(Backend):
         """What the engine has of a run."""
 
     async def _as_of_now(self, claim: Claim) -> Claim:
-        """A claim in terms of the log that there is; of an earlier one, only what has ended in that.
+        """A claim in config of the log that there is; of an earlier one, only what has ended in that.
 
         The engine may have it from before it lost events, or from a process that did not know of that yet: a reader
         would miss the beginning, and not be told.

@@ -38,7 +38,7 @@ class Source:
         return self._page.evaluate(f"(name) => {{ const s = window.streams[name]; return {expression} }}", self._name)
 
     def wait(self, condition: str) -> None:
-        """Until `condition`, in the terms of the script."""
+        """Until `condition`, in the config of the script."""
         self._page.wait_for_function(
             f"(name) => {{ const s = window.streams[name]; return {condition} }}", arg=self._name
         )
