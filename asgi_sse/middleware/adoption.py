@@ -43,7 +43,7 @@ def may_be_adopted(scope: Scope, start: Message, headers: dict[bytes, bytes]) ->
     )
 
 
-class Adopted(Changing, Child):
+class AdoptedStream(Changing, Child):
     """The app's response as a stream of ours; and the app's task as the stream's source, which is what `Child` means.
 
     The app goes on in the request's task, so that errors and backpressure of its sends return there; the

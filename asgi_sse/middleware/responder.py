@@ -16,7 +16,7 @@ from asgi_sse.stream.registry import StreamRegistry
 from asgi_sse.stream.response import RESPONDER_KEY, current_scope
 from asgi_sse.stream.stream import Stream
 
-from .adoption import PATIENCE, Adopted, may_be_adopted
+from .adoption import PATIENCE, AdoptedStream, may_be_adopted
 
 
 @dataclass(slots=True)
@@ -61,7 +61,7 @@ class Responder:
         self._ours = False
         self._stream: Stream | None = None
         self._answers_again = False
-        self._adopted: Adopted | None = None
+        self._adopted: AdoptedStream | None = None
         self._receiving = False
         self._refused = False
         self._start_left = False
@@ -180,7 +180,7 @@ class Responder:
         if self._config.watch:
             self._config.registry.watch(self.server)
         self.belongs_to_us()
-        self._adopted = Adopted(
+        self._adopted = AdoptedStream(
             self._scope,
             start,
             headers,
