@@ -369,7 +369,7 @@ class EventSourceResponse(Response):
         )
         response.status_code = self.status_code
         response.encoder = _encode
-        response.lockstep = True
+        response.unbuffered = True
         response.feeder = self.data_sender_callable
         return response
 

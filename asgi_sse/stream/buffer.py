@@ -1,4 +1,4 @@
-"""`Feed`: what an outbox pulls from; and the feeds of sources that run in a task, `Buffer` and `Lockstep`."""
+"""`Feed`: what an writer pulls from; and the feeds of sources that run in a task, `SendBuffer` and `UnbufferedSend`."""
 
 from collections.abc import Callable
 from typing import Final, Protocol
@@ -15,7 +15,7 @@ _ITEM_BYTES: Final = 16
 
 
 class Feed(Protocol):
-    """What an outbox pulls from."""
+    """What an writer pulls from."""
 
     @property
     def ready(self) -> bool:
@@ -36,7 +36,7 @@ class Feed(Protocol):
         ...
 
 
-class Buffer:
+class SendBuffer:
     """The feed of a source that runs in a task: a short queue of encoded events."""
 
     __slots__ = ("_chunks", "_flusher", "_room", "_size", "_tail", "_taken", "_wake")
@@ -76,7 +76,7 @@ class Buffer:
     def push(self, chunk: bytes) -> bool:
         """Add one event, or foreign bytes that may end anywhere. True: now wait for `room`."""
         chunks = self._chunks
-        if not chunks:  # else the outbox knows already that there is something to take
+        if not chunks:  # else the writer knows already that there is something to take
             self._wake()
         chunks.append(chunk)
         self._size += len(chunk) + _ITEM_BYTES
@@ -127,7 +127,7 @@ class Buffer:
         """See `Feed`."""
 
 
-class Lockstep(Buffer):
+class UnbufferedSend(SendBuffer):
     """A buffer that asks the source for nothing before what it gave is sent, each item as a message of its own.
 
     What is attached sends what there is in this very turn, if it can, and says whether that is all of it.
@@ -140,7 +140,7 @@ class Lockstep(Buffer):
         self._turn = 0  # bytes sent since others had a turn
 
     def push(self, chunk: bytes) -> bool:
-        """See `Buffer`."""
+        """See `SendBuffer`."""
         self._chunks.append(chunk)
         self._size += len(chunk) + _ITEM_BYTES
         self._turn += len(chunk) + _ITEM_BYTES

@@ -1,4 +1,4 @@
-"""`Flusher`: once a turn of the event loop, lets outboxes send what there is, and a few waiting sources go on."""
+"""`Flusher`: once a turn of the event loop, lets writers send what there is, and a few waiting sources go on."""
 
 from collections import deque
 from typing import Final, Protocol
@@ -22,7 +22,7 @@ took all of a core, at 5.0 us a delivery; with it 60 % at 3.0 us."""
 
 
 class Flushed(Protocol):
-    """What is flushed: an outbox."""
+    """What is flushed: an writer."""
 
     def flush(self) -> None:
         """Send what there is; never raises."""
@@ -32,7 +32,7 @@ class Flushed(Protocol):
 class Flusher:
     """Runs once in each turn of its event loop that has something to do.
 
-    First it flushes each dirty outbox, in isolation; then it lets a few waiting sources go on.
+    First it flushes each dirty writer, in isolation; then it lets a few waiting sources go on.
     """
 
     __slots__ = ("_dirty", "_loop", "_scheduled", "_waiting")
@@ -43,9 +43,9 @@ class Flusher:
         self._waiting: deque[anyio.Event] = deque()
         self._scheduled = False
 
-    def mark(self, outbox: Flushed) -> None:
-        """Flush `outbox` in the next turn."""
-        self._dirty.append(outbox)
+    def mark(self, writer: Flushed) -> None:
+        """Flush `writer` in the next turn."""
+        self._dirty.append(writer)
         self._schedule()
 
     def resume(self, waiting: anyio.Event) -> None:
@@ -67,8 +67,8 @@ class Flusher:
     def _run(self) -> None:
         dirty, self._dirty = self._dirty, []
         began = self._loop.time()
-        for outbox in dirty:
-            outbox.flush()
+        for writer in dirty:
+            writer.flush()
         took = self._loop.time() - began
         if took >= _LONG_ROUND and not (self._waiting or self._dirty):
             self._loop.call_at(began + took + min(took, _REST), self._go_on)

@@ -140,7 +140,7 @@ class EventSourceResponse:
 
     __slots__ = (
         "__weakref__", "_content", "_given", "_options", "_registry",
-        "encoder", "feeder", "lockstep", "raw_headers", "status_code", "stream",
+        "encoder", "feeder", "unbuffered", "raw_headers", "status_code", "stream",
     )  # fmt: skip
 
     _content: AsyncIterable[Any] | Iterable[Any] | None
@@ -193,7 +193,7 @@ class EventSourceResponse:
         self.status_code = _check_status(status_code)
         self.raw_headers: Sequence[tuple[bytes, bytes]] = _merge_headers(headers)
         self.encoder: ItemEncoder = encode_item
-        self.lockstep = False
+        self.unbuffered = False
         self.feeder: Callable[[], Awaitable[None]] | None = None
         self.stream: Stream | None = None
         self._registry = registry
@@ -278,7 +278,7 @@ class EventSourceResponse:
             keeper=registry,
             draining=draining,
             encoder=self.encoder,
-            lockstep=self.lockstep,
+            unbuffered=self.unbuffered,
             live=live,
         )
         if responder is not None:

@@ -24,12 +24,12 @@ from asgi_sse.protocol.event import ItemEncoder, ServerSentEvent, encode_item
 from asgi_sse.runtime.base import Child, EventLoop, Wait
 from asgi_sse.runtime.server import Server, abort_transport
 
-from .buffer import Buffer, Feed, Lockstep
+from .buffer import Feed, SendBuffer, UnbufferedSend
 from .draining import DrainingEvent
 from .flusher import current_flusher
 from .options import StreamOptions
 from .source_task import Driver
-from .writer import Outbox
+from .writer import StreamWriter
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ class Stream:
     __slots__ = (
         "__weakref__", "_around_watch", "_began", "_connection", "_context", "_deadline", "_draining", "_driver",
         "_encode", "_error", "_expires_at", "_farewell", "_grace_ends", "_head", "_helpers", "_inbox", "_keeper",
-        "_lifetime_ends", "_live", "_loop", "_open_at", "_options", "_outbox", "_pending", "_source_done", "_state",
+        "_lifetime_ends", "_live", "_loop", "_open_at", "_options", "_writer", "_pending", "_source_done", "_state",
         "_wait", "abandoned", "buffer", "check_at", "client", "ended_itself", "entry", "forced", "path", "reason",
         "send_error", "server",
     )  # fmt: skip
@@ -174,7 +174,7 @@ class Stream:
         keeper: Keeper,
         draining: DrainingEvent,
         encoder: ItemEncoder = encode_item,
-        lockstep: bool = False,
+        unbuffered: bool = False,
         live: Live | None = None,
         child: Child | None = None,
     ) -> None:
@@ -192,12 +192,12 @@ class Stream:
         self.path = path
         self.client = client
         flusher = current_flusher()
-        self.buffer = Lockstep(flusher) if lockstep else Buffer(flusher)
+        self.buffer = UnbufferedSend(flusher) if unbuffered else SendBuffer(flusher)
         self._live = live
         feed = live or self.buffer
         self._context = contextvars.copy_context()
-        self._outbox = Outbox(send, feed, flusher=flusher, loop=loop, owner=self, context=self._context)
-        feed.attach(self._outbox.flush_now if lockstep and live is None else self._outbox.wake)
+        self._writer = StreamWriter(send, feed, flusher=flusher, loop=loop, owner=self, context=self._context)
+        feed.attach(self._writer.flush_now if unbuffered and live is None else self._writer.wake)
         self._around_watch: Callable[[], AbstractContextManager[object]] = _plainly
         self._wait: Wait = loop.wait()
         self._helpers: tuple[_Helper, ...] = ()
@@ -234,7 +234,7 @@ class Stream:
     @property
     def opened(self) -> bool:
         """Whether the head is sent, or will be: from then on no other status is possible."""
-        return self._outbox.opened
+        return self._writer.opened
 
     @property
     def events(self) -> int:
@@ -244,7 +244,7 @@ class Stream:
     @property
     def bytes_sent(self) -> int:
         """Bytes of body handed to the server."""
-        return self._outbox.bytes_sent
+        return self._writer.bytes_sent
 
     @property
     def age(self) -> float:
@@ -254,7 +254,7 @@ class Stream:
     @property
     def waiting(self) -> float:
         """Seconds for which the client has not taken the message under way."""
-        since = self._outbox.waiting_since
+        since = self._writer.waiting_since
         return 0.0 if since is None or self._loop.closed else self._loop.time() - since
 
     @property
@@ -274,7 +274,7 @@ class Stream:
         """
         context = self._context.copy()
         context.run(scope().__enter__)
-        self._outbox.send_in(context)
+        self._writer.send_in(context)
         self._around_watch = scope
 
     def __repr__(self) -> str:
@@ -343,7 +343,7 @@ class Stream:
             try:
                 await self._wait_for_source(self._options.cleanup_timeout)
                 with anyio.move_on_after(_LAST_CALL):
-                    await self._outbox.wait_closed()
+                    await self._writer.wait_closed()
             finally:  # no shield stops a cancellation of asyncio's own: then patience is over
                 try:
                     if self._has_tasks:
@@ -533,7 +533,7 @@ class Stream:
             self._open()
 
     def _open(self) -> None:
-        if self._outbox.opened:
+        if self._writer.opened:
             return
         self._inbox.discard()
         options = self._options
@@ -541,7 +541,7 @@ class Stream:
         block = b""
         if comment is not None or options.retry is not None:
             block = ServerSentEvent(retry=options.retry, comment=comment).encode(options.sep)
-        self._outbox.open(self._head, block)
+        self._writer.open(self._head, block)
         self._head = _SENT
         self._keeper.arm(self, self._next_check())
 
@@ -549,7 +549,7 @@ class Stream:
         """Begin to end the body, unless that has begun already: the first reason counts."""
         if self.reason is not None:
             return
-        if reason == "failed" and not self._outbox.opened:
+        if reason == "failed" and not self._writer.opened:
             self._over("failed")  # early enough for the caller to answer with a status of its own
         else:
             self._finish(reason)
@@ -594,7 +594,7 @@ class Stream:
         farewell = self._farewell
         if reason == "failed":
             farewell = self._error_event()
-        self._outbox.finish(farewell, cut=reason == "failed")
+        self._writer.finish(farewell, cut=reason == "failed")
 
     def _error_event(self) -> bytes:
         on_error, error = self._options.on_error, self._error
@@ -612,14 +612,14 @@ class Stream:
         if self.reason is None:
             self.reason = reason
         self._state = _State.DRAINING
-        self._outbox.abort()
+        self._writer.abort()
         self._stop_source()
         self._wait.call_off()
 
-    # The outbox
+    # The writer
 
-    def outbox_done(self, error: BaseException | None) -> None:
-        """See `outbox.Owner`."""
+    def writer_done(self, error: BaseException | None) -> None:
+        """See `writer.Owner`."""
         self.send_error = error
         if error is None:
             self._over(self.reason or "finished")
@@ -630,11 +630,11 @@ class Stream:
             self._over("failed")
 
     def last_message(self) -> None:
-        """See `outbox.Owner`."""
+        """See `writer.Owner`."""
         self._context.run(self._keeper.ending, self)  # a callback of the event loop does not have the request's
 
     def send_blocked(self) -> None:
-        """See `outbox.Owner`."""
+        """See `writer.Owner`."""
         if self._options.send_timeout:
             self._keeper.arm(self, self._loop.time() + self._options.send_timeout)
 
@@ -643,7 +643,7 @@ class Stream:
     def tick(self) -> float:
         """Do what is due. Gives when to look again, in the loop's time; ``inf`` for never."""
         now = self._loop.time()
-        if self._outbox.done:
+        if self._writer.done:
             if now < self._deadline:
                 return self._deadline
             if self._source_done is not None:  # its clean-up takes longer than the server may
@@ -664,35 +664,35 @@ class Stream:
         return self._next_check()
 
     def _tick_open(self, now: float) -> None:
-        options, outbox = self._options, self._outbox
+        options, writer = self._options, self._writer
         if now >= self._grace_ends:
             self.close("drained")
         elif now >= self._lifetime_ends or now >= self._expires_at:
             self.close("expired")
-        elif not outbox.opened:
+        elif not writer.opened:
             if self._inbox.reading:  # the time for which a client uploads is not the source's
                 self._open_at = now + options.open_timeout
             elif now >= self._open_at:
                 self._open()
-        elif options.ping and outbox.waiting_since is None and now >= outbox.idle_since + options.ping:
+        elif options.ping and writer.waiting_since is None and now >= writer.idle_since + options.ping:
             self._ping()
 
     def _next_check(self) -> float:
-        options, outbox = self._options, self._outbox
+        options, writer = self._options, self._writer
         when = min(self._deadline, self._send_deadline())
         if self.reason is not None:
             return when
         when = min(when, self._lifetime_ends, self._expires_at, self._grace_ends)
-        if not outbox.opened:
+        if not writer.opened:
             return min(when, self._open_at)
         if options.ping:
             # While a send is under way no ping is due, but one will be when it has ended, and nobody arms for that.
-            quiet_since = outbox.idle_since if outbox.waiting_since is None else self._loop.time()
+            quiet_since = writer.idle_since if writer.waiting_since is None else self._loop.time()
             when = min(when, quiet_since + options.ping)
         return when
 
     def _send_deadline(self) -> float:
-        since, timeout = self._outbox.waiting_since, self._options.send_timeout
+        since, timeout = self._writer.waiting_since, self._options.send_timeout
         return math.inf if since is None or not timeout else since + timeout
 
     def _ping(self) -> None:
@@ -707,12 +707,12 @@ class Stream:
             self._fail(exc)
             self.close("failed")
             return
-        self._outbox.insert(chunk)  # not in the middle of an event: then the next one has its chance
-        self._outbox.idle_since = self._loop.time()
+        self._writer.insert(chunk)  # not in the middle of an event: then the next one has its chance
+        self._writer.idle_since = self._loop.time()
 
     def _drop(self, reason: CloseReason) -> None:
         """Part from a client that does not read, for real: its unsent bytes would hold the server's exit."""
-        self._outbox.abort()
+        self._writer.abort()
         self._stop_source()
         if self.reason is None:
             self.reason = reason

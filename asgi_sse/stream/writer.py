@@ -1,7 +1,7 @@
 """One connection's outgoing bytes: pulled from a feed, coalesced, one send in flight.
 
-The way of an event: the source's task encodes it and pushes it into its `Buffer`; that marks the
-`Outbox` dirty; once a loop turn the `Flusher` lets each dirty outbox take what its feed has ready and
+The way of an event: the source's task encodes it and pushes it into its `SendBuffer`; that marks the
+`StreamWriter` dirty; once a loop turn the `Flusher` lets each dirty writer take what its feed has ready and
 send it as one body message. So a burst costs one send, and a client that does not take its message
 costs nothing more, since nothing is pulled for it.
 """
@@ -22,7 +22,7 @@ MESSAGE_BYTES: Final = 65_536
 
 
 class Owner(Protocol):
-    """Whose outbox it is: a stream."""
+    """Whose writer it is: a stream."""
 
     def send_blocked(self) -> None:
         """A send did not complete at once."""
@@ -32,7 +32,7 @@ class Owner(Protocol):
         """The message that ends the body is about to be sent."""
         ...
 
-    def outbox_done(self, error: BaseException | None) -> None:
+    def writer_done(self, error: BaseException | None) -> None:
         """Nothing more will be sent. With what ``send`` raised, or with ``None`` after the last message."""
         ...
 
@@ -44,7 +44,7 @@ class _State(Enum):
     DONE = "done"
 
 
-class Outbox:
+class StreamWriter:
     """One connection's outgoing bytes; everything that goes to a client goes through here.
 
     Args:
@@ -160,7 +160,7 @@ class Outbox:
                     self._feed.sent()
             elif self._start(message):
                 self._sent(None)
-        except Exception as exc:  # the other outboxes of this turn come next
+        except Exception as exc:  # the other writers of this turn come next
             self._over(exc)
 
     def _next(self) -> Message | None:
@@ -209,7 +209,7 @@ class Outbox:
             owner = self._owner
             self.abort()
             if owner is not None:
-                owner.outbox_done(error)
+                owner.writer_done(error)
 
     def _mark(self) -> None:
         if not self._dirty:

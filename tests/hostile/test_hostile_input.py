@@ -37,7 +37,7 @@ from asgi_sse.middleware import adoption as healing
 from asgi_sse.routing import endpoint as routing
 from asgi_sse.stream import buffer as feed
 from asgi_sse.stream import receiver as inbox
-from asgi_sse.stream import writer as outbox
+from asgi_sse.stream import writer as writer
 from asgi_sse.stream.options import StreamOptions
 from asgi_sse.stream.source import MAX_THREADS
 from asgi_sse.testing import open_stream
@@ -458,7 +458,7 @@ def default(function: Callable[..., Any], name: str) -> Any:
         ("a query", "64 KiB", routing._PARSED_BYTES == 2**16),
         ("channels that one request names", "100", MAX_CHANNELS == 100),
         ("a channel's name", "200", MAX_NAME == 200),
-        ("what is sent to one client", "64 KiB", outbox.MESSAGE_BYTES == 2**16),
+        ("what is sent to one client", "64 KiB", writer.MESSAGE_BYTES == 2**16),
         ("what a source may be ahead", "16 KiB", feed.TURN_BYTES == 2**14),
         ("how long a client may take", "30 s", StreamOptions().send_timeout == 30),
         ("synchronous sources", "256", MAX_THREADS == 256),

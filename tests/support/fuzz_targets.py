@@ -20,7 +20,7 @@ from asgi_sse.protocol.event import encode_item
 from asgi_sse.routing.cors import CORS, is_preflight
 from asgi_sse.routing.endpoint import RouteTable
 from asgi_sse.runtime.compressors import encoding_of
-from asgi_sse.stream.buffer import Buffer
+from asgi_sse.stream.buffer import SendBuffer
 from asgi_sse.stream.receiver import Inbox
 
 SEPARATORS: Final = ("\n", "\r\n", "\r")
@@ -117,7 +117,7 @@ class _Nobody:
 
 def boundary(data: bytes) -> None:
     """A comment between what is taken of foreign bytes, where that is said to be between events, changes none."""
-    buffer = Buffer(_Nobody())  # type: ignore[arg-type]
+    buffer = SendBuffer(_Nobody())  # type: ignore[arg-type]
     sent = b""
     for chunk in pieces(data):
         if buffer.at_boundary and sent:  # before the first byte there may be a byte order mark
