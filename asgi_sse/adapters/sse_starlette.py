@@ -19,7 +19,7 @@ from asgi_sse.protocol import event as core
 from asgi_sse.runtime.server import Server, server_of
 from asgi_sse.stream.draining import DrainingEvent
 from asgi_sse.stream.options import StreamOptions
-from asgi_sse.stream.receiver import Inbox
+from asgi_sse.stream.receiver import RequestReceiver
 from asgi_sse.stream.registry import StreamRegistry, check_registry
 from asgi_sse.stream.response import RESPONDER_KEY, encode_header, registry_of
 from asgi_sse.stream.response import EventSourceResponse as PlainResponse
@@ -333,7 +333,7 @@ class EventSourceResponse(Response):
         response = self._make(registry)
         response.raw_headers = _headers_for(scope, self.raw_headers)
         draining = _Draining(self._shutdown_event, self._shutdown_grace_period)
-        running = response.serve(scope, Inbox(self._telling(receive)), send, server, draining)
+        running = response.serve(scope, RequestReceiver(self._telling(receive)), send, server, draining)
         stream = response.stream
         if stream is None:  # HEAD, or the server is stopping already
             await running

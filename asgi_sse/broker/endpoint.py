@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from asgi_sse.routing.endpoint import Request
     from asgi_sse.runtime.server import Server
     from asgi_sse.stream.draining import DrainingEvent
-    from asgi_sse.stream.receiver import Inbox
+    from asgi_sse.stream.receiver import RequestReceiver
 
     from .broker import Broker
     from .subscription import Subscription
@@ -237,9 +237,11 @@ class _LimitedResponse(EventSourceResponse):
         if self.stream is not None:
             self.stream.expire_in(self._expires_at - time.time())
 
-    def serve(self, scope: Scope, inbox: Inbox, send: Send, server: Server, draining: DrainingEvent) -> Awaitable[None]:
+    def serve(
+        self, scope: Scope, receiver: RequestReceiver, send: Send, server: Server, draining: DrainingEvent
+    ) -> Awaitable[None]:
         """See `EventSourceResponse`."""
-        answer = super().serve(scope, inbox, send, server, draining)
+        answer = super().serve(scope, receiver, send, server, draining)
         if self.stream is not None and self._expires_at < math.inf:
             self.stream.expire_in(self._expires_at - time.time())
         return answer

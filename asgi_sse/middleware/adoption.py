@@ -111,7 +111,7 @@ class AdoptedStream(Changing, Child):
             head=self.head,
             path=scope["path"],
             client=scope.get("client"),
-            inbox=self,
+            receiver=self,
             send=send,
             connection=connection,
             server=server,

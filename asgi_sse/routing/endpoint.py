@@ -15,7 +15,7 @@ from asgi_sse.errors import StreamClosedError, shown, shown_text
 from asgi_sse.protocol.asgi import ASGIApp, Receive, Scope, Send
 from asgi_sse.runtime.server import Server, server_of
 from asgi_sse.stream.draining import DrainingEvent
-from asgi_sse.stream.receiver import Inbox
+from asgi_sse.stream.receiver import RequestReceiver
 from asgi_sse.stream.response import RESPONDER_KEY, SCOPE_KEY, Defaults, EventSourceResponse, encode_header
 
 METHODS: Final = ("GET", "HEAD", "POST")  # POST since prompts are too large for a URL
@@ -118,11 +118,11 @@ class Request:
         scope: The ASGI scope.
     """
 
-    __slots__ = ("_draining", "_headers", "_inbox", "_query", "_server", "scope")
+    __slots__ = ("_draining", "_headers", "_receiver", "_query", "_server", "scope")
 
-    def __init__(self, scope: Scope, inbox: Inbox, server: Server) -> None:
+    def __init__(self, scope: Scope, receiver: RequestReceiver, server: Server) -> None:
         self.scope = scope
-        self._inbox = inbox
+        self._receiver = receiver
         self._server = server
         self._draining = DrainingEvent()
         self._headers: Values | None = None
@@ -235,18 +235,18 @@ class Request:
         """
         if not isinstance(limit, int) or limit < 0:
             raise ValueError(f"limit={limit!r} is no size; give bytes, at least 0")
-        if self._inbox.discarded:
+        if self._receiver.discarded:
             raise StreamClosedError("the body was discarded, as too large or at the first event; read it before")
         length = self.headers.get("content-length", "")
         if length.isdecimal() and (len(length) > 18 or int(length) > limit):
             raise self._too_large(limit)
         if self.method in ("GET", "HEAD") and not length and "transfer-encoding" not in self.headers:
             return b""  # uvicorn's zttp over HTTP/2 never reports the end of a body that is not there
-        body = await self._inbox.body(limit)
+        body = await self._receiver.body(limit)
         if body is None:
-            if self._inbox.disconnected:
+            if self._receiver.disconnected:
                 raise StreamClosedError("the client left before the end of its request's body")
-            if not self._inbox.exceeds(limit):
+            if not self._receiver.exceeds(limit):
                 raise StreamClosedError("the body was discarded at the first event; read it before")
             raise self._too_large(limit)
         return body
@@ -422,10 +422,10 @@ class Endpoint:
         if scope["method"] not in METHODS:
             await send_text(scope, send, HTTPError(405, headers={"allow": ", ".join(METHODS)}))
             return
-        inbox = Inbox(receive)
+        receiver = RequestReceiver(receive)
         responder = scope.get(RESPONDER_KEY)
         server = server_of(send) if responder is None else responder.server
-        request = Request(scope, inbox, server)
+        request = Request(scope, receiver, server)
         response: EventSourceResponse | None = None
         try:
             result = self._function(request) if self._takes_request else self._function()
@@ -436,10 +436,10 @@ class Endpoint:
             if isinstance(result, EventSourceResponse) or not callable(result):
                 response = result if isinstance(result, EventSourceResponse) else self._respond(result)
                 draining = request._draining  # noqa: SLF001 (looking would ask for grace)
-                await response.serve(scope, inbox, send, server, draining)
+                await response.serve(scope, receiver, send, server, draining)
                 return
         except StreamClosedError:
-            if not inbox.disconnected:
+            if not receiver.disconnected:
                 raise
             return
         except HTTPError as exc:
@@ -447,7 +447,7 @@ class Endpoint:
                 raise
             await send_text(scope, send, exc)
             return
-        await cast("ASGIApp", result)(scope, inbox.replay, send)
+        await cast("ASGIApp", result)(scope, receiver.replay, send)
 
     def _respond(self, result: Any) -> EventSourceResponse:
         try:

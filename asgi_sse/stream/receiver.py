@@ -29,7 +29,7 @@ class Changing:
             self._changed = None
 
 
-class Inbox(Changing):
+class RequestReceiver(Changing):
     """Reads ``receive()`` for the body and for the watch alike, so that there is never a second reader.
 
     hypercorn and daphne block for ever on a ``receive()`` after the disconnect, so it is remembered.

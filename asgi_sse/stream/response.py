@@ -19,7 +19,7 @@ from asgi_sse.runtime.server import Server, server_of
 
 from .draining import DrainingEvent
 from .options import StreamOptions
-from .receiver import Inbox
+from .receiver import RequestReceiver
 from .registry import StreamRegistry, check_registry, default_registry
 from .source import check_content, iterate
 from .stream import Stream
@@ -212,7 +212,7 @@ class EventSourceResponse:
             raise TypeError(f"an event stream answers HTTP requests, not {scope['type']!r}")
         responder = scope.get(RESPONDER_KEY)
         server = server_of(send) if responder is None else responder.server
-        await self.serve(scope, Inbox(receive), send, server, DrainingEvent())
+        await self.serve(scope, RequestReceiver(receive), send, server, DrainingEvent())
 
     @property
     def opened(self) -> bool:
@@ -238,7 +238,9 @@ class EventSourceResponse:
         # FastAPI makes a model of what a path operation is annotated to return, unless it is a response of its own.
         raise TypeError(_HINT)
 
-    def serve(self, scope: Scope, inbox: Inbox, send: Send, server: Server, draining: DrainingEvent) -> Awaitable[None]:
+    def serve(
+        self, scope: Scope, receiver: RequestReceiver, send: Send, server: Server, draining: DrainingEvent
+    ) -> Awaitable[None]:
         """As `__call__`, for a request of which parts may have been read.
 
         Not a coroutine function: its frame would stay with each idle stream.
@@ -270,7 +272,7 @@ class EventSourceResponse:
             head=head,
             path=scope["path"],
             client=scope.get("client"),
-            inbox=inbox,
+            receiver=receiver,
             send=send,
             connection=send if responder is None else responder.connection,
             server=server,

@@ -74,7 +74,7 @@ class Keeper(Protocol):
 
 
 class Watched(Protocol):
-    """What a stream needs of the request's ``receive()``: see `inbox.Inbox`."""
+    """What a stream needs of the request's ``receive()``: see `receiver.RequestReceiver`."""
 
     disconnected: bool
 
@@ -153,7 +153,7 @@ class Stream:
 
     __slots__ = (
         "__weakref__", "_around_watch", "_began", "_connection", "_context", "_deadline", "_draining", "_driver",
-        "_encode", "_error", "_expires_at", "_farewell", "_grace_ends", "_head", "_helpers", "_inbox", "_keeper",
+        "_encode", "_error", "_expires_at", "_farewell", "_grace_ends", "_head", "_helpers", "_receiver", "_keeper",
         "_lifetime_ends", "_live", "_loop", "_open_at", "_options", "_writer", "_pending", "_source_done", "_state",
         "_wait", "abandoned", "buffer", "check_at", "client", "ended_itself", "entry", "forced", "path", "reason",
         "send_error", "server",
@@ -166,7 +166,7 @@ class Stream:
         head: Message,
         path: str,
         client: Any,
-        inbox: Watched,
+        receiver: Watched,
         send: Send,
         connection: Send,
         server: Server,
@@ -183,7 +183,7 @@ class Stream:
         self.server = server
         self._driver = Driver(source, child)
         self._head = head
-        self._inbox = inbox
+        self._receiver = receiver
         self._connection = connection
         self._options = options
         self._keeper = keeper
@@ -305,7 +305,7 @@ class Stream:
         self._keeper.arm(self, self._next_check())
         try:
             with self._wait, self._around_watch():
-                await self._inbox.watch()
+                await self._receiver.watch()
         except GeneratorExit:  # it is closed, or collected with an event loop that is: nothing can be awaited
             if not self._loop.closed:
                 self._over("disconnected")
@@ -316,7 +316,7 @@ class Stream:
             raise
         await self._end()
         error, self._error = self._error, None
-        if isinstance(error, StreamClosedError) and self._inbox.disconnected:
+        if isinstance(error, StreamClosedError) and self._receiver.disconnected:
             error = None  # how a read of the body learned that the client had left: no more than a disconnect
         if error is not None:
             try:
@@ -326,7 +326,7 @@ class Stream:
 
     async def _end(self) -> None:
         # The client has left, or the server cancels the request, unless the end has begun already.
-        self._over("disconnected" if self._inbox.disconnected or not self._draining.is_set() else "drained")
+        self._over("disconnected" if self._receiver.disconnected or not self._draining.is_set() else "drained")
         try:
             await self._clean_up()
         finally:
@@ -535,7 +535,7 @@ class Stream:
     def _open(self) -> None:
         if self._writer.opened:
             return
-        self._inbox.discard()
+        self._receiver.discard()
         options = self._options
         comment = "stream opened" if options.opening_comment else None
         block = b""
@@ -670,7 +670,7 @@ class Stream:
         elif now >= self._lifetime_ends or now >= self._expires_at:
             self.close("expired")
         elif not writer.opened:
-            if self._inbox.reading:  # the time for which a client uploads is not the source's
+            if self._receiver.reading:  # the time for which a client uploads is not the source's
                 self._open_at = now + options.open_timeout
             elif now >= self._open_at:
                 self._open()

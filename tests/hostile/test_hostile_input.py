@@ -36,7 +36,7 @@ from asgi_sse.broker.patterns import MAX_NAME
 from asgi_sse.middleware import adoption as healing
 from asgi_sse.routing import endpoint as routing
 from asgi_sse.stream import buffer as feed
-from asgi_sse.stream import receiver as inbox
+from asgi_sse.stream import receiver as receiver
 from asgi_sse.stream import writer as writer
 from asgi_sse.stream.options import StreamOptions
 from asgi_sse.stream.source import MAX_THREADS
@@ -454,7 +454,7 @@ def default(function: Callable[..., Any], name: str) -> Any:
     ("of", "limit", "value"),
     [
         ("a request's body", "1 MiB", default(Request.body, "limit") == default(Request.json, "limit") == 2**20),
-        ("a body that nobody reads", "64 KiB", inbox._AHEAD == healing._AHEAD == 2**16),
+        ("a body that nobody reads", "64 KiB", receiver._AHEAD == healing._AHEAD == 2**16),
         ("a query", "64 KiB", routing._PARSED_BYTES == 2**16),
         ("channels that one request names", "100", MAX_CHANNELS == 100),
         ("a channel's name", "200", MAX_NAME == 200),

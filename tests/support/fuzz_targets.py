@@ -21,7 +21,7 @@ from asgi_sse.routing.cors import CORS, is_preflight
 from asgi_sse.routing.endpoint import RouteTable
 from asgi_sse.runtime.compressors import encoding_of
 from asgi_sse.stream.buffer import SendBuffer
-from asgi_sse.stream.receiver import Inbox
+from asgi_sse.stream.receiver import RequestReceiver
 
 SEPARATORS: Final = ("\n", "\r\n", "\r")
 
@@ -143,7 +143,7 @@ def request(data: bytes) -> None:
         "query_string": second,
         "headers": [(b"cookie", third), (b"last-event-id", first), (b"content-length", second), (third, b"")],
     }
-    made = Request(scope, Inbox(_nothing), None)  # type: ignore[arg-type]
+    made = Request(scope, RequestReceiver(_nothing), None)  # type: ignore[arg-type]
     assert made.path
     assert all(isinstance(value, str) for value in (*made.query.values(), *made.cookies.values()))
     assert all(made.headers[name] is not None for name in made.headers)

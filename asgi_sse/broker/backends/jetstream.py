@@ -159,7 +159,7 @@ class JetStream:
         self._client = nats.aio.client.Client()
         self._answers: dict[str, asyncio.Future[Msg]] = {}
         self._tokens = count()
-        self._inbox = ""
+        self._receiver = ""
         self._subscription: Any = None
         self._consumer: Consumer | None = None
         self._error: Exception | None = None
@@ -205,8 +205,8 @@ class JetStream:
             closed_cb=self._on_closed,
         )
         self.max_payload = self._client.max_payload
-        self._inbox = self._client.new_inbox()
-        self._subscription = await self._client.subscribe(f"{self._inbox}.*", cb=self._on_answer)
+        self._receiver = self._client.new_receiver()
+        self._subscription = await self._client.subscribe(f"{self._receiver}.*", cb=self._on_answer)
 
     async def close(self) -> None:
         """Let go of it. Does not raise."""
@@ -264,7 +264,7 @@ class JetStream:
         self._answers[token] = answer
         answer.add_done_callback(lambda _: self._answers.pop(token, None))
         try:
-            await self._client.publish(subject, payload, f"{self._inbox}.{token}", headers=headers)
+            await self._client.publish(subject, payload, f"{self._receiver}.{token}", headers=headers)
         except BaseException:
             answer.cancel()
             raise
@@ -339,17 +339,17 @@ class JetStream:
 
     async def consume(self, stream: str, start: int) -> Consumer:
         """What the stream has from a number on, and what it gets."""
-        inbox = self._client.new_inbox()
+        receiver = self._client.new_receiver()
         await self.release()
         consumer = self._consumer = Consumer()
         # No limit here, at which nats-py would drop messages: the server waits for our answers to its flow control.
         consumer.subscription = await self._client.subscribe(
-            inbox, cb=consumer.on_message, pending_msgs_limit=0, pending_bytes_limit=0
+            receiver, cb=consumer.on_message, pending_msgs_limit=0, pending_bytes_limit=0
         )
         name = f"asgi_sse_{secrets.token_hex(8)}"
         config = {
             "name": name,
-            "deliver_subject": inbox,
+            "deliver_subject": receiver,
             "deliver_policy": "by_start_sequence",
             "opt_start_seq": max(start, 1),
             "ack_policy": "none",
