@@ -1,4 +1,4 @@
-"""`Driver`: runs one source in a task of its own, from its first step to its clean-up."""
+"""`SourceTask`: runs one source in a task of its own, from its first step to its clean-up."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
@@ -27,7 +27,7 @@ class Owner(Protocol):
         ...
 
 
-class Driver:
+class SourceTask:
     """Makes every ``__anext__``, ``athrow`` and ``aclose`` of a source, and stops it.
 
     No cancel scope is opened around a step: a source may hold scopes of its own over a ``yield``.

@@ -28,7 +28,7 @@ from .buffer import Feed, SendBuffer, UnbufferedSend
 from .draining import DrainingEvent
 from .flusher import current_flusher
 from .options import StreamOptions
-from .source_task import Driver
+from .source_task import SourceTask
 from .writer import StreamWriter
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ class Stream:
     """
 
     __slots__ = (
-        "__weakref__", "_around_watch", "_began", "_connection", "_context", "_deadline", "_draining", "_driver",
+        "__weakref__", "_around_watch", "_began", "_connection", "_context", "_deadline", "_draining", "_source_task",
         "_encode", "_error", "_expires_at", "_farewell", "_grace_ends", "_head", "_helpers", "_receiver", "_keeper",
         "_lifetime_ends", "_live", "_loop", "_open_at", "_options", "_writer", "_pending", "_source_done", "_state",
         "_wait", "abandoned", "buffer", "check_at", "client", "ended_itself", "entry", "forced", "path", "reason",
@@ -181,7 +181,7 @@ class Stream:
         loop = server.loop
         self._loop: EventLoop = loop
         self.server = server
-        self._driver = Driver(source, child)
+        self._source_task = SourceTask(source, child)
         self._head = head
         self._receiver = receiver
         self._connection = connection
@@ -294,8 +294,8 @@ class Stream:
             Exception: What the source raised, after the stream was cleaned up.
         """
         self._keeper.add(self)
-        if self._driver.source is not None:
-            self._driver.start(self, self._loop, "asgi_sse source")
+        if self._source_task.source is not None:
+            self._source_task.start(self, self._loop, "asgi_sse source")
         elif not self._pending:  # another app's task is the source, and has sent its head; or a feed that has no task
             self._open()
         if self._options.open_timeout == 0 and not self._pending:
@@ -352,10 +352,10 @@ class Stream:
                     await self._tell_reason()
 
     async def _insist(self) -> None:
-        source: Any = self._driver.source
+        source: Any = self._source_task.source
         if source is None:
             source = [helper.main for helper in self._helpers]
-        for child in (self._driver.child, *(helper.child for helper in self._helpers)):
+        for child in (self._source_task.child, *(helper.child for helper in self._helpers)):
             if child is not None:
                 child.cancel_again()
         await self._wait_for_source(_LAST_CALL)
@@ -387,7 +387,7 @@ class Stream:
 
     @property
     def _has_tasks(self) -> bool:
-        return self._driver.child is not None or bool(self._helpers)
+        return self._source_task.child is not None or bool(self._helpers)
 
     async def _wait_for_source(self, seconds: float) -> None:
         if self._has_tasks:
@@ -407,20 +407,20 @@ class Stream:
 
         What was pushed is still sent, unless the error is a cancellation: then nobody shall wait for the client.
         """
-        if self._driver.child is None:
+        if self._source_task.child is None:
             return
         if error is not None and self.reason is None:
             self._open()  # the app has sent its head, whether or not it has left
             self._fail(error)
-        self._driver.child = None
+        self._source_task.child = None
         if error is not None and not isinstance(error, Exception):
             self._over("failed")
         self.source_ended()
 
-    # As the owner of its driver
+    # As the owner of its source_task
 
     def taker(self) -> Callable[[Any], Awaitable[None] | None]:
-        """See `driver.Owner`."""
+        """See `source_task.Owner`."""
         buffer, encode, opened = self.buffer, self._encode, False
         push, sep, json_dumps = buffer.push, self._options.sep, self._options.json_dumps
 
@@ -435,15 +435,15 @@ class Stream:
         return take
 
     def source_raised(self, error: BaseException) -> None:
-        """See `driver.Owner`."""
+        """See `source_task.Owner`."""
         self._task_raised(error)
         if self._error is not None:  # its clean-up may take no longer than any
-            self._driver.stopped = True
+            self._source_task.stopped = True
             self.ended_itself = self.ended_itself or self.reason is None
             self.close("failed")
 
     def source_ended(self) -> None:
-        """See `driver.Owner`."""
+        """See `source_task.Owner`."""
         self.ended_itself = self.ended_itself or self.reason is None
         self._task_ended()
         if self._state is _State.CLOSED:
@@ -491,7 +491,7 @@ class Stream:
     def _task_raised(self, exc: BaseException) -> None:
         # A cancellation that is not ours is the source's own: it awaited something that was cancelled. Anything else,
         # KeyboardInterrupt too, is for the request's task to raise.
-        if not (self._driver.stopped and isinstance(exc, anyio.get_cancelled_exc_class())):
+        if not (self._source_task.stopped and isinstance(exc, anyio.get_cancelled_exc_class())):
             self._fail(exc)
 
     def live_ended(self) -> None:
@@ -501,7 +501,7 @@ class Stream:
         self.close("drained" if self._state is _State.DRAINING else "finished")
 
     def _stop_source(self) -> None:
-        self._driver.stop()
+        self._source_task.stop()
         for helper in self._helpers:
             if helper.runs and helper.child is not None:
                 helper.runs = False  # once is enough

@@ -14,7 +14,7 @@ from asgi_sse.broker.dispatcher import unnumbered
 from asgi_sse.errors import BrokerError
 from asgi_sse.protocol.event import ServerSentEvent
 from asgi_sse.runtime.current import current_loop
-from asgi_sse.stream.source_task import Driver
+from asgi_sse.stream.source_task import SourceTask
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -81,7 +81,7 @@ class Pump:
     ) -> None:
         self.loop: EventLoop = current_loop()
         self.error: BaseException | None = None
-        self._driver = Driver(source)
+        self._source_task = SourceTask(source)
         self._destination = destination
         self._on_end = on_end
         self._stopped: Outcome | None = None  # why it was told to stop
@@ -90,7 +90,7 @@ class Pump:
 
     def begin(self) -> None:
         """Let the source run."""
-        self._driver.start(self, self.loop, "asgi_sse run")
+        self._source_task.start(self, self.loop, "asgi_sse run")
 
     def stop(self, outcome: Outcome) -> None:
         """End it early, and say so. From any thread."""
@@ -101,15 +101,15 @@ class Pump:
     def _stop(self, outcome: Outcome) -> None:
         if self._stopped is None and not self._ending:
             self._stopped = outcome
-            self._driver.stop()
+            self._source_task.stop()
             self.loop.call_at(self.loop.time() + _CLEANUP, self._insist)
 
     def _insist(self) -> None:
-        child = self._driver.child
+        child = self._source_task.child
         if not self._ending and child is not None:
             name = self._destination.name
             logger.warning(
-                "the source of run %s was not cleaned up within %g s: %r", name, _CLEANUP, self._driver.source,
+                "the source of run %s was not cleaned up within %g s: %r", name, _CLEANUP, self._source_task.source,
                 extra={"sse_run": name},
             )  # fmt: skip
             child.cancel_again()
@@ -120,15 +120,15 @@ class Pump:
             self._ending = True
             self._end_now(self._stopped)
 
-    # As the owner of its driver
+    # As the owner of its source_task
 
     def taker(self) -> Callable[[Any], Awaitable[None]]:
-        """See `driver.Owner`."""
+        """See `source_task.Owner`."""
         return lambda item: self._destination.put(unnumbered(item))
 
     def source_raised(self, error: BaseException) -> None:
-        """See `driver.Owner`."""
-        child = self._driver.child
+        """See `source_task.Owner`."""
+        child = self._source_task.child
         told = self._stopped is not None or (child is not None and child.cancelled)
         if told and isinstance(error, anyio.get_cancelled_exc_class()):
             self._outcome = "cancelled"  # by us, or because the event loop ends
@@ -139,7 +139,7 @@ class Pump:
         logger.error("the source of run %s raised", name, exc_info=error, extra={"sse_run": name})
 
     def source_ended(self) -> Awaitable[None] | None:
-        """See `driver.Owner`."""
+        """See `source_task.Owner`."""
         if self._ending:
             return None  # it came out of its clean-up after all
         self._ending = True
@@ -164,7 +164,7 @@ class Pump:
             self._destination.give_up(outcome)
 
     def _end_now(self, outcome: Outcome) -> None:
-        self._driver.child = None
+        self._source_task.child = None
         if outcome == "lost":
             self._destination.give_up(outcome)
         else:
