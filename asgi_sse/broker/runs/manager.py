@@ -18,7 +18,7 @@ from asgi_sse.errors import BrokerError
 from asgi_sse.runtime.current import current_loop
 from asgi_sse.stream.source import iterate
 
-from .publisher import Outcome, Pump, final_event
+from .publisher import Outcome, RunPublisher, final_event
 from .run import Run
 
 if TYPE_CHECKING:
@@ -128,10 +128,10 @@ class Runs(Mapping[str, Run]):
             if new:
                 with self._hub.lock:
                     run = self._joined(name, claim) or self._made(name, claim, make)
-                    run.pump = Pump(iterator, run, on_end)
-                    run.loop = run.pump.loop
+                    run.publisher = RunPublisher(iterator, run, on_end)
+                    run.loop = run.publisher.loop
                     self._add(run)
-                run.pump.begin()
+                run.publisher.begin()
                 if max_lifetime is not None:
                     self._alarms_of(run.loop).set(max_lifetime, partial(_stop, weakref.ref(run), "expired"))
                 return run
@@ -185,7 +185,7 @@ class Runs(Mapping[str, Run]):
     def _joined(self, name: str, claim: Claim) -> Run | None:
         """The run of a claim of ours, where another task was told of it before we were."""
         run = self._all.get(name)
-        if run is None or run.pump is not None or run.outcome is not None or run.start != claim.start:
+        if run is None or run.publisher is not None or run.outcome is not None or run.start != claim.start:
             return None
         return run
 
@@ -199,7 +199,7 @@ class Runs(Mapping[str, Run]):
         self._over.pop(run.name, None)
 
     def _going_on(self) -> int:
-        return sum(run.pump is not None and run.outcome is None for run in list(self._all.values()))
+        return sum(run.publisher is not None and run.outcome is None for run in list(self._all.values()))
 
     # The end of one; with the hub's lock held
 
@@ -215,7 +215,7 @@ class Runs(Mapping[str, Run]):
             self._release(next(iter(self._over)))
         forget = partial(_forget, weakref.ref(self), weakref.ref(run))
         run.loop.call_threadsafe(partial(self._set_alarm, run.loop, run.claim.ttl, forget))
-        if run.pump is not None:  # if it was another process that has ended it: else it has stopped already
+        if run.publisher is not None:  # if it was another process that has ended it: else it has stopped already
             run.loop.call_threadsafe(partial(_stop, weakref.ref(run), "lost"))
 
     def _set_alarm(self, loop: EventLoop, seconds: float, call: Callable[[], None]) -> None:
@@ -244,8 +244,8 @@ class Runs(Mapping[str, Run]):
 
     def _given_up(self, run: Run, outcome: Outcome) -> None:
         with self._hub.lock:
-            if outcome == "lost" and run.pump is not None:
-                run.pump = None  # it is as another process's, which says so behind all that ours has published
+            if outcome == "lost" and run.publisher is not None:
+                run.publisher = None  # it is as another process's, which says so behind all that ours has published
                 return
             ring = self._hub.log.ring(run.name)
             final = run.start if ring is None else max(run.start, ring.newest)
@@ -270,7 +270,7 @@ class Runs(Mapping[str, Run]):
 
     def _on_cancel(self, name: str) -> None:
         run = self._all.get(name)
-        if run is not None and run.pump is not None:
+        if run is not None and run.publisher is not None:
             run.stop("cancelled")
 
     async def _watch_others(self) -> None:
@@ -288,7 +288,7 @@ class Runs(Mapping[str, Run]):
                 due = anyio.current_time() + _WATCH
             missing.intersection_update(self._all.values())
             for name, run in list(self._all.items()):
-                if run.outcome is not None or (restarted and run.pump is None):
+                if run.outcome is not None or (restarted and run.publisher is None):
                     continue
                 try:
                     if restarted:
@@ -307,7 +307,7 @@ class Runs(Mapping[str, Run]):
             self._restarted.set()
 
     async def _look_after(self, name: str, run: Run, missing: set[Run]) -> None:
-        if run.pump is not None or run.last_word is not None:
+        if run.publisher is not None or run.last_word is not None:
             await self._look_after_own(name, run)
             return
         claim = await self._backend.find(name)
@@ -327,9 +327,9 @@ class Runs(Mapping[str, Run]):
     async def _look_after_own(self, name: str, run: Run) -> None:
         if run.last_word is not None:
             await self._repeat_last_word(run, *run.last_word)
-        elif run.pump is not None and not await self._backend.renew(name, run.claim):
+        elif run.publisher is not None and not await self._backend.renew(name, run.claim):
             logger.warning("run %s is ended: another process has taken it for lost", name, extra={"sse_run": name})
-            run.pump.stop("lost")
+            run.publisher.stop("lost")
 
     async def _repeat_last_word(self, run: Run, event: ServerSentEvent, outcome: Outcome) -> None:
         """The last event was acknowledged, and may have been lost with the log before it came to anybody."""
@@ -406,13 +406,13 @@ class Runs(Mapping[str, Run]):
             self._watch.cancel()
             self._watch = None
         for run in list(self._all.values()):
-            if run.outcome is None and run.pump is None:
+            if run.outcome is None and run.publisher is None:
                 run.leave()
                 with self._hub.lock:
                     self._release(run.name)  # whoever opens the broker again looks for it again
 
     def _running(self) -> list[Run]:
-        return [run for run in list(self._all.values()) if run.outcome is None and run.pump is not None]
+        return [run for run in list(self._all.values()) if run.outcome is None and run.publisher is not None]
 
     def _stop_in(self, seconds: float, run: Run) -> None:
         self._alarms_of(run.loop).set(seconds, partial(_stop, weakref.ref(run), "drained"))
@@ -427,7 +427,7 @@ class Runs(Mapping[str, Run]):
     def _end_those_of_closed_loops(self) -> None:
         for run in list(self._all.values()):
             if run.loop.closed:
-                if run.outcome is None and run.pump is not None:
+                if run.outcome is None and run.publisher is not None:
                     run.stop("cancelled")
                 self.forget(run)
 

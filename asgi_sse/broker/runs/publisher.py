@@ -1,4 +1,4 @@
-"""`Pump`: publishes what the source of a run gives, whoever reads, until it ends or is told to."""
+"""`RunPublisher`: publishes what the source of a run gives, whoever reads, until it ends or is told to."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Destination(Protocol):
         ...
 
 
-class Pump:
+class RunPublisher:
     """A source that is published.
 
     Args:

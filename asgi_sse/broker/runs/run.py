@@ -12,7 +12,7 @@ from asgi_sse.errors import BrokerError
 from asgi_sse.routing.endpoint import HTTPError
 from asgi_sse.runtime.current import current_loop
 
-from .publisher import Outcome, Pump
+from .publisher import Outcome, RunPublisher
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -46,7 +46,7 @@ class Run(Channel):
 
     __slots__ = (
         "__weakref__", "_backend", "_left", "_pace", "_subscription", "_waiters", "claim", "final", "given_up",
-        "last_word", "loop", "outcome", "pump", "start", "told_at",
+        "last_word", "loop", "outcome", "publisher", "start", "told_at",
     )  # fmt: skip
 
     def __init__(
@@ -68,7 +68,7 @@ class Run(Channel):
         self.outcome: Outcome | None = None
         self.told_at: float | None = None  # that its broker is to be closed
         self.loop: EventLoop = current_loop()
-        self.pump: Pump | None = None  # of a run of this process
+        self.publisher: RunPublisher | None = None  # of a run of this process
         self.last_word: tuple[ServerSentEvent, Outcome] | None = None  # once it is acknowledged
         self.given_up = given_up
         self._backend = backend
@@ -80,7 +80,7 @@ class Run(Channel):
     @property
     def error(self) -> BaseException | None:
         """What its source raised in this process."""
-        return None if self.pump is None else self.pump.error
+        return None if self.publisher is None else self.publisher.error
 
     def cancel(self) -> None:
         """End it early: its source sees one cancellation, and its clients get the final event. From any thread.
@@ -91,8 +91,8 @@ class Run(Channel):
 
     def stop(self, outcome: Outcome) -> None:
         """End it early, and say so. From any thread."""
-        if self.pump is not None:
-            self.pump.stop(outcome)
+        if self.publisher is not None:
+            self.publisher.stop(outcome)
         else:
             self._backend.ask_to_stop(self.name, self.claim.node)
 
@@ -159,21 +159,21 @@ class Run(Channel):
             raise HTTPError(204)
         return self.subscribe(last_event_id=request.last_event_id, info=request)
 
-    # For its pump
+    # For its publisher
 
     async def put(self, event: ServerSentEvent, end: Outcome | None = None) -> None:
-        """See `pump.Destination`."""
+        """See `publisher.Destination`."""
         await self._backend.publish(self._publication(event, end), wait=True)
         if end is not None:
             self.last_word = event, end
         await self._pace()
 
     def put_soon(self, event: ServerSentEvent, end: Outcome) -> None:
-        """See `pump.Destination`."""
+        """See `publisher.Destination`."""
         self._backend.post(self._publication(event, end))
 
     def give_up(self, outcome: Outcome) -> None:
-        """See `pump.Destination`."""
+        """See `publisher.Destination`."""
         self.given_up(self, outcome)
 
     def _publication(self, event: ServerSentEvent, end: Outcome | None) -> Publication:

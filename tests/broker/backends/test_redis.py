@@ -540,7 +540,7 @@ async def test_a_run_goes_on_as_long_as_its_process_does(valkey: Valkey, prefix:
                 await found.wait()
         with valkey.client() as client:
             client.hset(f"{{{prefix}}}:r:r", "node", "another")
-            await until(lambda: run.pump is None)  # its process leaves it to that one
+            await until(lambda: run.publisher is None)  # its process leaves it to that one
             client.pexpire(f"{{{prefix}}}:r:r", 1)  # of which nothing is heard
         async with asyncio.timeout(PATIENCE):
             assert await run.wait() == "lost"
