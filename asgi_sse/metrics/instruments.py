@@ -105,7 +105,7 @@ DURATION: Final = Figure(
     "asgi_sse_stream_duration_seconds", "sse.server.stream_duration", "state", "s",
     "How long streams have lasted that have ended.", lambda figures: figures.seconds,
 )  # fmt: skip
-"""A histogram, by `tally.DURATIONS`."""
+"""A histogram, by `counters.DURATIONS`."""
 
 
 class Sources:

@@ -1,4 +1,4 @@
-"""`Tally`: what has become of streams, counted; and `Census`, which keeps the count of who is gone."""
+"""`StreamCounters`: what has become of streams, counted; and `ProcessTotals`, which keeps the count of who is gone."""
 
 import threading
 import weakref
@@ -16,7 +16,7 @@ after 15 s or 60 s, of a page that is left soon, of one that is open for a day."
 
 
 @dataclass(slots=True)
-class Tally:
+class StreamCounters:
     """Counts of streams, none of which ever goes down. Servers in several threads may count in one.
 
     Attributes:
@@ -66,7 +66,7 @@ class Tally:
         with self._lock:
             self.compressed[kind] = self.compressed.get(kind, 0) + 1
 
-    def add(self, other: "Tally") -> None:
+    def add(self, other: "StreamCounters") -> None:
         """Count what `other` has counted as well, as of one moment, whichever thread counts there."""
         with other._lock:  # noqa: SLF001 (of this class)
             self.opened += other.opened
@@ -81,7 +81,7 @@ class Tally:
             self.durations = [one + two for one, two in zip(self.durations, other.durations, strict=True)]
 
 
-class Census(Generic[T]):
+class ProcessTotals(Generic[T]):
     """Who counts in this process, held weakly; what somebody has counted who is gone counts on.
 
     Without that, each event loop that ends would take the count of its default registry with it, and a sum over all
@@ -89,22 +89,22 @@ class Census(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # as a `Tally` has one
-        self._known: dict[weakref.ref[T], Tally] = {}
-        self._gone = Tally()
+        self._lock = threading.RLock()  # as a `StreamCounters` has one
+        self._known: dict[weakref.ref[T], StreamCounters] = {}
+        self._gone = StreamCounters()
         self._bound = 64  # entries from which on it is worth to look who is gone
 
-    def enter(self, owner: T, tally: Tally) -> None:
-        """`owner` counts in `tally` from now on. From any thread."""
+    def enter(self, owner: T, counters: StreamCounters) -> None:
+        """`owner` counts in `counters` from now on. From any thread."""
         with self._lock:
             if len(self._known) >= self._bound:
                 self._fold()
                 self._bound = 2 * len(self._known) + 64
-            self._known[weakref.ref(owner)] = tally
+            self._known[weakref.ref(owner)] = counters
 
-    def take(self) -> tuple[list[T], Tally]:
+    def take(self) -> tuple[list[T], StreamCounters]:
         """Those who are there, and a copy of what the others had counted. From any thread."""
-        gone = Tally()
+        gone = StreamCounters()
         with self._lock:
             present = self._fold()
             gone.add(self._gone)
@@ -116,6 +116,6 @@ class Census(Generic[T]):
             owner = reference()
             if owner is not None:
                 present.append(owner)
-            elif (tally := self._known.pop(reference, None)) is not None:  # else a handler of a signal was faster
-                self._gone.add(tally)
+            elif (counters := self._known.pop(reference, None)) is not None:  # else a handler of a signal was faster
+                self._gone.add(counters)
         return present

@@ -21,7 +21,7 @@ from asgi_sse.runtime.deadlines import Heartbeat, current_heartbeat
 from asgi_sse.runtime.server import Server
 from asgi_sse.runtime.shutdown import ShutdownWatch
 
-from .counters import Census, Tally
+from .counters import ProcessTotals, StreamCounters
 from .observer import Observer, Observers, Told
 from .stream import Stream
 
@@ -69,7 +69,7 @@ class RegistryStatistics:
         drains: Drains that have ended, of streams of which there was at least one.
         compressed: Streams that a middleware has ``encoded``, ``held`` or ``buffered``, by which.
         seconds: For which the streams that have ended had lasted, all together.
-        durations: How many of them by how long that was, see `tally.Tally`.
+        durations: How many of them by how long that was, see `counters.StreamCounters`.
         draining: As of the registry.
     """
 
@@ -142,8 +142,8 @@ class StreamRegistry:
         self._drains: list[_Drain] = []
         self._told: list[Callable[[Server | None, float], object]] = []
         self._observers = Observers()
-        self._tally = Tally()
-        _census.enter(self, self._tally)
+        self._counters = StreamCounters()
+        _process_totals.enter(self, self._counters)
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -160,7 +160,7 @@ class StreamRegistry:
 
     def statistics(self) -> RegistryStatistics:
         """The figures as of now. From any thread."""
-        return _statistics([self], Tally())
+        return _statistics([self], StreamCounters())
 
     def when_ended(self, told: Callable[[Stream], object]) -> Callable[[], None]:
         """Call `told` with each stream that has ended, and whose ``reason`` says why.
@@ -246,7 +246,7 @@ class StreamRegistry:
             self._drains.remove(drain)
             seconds = loop.time() - began
             if new:
-                self._tally.drained()
+                self._counters.drained()
                 report = self._report(new, drain, seconds)
                 logger.info(
                     "drained %d stream%s (%s): %s", len(new), "s" * (len(new) != 1), cause, report,
@@ -333,7 +333,7 @@ class StreamRegistry:
 
     def count_compressed(self, kind: str) -> None:
         """A middleware has encoded, held or buffered a stream."""
-        self._tally.was_compressed(kind)
+        self._counters.was_compressed(kind)
 
     def _server_stops(self, server: Server, cause: str, certain: bool) -> None:  # noqa: FBT001
         known = self.is_draining(server)
@@ -359,7 +359,7 @@ class StreamRegistry:
     def add(self, stream: Stream) -> None:
         """See `stream.Keeper`."""
         self._streams[stream] = current_heartbeat()
-        self._tally.began()
+        self._counters.began()
         self._observers.tell("begun", stream)
         if self.is_draining(stream.server):  # by another thread, since the response looked
             self._drain_streams([stream], self._drain_timeout)
@@ -387,7 +387,7 @@ class StreamRegistry:
         if stream.reason is None:  # its event loop was closed under it
             stream.reason = "disconnected"
         reason, seconds = stream.reason, stream.age
-        self._tally.ended(reason, seconds, stream.events, stream.bytes_sent)
+        self._counters.ended(reason, seconds, stream.events, stream.bytes_sent)
         if logger.isEnabledFor(logging.DEBUG):
             _log_end(stream, reason, seconds)
         for drain in list(self._drains):
@@ -410,33 +410,33 @@ def _log_end(stream: Stream, reason: CloseReason, seconds: float) -> None:
     )  # fmt: skip
 
 
-_census: Census[StreamRegistry] = Census()
+_process_totals: ProcessTotals[StreamRegistry] = ProcessTotals()
 
 
 def statistics_of_all() -> RegistryStatistics:
     """The figures of all registries that there have been in this process. From any thread."""
-    return _statistics(*_census.take())
+    return _statistics(*_process_totals.take())
 
 
-def _statistics(registries: list[StreamRegistry], tally: Tally) -> RegistryStatistics:
-    """Those of `registries`, and of what `tally` has counted of others."""
+def _statistics(registries: list[StreamRegistry], counters: StreamCounters) -> RegistryStatistics:
+    """Those of `registries`, and of what `counters` has counted of others."""
     # What has ended comes first: a stream that ends in between, in another thread, is missing then for a moment. The
     # other way round it would be there twice, and a counter that is once too high stays so.
     for registry in registries:
-        tally.add(registry._tally)  # noqa: SLF001 (of this class)
+        counters.add(registry._counters)  # noqa: SLF001 (of this class)
     running = [stream for registry in registries for stream in registry]
     return RegistryStatistics(
         open=len(running),
-        opened=tally.opened,
-        closed=tally.closed,
+        opened=counters.opened,
+        closed=counters.closed,
         abandoned=sum(len(registry._abandoned) for registry in registries),  # noqa: SLF001
-        events=tally.events + sum(stream.events for stream in running),
-        bytes=tally.bytes + sum(stream.bytes_sent for stream in running),
+        events=counters.events + sum(stream.events for stream in running),
+        bytes=counters.bytes + sum(stream.bytes_sent for stream in running),
         longest_wait=max((stream.waiting for stream in running), default=0.0),
-        drains=tally.drains,
-        compressed=tally.compressed,
-        seconds=tally.seconds,
-        durations=tuple(tally.durations),
+        drains=counters.drains,
+        compressed=counters.compressed,
+        seconds=counters.seconds,
+        durations=tuple(counters.durations),
         draining=any(registry.draining for registry in registries),
     )
 

@@ -14,7 +14,7 @@ import pytest
 
 from asgi_sse import DrainReport, EventDecoder, EventSourceResponse, Request, StreamRegistry, create_app
 from asgi_sse.runtime.deadlines import current_heartbeat
-from asgi_sse.stream.counters import Tally
+from asgi_sse.stream.counters import StreamCounters
 from asgi_sse.stream.observer import Observer
 from asgi_sse.stream.registry import default_registry
 from asgi_sse.stream.stream import Stream
@@ -178,12 +178,12 @@ async def test_how_long_streams_have_lasted() -> None:
 
 def test_what_several_threads_count_is_counted() -> None:
     """Servers in threads may share a registry, and a count that was lost would be seen to go down."""
-    registry, tally = StreamRegistry(), Tally()
+    registry, counters = StreamRegistry(), StreamCounters()
 
     def count() -> None:
         for _ in range(20_000):
             registry.count_compressed("held")
-            tally.ended("finished", 2.0, 3, 4)
+            counters.ended("finished", 2.0, 3, 4)
 
     threads = [threading.Thread(target=count) for _ in range(4)]
     interval = sys.getswitchinterval()
@@ -196,8 +196,8 @@ def test_what_several_threads_count_is_counted() -> None:
     finally:
         sys.setswitchinterval(interval)
     assert registry.statistics().compressed == {"held": 80_000}
-    assert (tally.closed, tally.events, tally.bytes) == ({"finished": 80_000}, 240_000, 320_000)
-    assert (tally.seconds, tally.durations[1]) == (160_000, 80_000)
+    assert (counters.closed, counters.events, counters.bytes) == ({"finished": 80_000}, 240_000, 320_000)
+    assert (counters.seconds, counters.durations[1]) == (160_000, 80_000)
 
 
 async def test_a_client_that_does_not_read_shows() -> None:
