@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from asgi_sse import __version__
 
 from .errors import missing
-from .metrics.instruments import DURATION, FIGURES, OF_STREAMS, Brokers, Figure, Labels, Sources
+from .metrics.instruments import DURATION, FIGURES, OF_STREAMS, Brokers, Instrument, Labels, Sampler
 from .stream.counters import DURATIONS
 from .stream.observer import EVERYWHERE, Observer
 
@@ -81,7 +81,7 @@ def instrument(
     """
     if broker is not None and brokers:
         raise TypeError("broker and brokers are both given; give all of them as brokers")
-    sources = Sources(() if registry is None else (registry,), brokers if broker is None else broker)
+    sources = Sampler(() if registry is None else (registry,), brokers if broker is None else broker)
     provider = metrics.get_meter_provider() if meter_provider is None else meter_provider
     instruments = _instruments.get(provider)
     if instruments is None:
@@ -100,7 +100,7 @@ class _Instruments:
     """Those of one meter provider. The API has no way to remove one, so they stay, and observe nothing meanwhile."""
 
     def __init__(self, provider: metrics.MeterProvider) -> None:
-        self.sources: Sources | None = None
+        self.sources: Sampler | None = None
         self._streams: list[tuple[Labels, RegistryStatistics]] = []
         self._brokers: list[tuple[Labels, BrokerStatistics]] = []
         self._seen = set(FIGURES)  # of those statistics
@@ -121,7 +121,7 @@ class _Instruments:
         self.sources = None
         self._seen.update(FIGURES)
 
-    def _observe(self, figure: Figure, _: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
+    def _observe(self, figure: Instrument, _: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
         sources = self.sources
         if sources is not None:
             if figure in self._seen:  # once for all figures: who collects them asks for each, one after the other

@@ -1,4 +1,4 @@
-"""`FIGURES`: what is to be known of streams and brokers, by which names; and `Sources`, which they are read from."""
+"""`FIGURES`: what is to be known of streams and brokers, by which names; and `Sampler`, which they are read from."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,7 +18,7 @@ _COMPRESSION: Final = ("encoded", "held", "buffered")
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class Instrument:
     """One of them.
 
     Attributes:
@@ -54,61 +54,61 @@ def _state(figures: BrokerStatistics) -> Mapping[str, float]:
 
 
 OF_STREAMS: Final = (
-    Figure("asgi_sse_streams", "sse.server.active_streams", "gauge", "{stream}",
+    Instrument("asgi_sse_streams", "sse.server.active_streams", "gauge", "{stream}",
            "Streams that run now.", lambda figures: figures.open),
-    Figure("asgi_sse_streams_opened", "sse.server.opened_streams", "counter", "{stream}",
+    Instrument("asgi_sse_streams_opened", "sse.server.opened_streams", "counter", "{stream}",
            "Streams that have begun.", lambda figures: figures.opened),
-    Figure("asgi_sse_streams_closed", "sse.server.closed_streams", "counter", "{stream}",
+    Instrument("asgi_sse_streams_closed", "sse.server.closed_streams", "counter", "{stream}",
            "Streams that have ended, by the reason for it.", _closed, "reason"),
-    Figure("asgi_sse_events", "sse.server.events", "counter", "{event}",
+    Instrument("asgi_sse_events", "sse.server.events", "counter", "{event}",
            "Events that streams have taken from their sources.", lambda figures: figures.events),
-    Figure("asgi_sse_sent_bytes", "sse.server.sent", "counter", "By",
+    Instrument("asgi_sse_sent_bytes", "sse.server.sent", "counter", "By",
            "Bytes of body that were handed to the server.", lambda figures: figures.bytes),
-    Figure("asgi_sse_slowest_client_wait_seconds", "sse.server.slowest_client_wait", "state", "s",
+    Instrument("asgi_sse_slowest_client_wait_seconds", "sse.server.slowest_client_wait", "state", "s",
            "Time for which the slowest client has not taken its message.", lambda figures: figures.longest_wait),
-    Figure("asgi_sse_abandoned_sources", "sse.server.abandoned_sources", "gauge", "{source}",
-           "Sources that were left behind, since they did not clean up in time, and still run.",
+    Instrument("asgi_sse_abandoned_sources", "sse.server.abandoned_sources", "gauge", "{source}",
+           "Sampler that were left behind, since they did not clean up in time, and still run.",
            lambda figures: figures.abandoned),
-    Figure("asgi_sse_drains", "sse.server.drains", "counter", "{drain}",
+    Instrument("asgi_sse_drains", "sse.server.drains", "counter", "{drain}",
            "Drains of streams that have ended.", lambda figures: figures.drains),
-    Figure("asgi_sse_draining", "sse.server.draining", "state", "1",
+    Instrument("asgi_sse_draining", "sse.server.draining", "state", "1",
            "Whether a server is stopping, and streams are told to return later.",
            lambda figures: float(figures.draining)),
-    Figure("asgi_sse_streams_compressed", "sse.server.compressed_streams", "counter", "{stream}",
+    Instrument("asgi_sse_streams_compressed", "sse.server.compressed_streams", "counter", "{stream}",
            "Streams that a middleware has compressed or collected, which delays their events, by how.",
            _compressed, "kind"),
 )  # fmt: skip
 OF_BROKERS: Final = (
-    Figure("asgi_sse_broker_state", "sse.broker.state", "state", "1",
+    Instrument("asgi_sse_broker_state", "sse.broker.state", "state", "1",
            "1 for the state that the broker's connection is in.", _state, "state"),
-    Figure("asgi_sse_broker_published", "sse.broker.published", "counter", "{event}",
+    Instrument("asgi_sse_broker_published", "sse.broker.published", "counter", "{event}",
            "Events that were published from here, and acknowledged.", lambda figures: figures.published),
-    Figure("asgi_sse_broker_received", "sse.broker.received", "counter", "{event}",
+    Instrument("asgi_sse_broker_received", "sse.broker.received", "counter", "{event}",
            "Events that came to this process, its own ones too.", lambda figures: figures.received),
-    Figure("asgi_sse_broker_subscriptions", "sse.broker.subscriptions", "gauge", "{subscription}",
+    Instrument("asgi_sse_broker_subscriptions", "sse.broker.subscriptions", "gauge", "{subscription}",
            "Subscriptions that are read now.", lambda figures: figures.subscriptions),
-    Figure("asgi_sse_broker_channels", "sse.broker.channels", "gauge", "{channel}",
+    Instrument("asgi_sse_broker_channels", "sse.broker.channels", "gauge", "{channel}",
            "Channels of which there are events in memory.", lambda figures: figures.channels),
-    Figure("asgi_sse_broker_lag_events", "sse.broker.lag", "state", "{event}",
+    Instrument("asgi_sse_broker_lag_events", "sse.broker.lag", "state", "{event}",
            "Events that the slowest subscription has not taken yet.", lambda figures: figures.lag),
-    Figure("asgi_sse_broker_round_trip_seconds", "sse.broker.round_trip", "state", "s",
+    Instrument("asgi_sse_broker_round_trip_seconds", "sse.broker.round_trip", "state", "s",
            "Time that an event which was published from here took to come back from the engine, or takes already.",
            lambda figures: figures.round_trip),
-    Figure("asgi_sse_broker_reconnects", "sse.broker.reconnects", "counter", "{reconnect}",
+    Instrument("asgi_sse_broker_reconnects", "sse.broker.reconnects", "counter", "{reconnect}",
            "Times that a lost connection was made again.", lambda figures: figures.reconnects),
-    Figure("asgi_sse_broker_restarts", "sse.broker.restarts", "counter", "{restart}",
+    Instrument("asgi_sse_broker_restarts", "sse.broker.restarts", "counter", "{restart}",
            "Times that the log was found to be another one, of which all who read are told by a reset.",
            lambda figures: figures.restarts),
 )  # fmt: skip
 FIGURES: Final = (*OF_STREAMS, *OF_BROKERS)
-DURATION: Final = Figure(
+DURATION: Final = Instrument(
     "asgi_sse_stream_duration_seconds", "sse.server.stream_duration", "state", "s",
     "How long streams have lasted that have ended.", lambda figures: figures.seconds,
 )  # fmt: skip
 """A histogram, by `counters.DURATIONS`."""
 
 
-class Sources:
+class Sampler:
     """What figures are read from.
 
     Args:
@@ -147,7 +147,7 @@ class Sources:
         """The statistics of brokers."""
         return [(labels, broker.statistics()) for labels, broker in self._brokers]
 
-    def values(self, figure: Figure, statistics: Iterable[tuple[Labels, Any]]) -> Iterator[tuple[Labels, float]]:
+    def values(self, figure: Instrument, statistics: Iterable[tuple[Labels, Any]]) -> Iterator[tuple[Labels, float]]:
         """The values of a figure, each with what tells it apart from the others.
 
         Args:
@@ -162,7 +162,7 @@ class Sources:
                 full = {**labels, figure.label: name} if name else labels
                 yield full, self._risen(figure, full, value) if figure.kind == "counter" else value
 
-    def _risen(self, figure: Figure, labels: Labels, value: float) -> float:
+    def _risen(self, figure: Instrument, labels: Labels, value: float) -> float:
         """A counter must not go down: that means a process which has begun anew.
 
         What a stream has sent is missing for a moment where it ends in another thread; and for good, where its event

@@ -14,7 +14,7 @@ from asgi_sse.routing.endpoint import HTTPError, send_text
 from asgi_sse.stream.counters import DURATIONS
 from asgi_sse.stream.registry import StreamRegistry
 
-from .instruments import DURATION, OF_BROKERS, OF_STREAMS, Brokers, Figure, Labels, Sources
+from .instruments import DURATION, OF_BROKERS, OF_STREAMS, Brokers, Instrument, Labels, Sampler
 
 try:
     from prometheus_client import CollectorRegistry
@@ -43,7 +43,7 @@ class Collector(PrometheusCollector):
     """
 
     def __init__(self, *registries: StreamRegistry, brokers: Brokers = ()) -> None:
-        self._sources = Sources(registries, brokers)
+        self._sources = Sampler(registries, brokers)
 
     def describe(self) -> Iterable[Metric]:
         """The metrics without their values: registering it twice is an error at once."""
@@ -65,7 +65,7 @@ class Collector(PrometheusCollector):
         yield durations
 
 
-def _family(figure: Figure) -> Metric:
+def _family(figure: Instrument) -> Metric:
     kind = CounterMetricFamily if figure.kind == "counter" else GaugeMetricFamily
     family: Metric = kind(figure.name, figure.about, unit=_UNITS.get(figure.unit, ""))
     return family

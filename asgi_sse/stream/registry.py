@@ -56,13 +56,13 @@ class DrainReport:
 
 @dataclass(frozen=True, slots=True)
 class RegistryStatistics:
-    """Figures of a registry, since it was made.
+    """Instruments of a registry, since it was made.
 
     Attributes:
         open: Streams running now.
         opened: Streams ever begun.
         closed: Streams ended, by reason.
-        abandoned: Sources left behind that still run.
+        abandoned: Sampler left behind that still run.
         events: Items that sources have given.
         bytes: Bytes of body handed to the server.
         longest_wait: Seconds for which the slowest client has not taken its message.

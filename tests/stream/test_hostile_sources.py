@@ -1,4 +1,4 @@
-"""Sources that do not do as they are told: each ends once, with its reason, in its time, on asyncio and trio.
+"""Sampler that do not do as they are told: each ends once, with its reason, in its time, on asyncio and trio.
 
 The parameters are the table of what is promised; what each did is printed, for ``pytest -rP``.
 """
