@@ -18,7 +18,7 @@ from .backends.factory import backend_of
 from .backends.memory import MemoryBackend
 from .channel import Channel
 from .checks import check_key, name_of
-from .dispatcher import Hub, unnumbered
+from .dispatcher import Dispatcher, unnumbered
 from .endpoint import Authorize, BrokerEndpoint
 from .log import EventLog
 from .patterns import check_name
@@ -108,13 +108,13 @@ class Broker:
             if hook is not None and not callable(hook):
                 raise TypeError(f"{name}={hook!r} is not callable; give a function, or None")
         log = EventLog(history=history, max_bytes=max_bytes, max_age=max_age, max_channels=max_channels)
-        self._hub = Hub(log, max_subscribers=max_subscribers)
+        self._dispatcher = Dispatcher(log, max_subscribers=max_subscribers)
         # Who publishes without pause lets others go on before they have missed anything.
         self._burst = max(1, min(_BURST, history // 4))
         self._published = 0
         self._backend = backend_of(
             url,
-            self._hub,
+            self._dispatcher,
             prefix=prefix,
             timeout=publish_timeout,
             burst=self._burst,
@@ -124,7 +124,7 @@ class Broker:
         )
         self._max_bytes = max_bytes
         self._presence = Presence(on_join, on_leave) if on_join or on_leave else None
-        self._open = partial(Subscription, self._hub, overflow=overflow, presence=self._presence)
+        self._open = partial(Subscription, self._dispatcher, overflow=overflow, presence=self._presence)
         self._runs = Runs(self._backend, max_runs)
         self._run_grace = run_grace
         self._entered: list[object] = []
@@ -169,7 +169,7 @@ class Broker:
             turn.release()
 
     async def _close(self) -> None:
-        self._hub.close()
+        self._dispatcher.close()
         try:
             await self._runs.close(self._run_grace)
             if self._presence is not None:
@@ -200,7 +200,7 @@ class Broker:
             self._closing.add(by)
         if self._openers <= self._closing:
             self._runs.begin_close(min(self._run_grace, max(within - _FAREWELL, within / 2)))
-            self._hub.close()
+            self._dispatcher.close()
 
     @property
     def runs(self) -> Mapping[str, Run]:
@@ -216,7 +216,7 @@ class Broker:
         Raises:
             ValueError: The name is none.
         """
-        return Channel(self, self._hub, check_name(name))
+        return Channel(self, self._dispatcher, check_name(name))
 
     async def publish(self, channel: str, event: Any, *, idempotency_key: str | None = None) -> str:
         """Publish an event, and give its id.
@@ -418,7 +418,7 @@ class Broker:
     def _make_run(self, name: str, claim: Claim, given_up: Callable[[Run, Outcome], None]) -> Run:
         return Run(
             self,
-            self._hub,
+            self._dispatcher,
             name,
             claim,
             backend=self._backend,
@@ -429,4 +429,4 @@ class Broker:
 
     def subscribers(self, channel: str) -> int:
         """How many read `channel` now, by its name or by a pattern."""
-        return self._hub.subscribers(check_name(channel))
+        return self._dispatcher.subscribers(check_name(channel))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from asgi_sse.routing.endpoint import Request
 
     from .broker import Broker
-    from .dispatcher import Hub
+    from .dispatcher import Dispatcher
     from .subscription import Subscription
 
 
@@ -31,11 +31,11 @@ class Channel(Answering):
         name: Its name.
     """
 
-    __slots__ = ("_broker", "_hub", "name")
+    __slots__ = ("_broker", "_dispatcher", "name")
 
-    def __init__(self, broker: Broker, hub: Hub, name: str) -> None:
+    def __init__(self, broker: Broker, dispatcher: Dispatcher, name: str) -> None:
         self._broker = broker
-        self._hub = hub
+        self._dispatcher = dispatcher
         self.name = name
 
     def __repr__(self) -> str:

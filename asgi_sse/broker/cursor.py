@@ -14,7 +14,7 @@ from .patterns import is_pattern
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from .dispatcher import Hub
+    from .dispatcher import Dispatcher
     from .log import ResetReason
     from .ring import Entry
     from .runs.run import Run
@@ -26,20 +26,20 @@ Overflow: TypeAlias = Literal["reset", "close"]
 class Cursor(Changing):
     """What is behind it is unread; where that is not complete any more, it is reset.
 
-    What is read is settled here, with the hub's lock held; how it is given out, by `Subscription`.
+    What is read is settled here, with the dispatcher's lock held; how it is given out, by `Subscription`.
 
     Attributes:
         names: The channels, and patterns of channels.
     """
 
     __slots__ = (
-        "_asked", "_behind", "_closed", "_dirty", "_epoch", "_filter", "_given", "_hub", "_lost", "_overflow",
+        "_asked", "_behind", "_closed", "_dirty", "_epoch", "_filter", "_given", "_dispatcher", "_lost", "_overflow",
         "_position", "_run", "_single", "_snapshot", "names",
     )  # fmt: skip
 
     def __init__(
         self,
-        hub: Hub,
+        dispatcher: Dispatcher,
         names: tuple[str, ...],
         *,
         last_event_id: str | None,
@@ -50,7 +50,7 @@ class Cursor(Changing):
     ) -> None:
         super().__init__()
         self.names = names
-        self._hub = hub
+        self._dispatcher = dispatcher
         self._single = names[0] if len(names) == 1 and not is_pattern(names[0]) else None
         self._dirty: set[str] | None = None  # of several channels, those that may have something to read
         self._behind = True  # there may be something to read
@@ -63,14 +63,14 @@ class Cursor(Changing):
         self._given: int | None = None  # how far the reader has come; None: where it began
         # Where to begin, while it is not known whether all behind it is here, or can be had from upstream.
         self._asked: str | None = None
-        with hub.lock:
-            log = hub.log
+        with dispatcher.lock:
+            log = dispatcher.log
             self._epoch = log.epoch  # of that place; the log may be another one before the reader is told
             if last_event_id:
                 place = log.parse(last_event_id)
                 if isinstance(place, int):
                     self._position = self._given = place
-                elif hub.upstream is not None:  # it may be ahead of us
+                elif dispatcher.upstream is not None:  # it may be ahead of us
                     self._asked = last_event_id
                     self._position = log.tail
                 else:
@@ -84,32 +84,32 @@ class Cursor(Changing):
                 else:
                     snapshot.want(self._position)
 
-    # The hub's side
+    # The dispatcher's side
 
     def begun(self, channels: list[str]) -> None:
-        """See `hub.Reader`."""
+        """See `dispatcher.Reader`."""
         self._behind = True  # before it is woken for the first time: what was published since it was made counts
         if self._single is None:
             self._dirty = set(channels)
         if self._asked is not None:
             return
-        if self._epoch != self._hub.log.epoch:
+        if self._epoch != self._dispatcher.log.epoch:
             self._reset("epoch")
         elif not self._is_complete(channels):
-            if self._hub.upstream is None or (self._lost is not None and self._run is None):
+            if self._dispatcher.upstream is None or (self._lost is not None and self._run is None):
                 self._reset("expired")
             else:
-                self._asked = self._hub.log.id_of(self._position)
+                self._asked = self._dispatcher.log.id_of(self._position)
 
     def missed(self, channel: str) -> bool:
-        """See `hub.Reader`."""
+        """See `dispatcher.Reader`."""
         if self._dirty is not None:
             self._dirty.add(channel)
         was_behind, self._behind = self._behind, True
         return not was_behind
 
     def restarted(self, channels: list[str], *, same: bool) -> bool:
-        """See `hub.Reader`."""
+        """See `dispatcher.Reader`."""
         if self._asked is not None:  # it may be of the log that there is from now on: that is being found out
             if self._dirty is not None:
                 self._dirty.update(channels)
@@ -121,11 +121,11 @@ class Cursor(Changing):
 
     async def _settle(self) -> None:
         """Find out where it begins, and see that all behind that is here."""
-        upstream, log = self._hub.upstream, self._hub.log
+        upstream, log = self._dispatcher.upstream, self._dispatcher.log
         while self._asked is not None and upstream is not None:
             if isinstance(log.parse(self._asked), str):
                 await upstream.sync()
-            with self._hub.lock:
+            with self._dispatcher.lock:
                 place = log.parse(self._asked)
                 if isinstance(place, str):
                     self._asked = None
@@ -136,7 +136,7 @@ class Cursor(Changing):
                 missing = log.missing(self._channels(), place)
             if missing:
                 await upstream.recall(missing)
-            with self._hub.lock:
+            with self._dispatcher.lock:
                 if self._epoch != log.epoch:
                     continue  # what was recalled is of a log that there is no more
                 self._asked = None
@@ -146,10 +146,10 @@ class Cursor(Changing):
     def _is_complete(self, channels: Iterable[str]) -> bool:
         # A channel that a pattern matches may have been forgotten: then nobody knows what it had.
         patterns = any(map(is_pattern, self.names))
-        return self._hub.log.is_complete(channels, clock(), patterns=patterns, after=self._position)
+        return self._dispatcher.log.is_complete(channels, clock(), patterns=patterns, after=self._position)
 
     def published(self, channel: str, before: int) -> bool:
-        """See `hub.Reader`."""
+        """See `dispatcher.Reader`."""
         if self._dirty is not None:
             self._dirty.add(channel)
         if self._behind:
@@ -159,14 +159,14 @@ class Cursor(Changing):
         return True
 
     def unread(self, beyond: int) -> int:
-        """See `hub.Reader`."""
-        log = self._hub.log
+        """See `dispatcher.Reader`."""
+        log = self._dispatcher.log
         # What is cheap to know comes first: while this is counted, nobody publishes.
         if not self._behind or self._asked is not None or log.tail - self._position <= beyond:
             return 0
         return log.count(self._channels(), self._position)
 
-    # The log; with the hub's lock held
+    # The log; with the dispatcher's lock held
 
     def _channels(self) -> set[str] | tuple[str]:
         return (self._single,) if self._single is not None else self._dirty or set()
@@ -176,7 +176,7 @@ class Cursor(Changing):
         batch: list[Entry] = []
         size = 0
         final = None if self._run is None else self._run.final
-        for entry in self._hub.log.entries(self._channels(), self._position):
+        for entry in self._dispatcher.log.entries(self._channels(), self._position):
             size += len(entry.chunk)
             if final is not None and entry.number > final:
                 self._position = max(self._position, final)
@@ -187,7 +187,7 @@ class Cursor(Changing):
             self._position = entry.number
         else:
             self._caught_up()
-            if final is not None and self._hub.log.tail >= final:
+            if final is not None and self._dispatcher.log.tail >= final:
                 self._position = max(self._position, final)  # which may be no event
         return batch
 
@@ -200,7 +200,7 @@ class Cursor(Changing):
         """See whether what is behind it is complete."""
         if not self._behind:
             return
-        if not self._hub.log.is_complete(self._channels(), clock(), patterns=False, after=self._position):
+        if not self._dispatcher.log.is_complete(self._channels(), clock(), patterns=False, after=self._position):
             # A snapshot that takes longer than the log keeps what comes meanwhile would be made for ever.
             if self._overflow == "close" or (self._snapshot is not None and self._snapshot.is_too_slow):
                 self._overflowed()
@@ -212,7 +212,7 @@ class Cursor(Changing):
 
     def _reset(self, reason: ResetReason) -> None:
         self._lost = self._lost or reason  # one event for all that was lost until it is read
-        log = self._hub.log
+        log = self._dispatcher.log
         ring = None if self._run is None else log.ring(self._run.name)
         if ring is not None:
             # Of a run, whatever is left is wanted, its end above all.
@@ -227,8 +227,8 @@ class Cursor(Changing):
         reason, self._lost = self._lost, None
         # With a snapshot to come, the client is to have no id until it has all of that.
         self._given = None if self._snapshot is not None else self._position
-        self._epoch = self._hub.log.epoch
-        place = "" if self._given is None else self._hub.log.id_of(self._given)
+        self._epoch = self._dispatcher.log.epoch
+        place = "" if self._given is None else self._dispatcher.log.id_of(self._given)
         return ServerSentEvent({"reason": reason}, event="reset", id=place)
 
     def _at_end(self) -> bool:

@@ -41,7 +41,7 @@ def unnumbered(item: Any) -> ServerSentEvent:
 
 
 class Reader(Protocol):
-    """What the hub needs of a subscription."""
+    """What the dispatcher needs of a subscription."""
 
     names: tuple[str, ...]
 
@@ -108,14 +108,14 @@ class TooLargeError(BrokerError, HTTPError):
 
 
 class Upstream(Protocol):
-    """The log of which that of a hub is a part."""
+    """The log of which that of a dispatcher is a part."""
 
     async def sync(self) -> None:
         """Return when all is here that it had at the time of the call."""
         ...
 
     async def recall(self, channels: list[str]) -> None:
-        """Fill in what it has of these channels and the hub's log has not."""
+        """Fill in what it has of these channels and the dispatcher's log has not."""
         ...
 
 
@@ -158,7 +158,7 @@ class _Pattern:
         self._bound = 2 * len(self.channels) + 100
 
 
-class Hub:
+class Dispatcher:
     """Appends to a log from any thread, and wakes who reads it.
 
     Attributes:

@@ -12,7 +12,7 @@ from .backends.base import Publication
 from .backends.factory import backend_of
 from .backends.remote import RemoteBackend
 from .checks import check_key
-from .dispatcher import Hub, unnumbered
+from .dispatcher import Dispatcher, unnumbered
 from .log import EventLog
 from .patterns import check_name
 
@@ -50,7 +50,7 @@ def publish(
     """
     check_number("timeout", timeout, optional=True, positive=True)
     publication = Publication(check_name(channel), unnumbered(event), check_key(idempotency_key))
-    backend = backend_of(url, Hub(EventLog()), prefix=prefix, timeout=timeout, **_AS_OTHERS)
+    backend = backend_of(url, Dispatcher(EventLog()), prefix=prefix, timeout=timeout, **_AS_OTHERS)
     if not isinstance(backend, RemoteBackend):
         raise ValueError(  # noqa: TRY004 (of another value)
             f"url={url!r}: what is in the memory of an app is published to in its own process"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from asgi_sse.runtime.base import EventLoop
     from asgi_sse.stream.stream import Stream
 
-    from .dispatcher import Hub
+    from .dispatcher import Dispatcher
     from .presence import Presence
     from .ring import Entry, Ring
     from .runs.run import Run
@@ -54,7 +54,7 @@ class Subscription(Cursor):
 
     def __init__(
         self,
-        hub: Hub,
+        dispatcher: Dispatcher,
         names: tuple[str, ...],
         *,
         last_event_id: str | None,
@@ -68,7 +68,7 @@ class Subscription(Cursor):
     ) -> None:
         made = None if snapshot is None else Snapshot(snapshot)
         super().__init__(
-            hub, names, last_event_id=last_event_id, filter=filter, overflow=overflow, snapshot=made, run=run
+            dispatcher, names, last_event_id=last_event_id, filter=filter, overflow=overflow, snapshot=made, run=run
         )
         self.info = info
         self._checkpoint = checkpoint
@@ -93,11 +93,11 @@ class Subscription(Cursor):
         return f"<Subscription {shown_text(' '.join(self.names))} at {shown_text(self.last_event_id)}>"
 
     def unread(self, beyond: int) -> int:
-        """See `hub.Reader`."""
+        """See `dispatcher.Reader`."""
         return super().unread(beyond - len(self._batch)) + len(self._batch)
 
     def wake(self) -> None:
-        """See `hub.Reader`."""
+        """See `dispatcher.Reader`."""
         self._wake()
 
     async def prepare(self) -> None:
@@ -111,7 +111,7 @@ class Subscription(Cursor):
         if self._asked is not None and self._loop is not None:
             await self._settle()
         if self._snapshot is not None and self._snapshot.wanted:
-            await self._snapshot.make(self._hub.log.id_of)
+            await self._snapshot.make(self._dispatcher.log.id_of)
 
     async def __aenter__(self) -> Self:
         return self
@@ -127,12 +127,12 @@ class Subscription(Cursor):
             self._close()
 
     def leave_soon(self) -> None:
-        """Nobody reads it any more. May be called anywhere, with the hub's lock held too."""
+        """Nobody reads it any more. May be called anywhere, with the dispatcher's lock held too."""
         if self._loop is not None and not self._closed:
             self._loop.call_threadsafe(self._close)
 
     def broker_closes(self) -> None:
-        """See `hub.Reader`: a response is ended by its registry, and a run ends by itself."""
+        """See `dispatcher.Reader`: a response is ended by its registry, and a run ends by itself."""
         if self._stream is None and self._run is None:
             self.leave_soon()
 
@@ -142,7 +142,7 @@ class Subscription(Cursor):
         if self._closed:
             raise StreamClosedError("this subscription was closed before it was read")
         self._loop = current_loop()
-        self._hub.join(self)
+        self._dispatcher.join(self)
         if self._presence is not None:
             self._presence.joined(self)
 
@@ -150,7 +150,7 @@ class Subscription(Cursor):
         self._closed = self._stopped = True
         if self._stream is not None:
             self._stream.loop.call_soon(self._stream.live_ended)
-        if self._hub.leave(self) and self._presence is not None:
+        if self._dispatcher.leave(self) and self._presence is not None:
             self._presence.left(self)
         self._notify()
 
@@ -203,7 +203,7 @@ class Subscription(Cursor):
                 if wanted:
                     self._taken += 1
                     return entry.event
-            with self._hub.lock:
+            with self._dispatcher.lock:
                 self._check()
                 if self._lost is not None:
                     self._batch = []
@@ -295,9 +295,9 @@ class Subscription(Cursor):
         snapshot = self._snapshot
         if snapshot is not None and snapshot.events and self._lost is None:
             return self._take_of(snapshot, limit)
-        with self._hub.lock:
+        with self._dispatcher.lock:
             if self._plain is not None and not greets and self._lost is None:
-                ring = self._hub.log.ring(self._plain)
+                ring = self._dispatcher.log.ring(self._plain)
                 if ring is not None and self._position >= ring.trimmed and ring.max_age == math.inf:
                     return self._take_of_ring(ring, limit)
             self._check()
@@ -308,7 +308,7 @@ class Subscription(Cursor):
                 return event.encode()
             if greets:
                 self._given = self._position
-                return ServerSentEvent(id=self._hub.log.id_of(self._position)).encode()
+                return ServerSentEvent(id=self._dispatcher.log.id_of(self._position)).encode()
             if self._closed:
                 return b""
             batch = self._read_on(limit=limit)
@@ -358,11 +358,11 @@ class Subscription(Cursor):
         """See `stream.Live`: where all there is was read, the place up to which that is so."""
         if not self._checkpoint or self._given is None:
             return b""
-        with self._hub.lock:
+        with self._dispatcher.lock:
             if self.ready or self._behind or self._stopped:
                 return b""
-            self._given = self._position = self._hub.log.tail
-        return ServerSentEvent(id=self._hub.log.id_of(self._position)).encode()
+            self._given = self._position = self._dispatcher.log.tail
+        return ServerSentEvent(id=self._dispatcher.log.id_of(self._position)).encode()
 
     def _see_end(self) -> None:
         if not self._closed and self._at_end():

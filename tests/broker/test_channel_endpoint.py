@@ -827,7 +827,7 @@ async def test_names_that_come_and_go_leave_nothing_with_who_reads_them_by_a_pat
             await subscription.__anext__()
         for number in range(5000):
             broker.publish_nowait(f"a.{number}", "x")
-        assert len(broker._hub._patterns["**"].channels) < 500
+        assert len(broker._dispatcher._patterns["**"].channels) < 500
 
 
 # As an iterable

@@ -13,7 +13,7 @@ from asgi_sse import Broker, ServerSentEvent
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from asgi_sse.broker.dispatcher import Hub
+    from asgi_sse.broker.dispatcher import Dispatcher
 
 pytestmark = pytest.mark.anyio
 
@@ -22,7 +22,7 @@ class Upstream:
     """A log that has nothing which is not here, and tells how far it is when the test says so."""
 
     def __init__(self, broker: Broker) -> None:
-        self.hub: Hub = broker._hub
+        self.hub: Dispatcher = broker._dispatcher
         self.hub.upstream = self
         self.asked = anyio.Event()
         self.answers = anyio.Event()

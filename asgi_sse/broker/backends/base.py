@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from asgi_sse.broker.dispatcher import Hub
+    from asgi_sse.broker.dispatcher import Dispatcher
     from asgi_sse.protocol.event import ServerSentEvent
 
 State: TypeAlias = Literal[
@@ -120,9 +120,9 @@ class Backend(ABC):
       publishes, one after the other, is in that order.
     - **Acknowledged.** When `publish` has returned an id, the event is in the log. When it raises `BrokerError`, the
       event may be in it, and then stands there once: to publish again with the same key is safe.
-    - **No gap, no duplicate.** A hub has each event once; a reader that resumes behind the id of an event has all
+    - **No gap, no duplicate.** A dispatcher has each event once; a reader that resumes behind the id of an event has all
       that follows, as long as the engine keeps it, whichever process gave it the id.
-    - **Never silently.** A hub that finds events gone, or the log to be another one than before (an engine that was
+    - **Never silently.** A dispatcher that finds events gone, or the log to be another one than before (an engine that was
       restarted empty, flushed, or has come back with less than was acknowledged), tells each reader that may have
       missed something. The log of an engine that has lost acknowledged events gets another epoch, so that no id of
       before stands for anything else.
@@ -130,14 +130,14 @@ class Backend(ABC):
       whom waits for its own event, ``timeout`` seconds at the most.
 
     Args:
-        hub: Where events go.
+        dispatcher: Where events go.
     """
 
     is_alone: ClassVar[bool] = False
     """Whether there is no other process."""
 
-    def __init__(self, hub: Hub) -> None:
-        self.hub = hub
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self.dispatcher = dispatcher
         self.on_cancel: Callable[[str], None] = lambda _: None  # another process asks for a run to be cancelled
         self._published = 0
 
@@ -206,9 +206,9 @@ class Backend(ABC):
         """Raise `BrokerError` unless it is open."""
 
     def _statistics(self, state: State, **figures: Any) -> BrokerStatistics:
-        hub = self.hub
-        with hub.lock:
-            channels, tail = hub.log.kept_channels, hub.log.id_of(hub.log.tail)
+        dispatcher = self.dispatcher
+        with dispatcher.lock:
+            channels, tail = dispatcher.log.kept_channels, dispatcher.log.id_of(dispatcher.log.tail)
         given = {
             "error": "",
             "received": self._published,
@@ -220,9 +220,9 @@ class Backend(ABC):
         return BrokerStatistics(
             state=state,
             published=self._published,
-            subscriptions=hub.readers,
+            subscriptions=dispatcher.readers,
             channels=channels,
             tail=tail,
-            lag=hub.lag,
+            lag=dispatcher.lag,
             **given,
         )

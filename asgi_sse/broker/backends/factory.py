@@ -10,7 +10,7 @@ from asgi_sse.errors import missing, shown
 from .memory import MemoryBackend
 
 if TYPE_CHECKING:
-    from asgi_sse.broker.dispatcher import Hub
+    from asgi_sse.broker.dispatcher import Dispatcher
 
     from .base import Backend
 
@@ -19,8 +19,8 @@ _NATS: Final = {"nats", "tls", "ws", "wss"}
 _PREFIX: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
-def backend_of(url: str, hub: Hub, *, prefix: str, **options: Any) -> Backend:
-    """The back end that brings events to `hub`.
+def backend_of(url: str, dispatcher: Dispatcher, *, prefix: str, **options: Any) -> Backend:
+    """The back end that brings events to `dispatcher`.
 
     Raises:
         ModuleNotFoundError: Its client is not installed.
@@ -33,18 +33,18 @@ def backend_of(url: str, hub: Hub, *, prefix: str, **options: Any) -> Backend:
         raise ValueError(f"prefix={shown(prefix)}; give up to 64 of A-Z a-z 0-9 _ -")
     scheme, separator, _ = url.partition("://")
     if url == "memory://":
-        return MemoryBackend(hub)
+        return MemoryBackend(dispatcher)
     if separator and scheme in _REDIS:
         try:
             from .redis import RedisBackend  # noqa: PLC0415 (an extra)
         except ModuleNotFoundError as exc:
             missing(exc, "redis", "the client of redis", "asgi-sse[redis]")
-        return RedisBackend(hub, url, prefix=prefix, **options)
+        return RedisBackend(dispatcher, url, prefix=prefix, **options)
     if separator and scheme in _NATS:
         try:
             from .nats import NatsBackend  # noqa: PLC0415 (an extra)
         except ModuleNotFoundError as exc:
             missing(exc, "nats", "the client of nats", "asgi-sse[nats]")
-        return NatsBackend(hub, url, prefix=prefix, **options)
+        return NatsBackend(dispatcher, url, prefix=prefix, **options)
     known = "memory://, redis://HOST:PORT/DB or nats://HOST:PORT"
     raise ValueError(f"url={shown(scheme + separator if separator else url)} is no broker that is known; give {known}")

@@ -1,4 +1,4 @@
-"""The back end in memory: the hub's log is all there is."""
+"""The back end in memory: the dispatcher's log is all there is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from asgi_sse.errors import BrokerError
 from .base import Backend, BrokerStatistics, Claim, Publication
 
 if TYPE_CHECKING:
-    from asgi_sse.broker.dispatcher import Hub
+    from asgi_sse.broker.dispatcher import Dispatcher
 
 _IDEMPOTENCY_WINDOW: Final = 120.0
 """Seconds for which a key is known: as long as NATS JetStream does by default."""
@@ -25,8 +25,8 @@ class MemoryBackend(Backend):
 
     is_alone = True
 
-    def __init__(self, hub: Hub) -> None:
-        super().__init__(hub)
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        super().__init__(dispatcher)
         self._keys_lock = threading.Lock()
         self._keys: OrderedDict[tuple[str, str], tuple[float, str]] = OrderedDict()
 
@@ -70,8 +70,8 @@ class MemoryBackend(Backend):
 
     def _append(self, publication: Publication) -> str:
         self._published += 1
-        entry = self.hub.publish(publication.channel, publication.event, end=publication.end)
-        return self.hub.log.id_of(entry.number)
+        entry = self.dispatcher.publish(publication.channel, publication.event, end=publication.end)
+        return self.dispatcher.log.id_of(entry.number)
 
     def check_open(self) -> None:
         """See `Backend`: it always is."""
@@ -82,7 +82,7 @@ class MemoryBackend(Backend):
 
     async def claim(self, name: str, max_bytes: int, ttl: float, *, again: bool, over: int) -> tuple[Claim, bool]:  # noqa: ARG002
         """See `Backend`: the runs of this process are all there are, and it knows them."""
-        log = self.hub.log
+        log = self.dispatcher.log
         return Claim("", log.epoch, log.tail, max_bytes, ttl), True
 
     async def find(self, name: str) -> Claim | None:  # noqa: ARG002

@@ -43,7 +43,7 @@ from .remote import CONTROL, Item, RemoteBackend, logger
 if TYPE_CHECKING:
     from nats.aio.msg import Msg
 
-    from asgi_sse.broker.dispatcher import Hub
+    from asgi_sse.broker.dispatcher import Dispatcher
 
     from .jetstream import Consumer
 
@@ -85,14 +85,14 @@ class NatsBackend(RemoteBackend):
     """See the module.
 
     Args:
-        hub: Where events go.
+        dispatcher: Where events go.
         url: As nats-py takes it: ``nats://USER:PASSWORD@HOST:PORT``, ``nats://TOKEN@HOST``, ``tls://``, ``ws://`` or
             ``wss://``; of a cluster, several between commas, with the scheme and the user of the first.
         prefix: Of its stream and its subjects.
         timeout: See `RemoteBackend`.
         burst: See there.
         history: Ten times that, and 10,000 at least, is what a stream keeps that is made here. ``None``: 10,000.
-        max_channels: Of no use here: the stream has one limit for all channels, and the hub's log has its own.
+        max_channels: Of no use here: the stream has one limit for all channels, and the dispatcher's log has its own.
         max_age: Seconds for which such a stream keeps events, two minutes at least.
     """
 
@@ -105,7 +105,7 @@ class NatsBackend(RemoteBackend):
 
     def __init__(
         self,
-        hub: Hub,
+        dispatcher: Dispatcher,
         url: str,
         *,
         prefix: str,
@@ -116,8 +116,8 @@ class NatsBackend(RemoteBackend):
         max_age: float | None,
     ) -> None:
         self._servers = servers_of(url)
-        super().__init__(hub, ",".join(map(shown_server, self._servers)), timeout=timeout, burst=burst)
-        hub.log.keep_many()
+        super().__init__(dispatcher, ",".join(map(shown_server, self._servers)), timeout=timeout, burst=burst)
+        dispatcher.log.keep_many()
         self._name = f"SSE_{prefix}"
         self._subjects = f"sse.{prefix}."
         self._config = {
@@ -127,7 +127,7 @@ class NatsBackend(RemoteBackend):
             "retention": "limits",
             "discard": "old",
             "max_msgs": max(_LEAST, 10 * (history or 0)),
-            # Not less than the time for which it is to know what it has; the hub's log takes the limit as it is.
+            # Not less than the time for which it is to know what it has; the dispatcher's log takes the limit as it is.
             "max_age": 0 if max_age is None else int(max(max_age, _WINDOW) * 1e9),
             "duplicate_window": int(_WINDOW * 1e9),
             "allow_direct": True,
@@ -190,7 +190,7 @@ class NatsBackend(RemoteBackend):
         except nats.js.errors.NotFoundError:
             self._suspect()
             raise ConnectionError(f"the stream {self._name} is gone") from None
-        if stream.epoch != self.hub.log.epoch:
+        if stream.epoch != self.dispatcher.log.epoch:
             self._suspect()
         return stream
 
@@ -211,7 +211,7 @@ class NatsBackend(RemoteBackend):
     # Reading
 
     async def _catch_up(self, *, first: bool) -> None:
-        log = self.hub.log
+        log = self.dispatcher.log
         if self._link is None or self._link.is_lost:
             await self._disconnect()
             self._link = await JetStream.connect(self._servers)
@@ -246,7 +246,7 @@ class NatsBackend(RemoteBackend):
 
     async def _look_in(self) -> None:
         stream = await self._look_or_make()
-        self.hub.restart(stream.epoch, 0, floor=0)
+        self.dispatcher.restart(stream.epoch, 0, floor=0)
         self._proven = self._link
 
     async def _restart(self, epoch: str, start: int) -> None:
@@ -256,7 +256,7 @@ class NatsBackend(RemoteBackend):
             self._marks.append(_Mark(start, mark.time))
         self._doubts = dict.fromkeys(self._doubts, 0)
         self._acknowledged, self._cut_at = 0, start
-        self.hub.restart(epoch, start, floor=start)
+        self.dispatcher.restart(epoch, start, floor=start)
         self._restarted()
 
     def _lose(self, number: int) -> None:
@@ -265,12 +265,12 @@ class NatsBackend(RemoteBackend):
             "%s has forgotten events before they were read: readers are told by a reset", self.url, extra=self._extra
         )
         self._cut_at = number
-        self.hub.restart(self.hub.log.epoch, number, floor=number)
+        self.dispatcher.restart(self.dispatcher.log.epoch, number, floor=number)
         self._restarted()
 
     async def _is_continued(self, stream: Stream, acknowledged: int) -> bool:
         """Whether what was read last still stands in its place."""
-        if stream.last < max(self.hub.log.tail, acknowledged):
+        if stream.last < max(self.dispatcher.log.tail, acknowledged):
             return False
         for mark in reversed(self._marks):
             if mark.number <= stream.floor:
@@ -282,7 +282,7 @@ class NatsBackend(RemoteBackend):
 
     async def _load(self, last: int) -> None:
         """Read all that there was when this began."""
-        log, link = self.hub.log, self._js
+        log, link = self.dispatcher.log, self._js
         self._consumer = consumer = await link.consume(self._name, log.tail + 1)
         while log.tail < last:
             if consumer.pending or consumer.messages:
@@ -299,7 +299,7 @@ class NatsBackend(RemoteBackend):
         consumer = self._consumer
         try:
             if consumer is None:
-                consumer = self._consumer = await link.consume(self._name, self.hub.log.tail + 1)
+                consumer = self._consumer = await link.consume(self._name, self.dispatcher.log.tail + 1)
             looked = loop.time()
             while True:
                 await consumer.wait()
@@ -330,7 +330,7 @@ class NatsBackend(RemoteBackend):
             if delivery.place != consumer.place + 1:
                 return False
             consumer.place, consumer.pending = delivery.place, delivery.pending
-            if delivery.number <= self.hub.log.tail:
+            if delivery.number <= self.dispatcher.log.tail:
                 continue
             if not await self._bridge(consumer, delivery.number):
                 return False
@@ -344,7 +344,7 @@ class NatsBackend(RemoteBackend):
 
     async def _bridge(self, consumer: Consumer, number: int) -> bool:
         """The next one is `number`. False: the stream is another one."""
-        log = self.hub.log
+        log = self.dispatcher.log
         if number == log.tail + 1:
             return True
         if number <= consumer.checked:
@@ -371,21 +371,21 @@ class NatsBackend(RemoteBackend):
     async def _jump(self, number: int) -> bool:
         """The next one is `number`: nobody is to miss what was before. False: the stream is another one."""
         stream = await self._look()
-        if stream.epoch != self.hub.log.epoch:
+        if stream.epoch != self.dispatcher.log.epoch:
             return False
-        if stream.floor > self.hub.log.tail:
+        if stream.floor > self.dispatcher.log.tail:
             self._lose(number - 1)
         else:
             self._skip(number - 1)
         return True
 
     def _skip(self, number: int) -> None:
-        with self.hub.lock:
-            self.hub.log.skip(number)
+        with self.dispatcher.lock:
+            self.dispatcher.log.skip(number)
 
     async def _is_current(self, consumer: Consumer) -> bool:
         """Whether the stream is the one that is read, and the consumer has what there is of it."""
-        log, acknowledged = self.hub.log, self._acknowledged
+        log, acknowledged = self.dispatcher.log, self._acknowledged
         try:
             stream = await self._look()
         except nats.js.errors.NotFoundError:
@@ -407,7 +407,7 @@ class NatsBackend(RemoteBackend):
         cut = max(stream.floor, log.tail - _reach(stream))
         if cut > self._cut_at:
             self._cut_at = cut
-            with self.hub.lock:
+            with self.dispatcher.lock:
                 log.cut(cut)
         return True
 
@@ -433,7 +433,7 @@ class NatsBackend(RemoteBackend):
             logger.exception("message %d of %s is left out", number, self.url, extra=self._extra)
             self._skip(number)
             return
-        self.hub.publish(channel, event, number=number, time=delivery.time / 1e9 + self._skew, end=end)
+        self.dispatcher.publish(channel, event, number=number, time=delivery.time / 1e9 + self._skew, end=end)
 
     async def _recall(self, channels: list[str]) -> None:
         """What the stream has is here, or is more than there is to be."""
@@ -449,7 +449,7 @@ class NatsBackend(RemoteBackend):
         return "key-" + blake2s(f"{publication.channel}\0{publication.key}".encode(), digest_size=16).hexdigest()
 
     async def _send(self, items: list[Item], attempt: int) -> list[str]:
-        log, now = self.hub.log, asyncio.get_running_loop().time()
+        log, now = self.dispatcher.log, asyncio.get_running_loop().time()
         message_ids = [self._message_id(item.publication, attempt, place) for place, item in enumerate(items)]
         if attempt != self._attempt:
             self._attempt, self._since, self._doubts = attempt, now, dict.fromkeys(message_ids, 0)
@@ -539,7 +539,7 @@ class NatsBackend(RemoteBackend):
     async def _claim(
         self, name: str, max_bytes: int, ttl: float, token: str, *, again: bool, over: int
     ) -> tuple[Claim, bool]:
-        log = self.hub.log
+        log = self.dispatcher.log
         while True:
             entry = await self._runs.entry(name)
             if entry is not None and entry.token == token:
@@ -550,7 +550,7 @@ class NatsBackend(RemoteBackend):
                 if not ((again and has_ended) or known.is_gone(log.epoch)):
                     return known, False
             await self._sync()  # so that it begins behind the end of the one before
-            with self.hub.lock:
+            with self.dispatcher.lock:
                 claim = Claim(self._node, log.epoch, log.tail, max_bytes, ttl)
             if await self._runs.write(name, claim, token, 0 if entry is None else entry.revision):
                 return await self._as_of_now(claim), True
@@ -590,7 +590,7 @@ class NatsBackend(RemoteBackend):
                 ended = await self._as_of_now(entry.claim)
                 if ended.start >= number:
                     return  # it was begun again
-                if ended.epoch != entry.claim.epoch and number > self.hub.log.tail:
+                if ended.epoch != entry.claim.epoch and number > self.dispatcher.log.tail:
                     return  # the end was in the stream that is gone: its readers would wait for that number
                 ended.outcome, ended.final = publication.end, number
                 if publication.ttl is not None:

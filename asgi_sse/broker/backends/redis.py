@@ -52,7 +52,7 @@ from .remote import CONTROL, Item, RemoteBackend, logger
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from asgi_sse.broker.dispatcher import Hub
+    from asgi_sse.broker.dispatcher import Dispatcher
     from asgi_sse.broker.ring import Entry
 
 _BLOCK_MS: Final = 1000
@@ -88,7 +88,7 @@ class RedisBackend(RemoteBackend):
     """See the module.
 
     Args:
-        hub: Where events go.
+        dispatcher: Where events go.
         url: As redis-py takes it: ``redis://``, ``rediss://`` or ``unix://``; with ``+cluster`` a cluster; with
             ``+sentinel`` a master by its sentinels: ``redis+sentinel://HOST:PORT,HOST:PORT/SERVICE/DB``, whose user and
             password are the master's, and those of the sentinels ``?sentinel_username=…&sentinel_password=…``.
@@ -108,7 +108,7 @@ class RedisBackend(RemoteBackend):
 
     def __init__(
         self,
-        hub: Hub,
+        dispatcher: Dispatcher,
         url: str,
         *,
         prefix: str,
@@ -119,7 +119,7 @@ class RedisBackend(RemoteBackend):
         max_age: float | None,
     ) -> None:
         self._connect_to = RedisURL(url)
-        super().__init__(hub, shown_url(url), timeout=timeout, burst=burst)
+        super().__init__(dispatcher, shown_url(url), timeout=timeout, burst=burst)
         self._prefix = f"{{{prefix}}}:"
         age = 0 if max_age is None else max(1, int(max_age * 1000))
         self._limits: list[Any] = ["", "", ""] if history is None else [history, max_channels, age]
@@ -182,7 +182,7 @@ class RedisBackend(RemoteBackend):
         One that has less now has lost events. That is seen before anything is published to it, or an id that was given
         already would be given once more, until somebody who reads sees it.
         """
-        log = self.hub.log
+        log = self.dispatcher.log
         epoch, number = self._known
         return epoch, max(number, log.tail) if epoch == log.epoch else number
 
@@ -197,7 +197,7 @@ class RedisBackend(RemoteBackend):
     # Reading
 
     async def _catch_up(self, *, first: bool) -> None:
-        log = self.hub.log
+        log = self.dispatcher.log
         while True:
             epoch, tail, now, start, _ = await self._call([], 0)
             epoch, tail, start = epoch.decode(), int(tail), int(start)
@@ -229,7 +229,7 @@ class RedisBackend(RemoteBackend):
             await self._client.xread({self._key("log"): f"{tail}-0"}, count=1)
         found = await self._client.xrange(self._key("log"), f"{tail}-0", f"{tail}-0")
         self._last = _Last(tail, found[0][1]) if found else None
-        self.hub.restart(epoch, tail, known, floor=floor)
+        self.dispatcher.restart(epoch, tail, known, floor=floor)
         self._restarted()
 
     async def _survey(self, tail: int) -> tuple[list[tuple[str, int]], int]:
@@ -250,7 +250,7 @@ class RedisBackend(RemoteBackend):
 
     async def _is_continued(self, tail: int, *, same_process: bool) -> bool:
         """Whether what was read last still stands in its place."""
-        own = self.hub.log.tail
+        own = self.dispatcher.log.tail
         if tail < own:
             return False
         if same_process:  # it has been there all the time, and would have begun another epoch
@@ -265,7 +265,7 @@ class RedisBackend(RemoteBackend):
         return found is True
 
     async def _read(self) -> None:
-        log, key = self.hub.log, self._key("log")
+        log, key = self.dispatcher.log, self._key("log")
         while True:
             try:
                 answer = await self._client.xread({key: f"{log.tail}-0"}, count=self._count, block=_BLOCK_MS)
@@ -289,15 +289,15 @@ class RedisBackend(RemoteBackend):
     def _receive(self, number: int, channel: str, fields: dict[bytes, bytes]) -> None:
         self._received += 1
         if channel == CONTROL:
-            self.hub.log.skip(number)
+            self.dispatcher.log.skip(number)
             self._controlled(fields[b"e"])
             return
         entry = self._event(number, fields)
         if entry is None:
-            self.hub.log.skip(number)
+            self.dispatcher.log.skip(number)
         else:
             event, end = entry
-            self.hub.publish(channel, event, number=number, time=self._time(fields), end=end)
+            self.dispatcher.publish(channel, event, number=number, time=self._time(fields), end=end)
 
     def _event(self, number: int, fields: dict[bytes, bytes]) -> Any:
         try:
@@ -311,7 +311,7 @@ class RedisBackend(RemoteBackend):
 
     async def _fill_gap(self, tail: int) -> None:
         """The log does not have any more what comes next: get it from the channels that are read here."""
-        log = self.hub.log
+        log = self.dispatcher.log
         pipeline = self._client.pipeline(transaction=False)
         # Those with something behind `tail` too: they may have something before it as well.
         pipeline.zrangebyscore(self._key("last"), f"({log.tail}", "+inf", withscores=True)
@@ -325,7 +325,9 @@ class RedisBackend(RemoteBackend):
             # Channels were forgotten meanwhile, and nobody knows which ones.
             await self._restart(log.epoch, tail, *await self._survey(tail))
             return
-        wanted = [name.decode() for name, _ in changed if name == CONTROL.encode() or self.hub.is_wanted(name.decode())]
+        wanted = [
+            name.decode() for name, _ in changed if name == CONTROL.encode() or self.dispatcher.is_wanted(name.decode())
+        ]
         missed = {name.decode(): int(score) for name, score in changed}
         found: list[tuple[int, str, dict[bytes, bytes] | None]] = []
         for channel, entries in await self._channels(wanted, after=log.tail, until=tail):
@@ -339,16 +341,16 @@ class RedisBackend(RemoteBackend):
         found.sort(key=lambda each: each[0])
         for place, (number, channel, fields) in enumerate(found, 1):
             if fields is None:
-                with self.hub.lock:
+                with self.dispatcher.lock:
                     log.skip(number)
-                self.hub.miss(channel, number)
+                self.dispatcher.miss(channel, number)
             else:
                 self._receive(number, channel, fields)
                 self._last = _Last(number, {**fields, b"c": channel.encode()})
             if place % self._burst == 0:
                 await self._rest()
         if log.tail < tail:
-            with self.hub.lock:
+            with self.dispatcher.lock:
                 log.skip(tail)
         await self._rest()
 
@@ -364,7 +366,7 @@ class RedisBackend(RemoteBackend):
         return found
 
     async def _recall(self, channels: list[str]) -> None:
-        log = self.hub.log
+        log = self.dispatcher.log
         epoch, tail = log.epoch, log.tail
         scores: dict[str, int] = {}
         for first in range(0, len(channels), _CHUNK):
@@ -383,7 +385,7 @@ class RedisBackend(RemoteBackend):
                 event = self._event(_number(entry_id), fields)
                 if event is not None:
                     made.append(log.entry(_number(entry_id), channel, event[0], self._time(fields), end=event[1]))
-            with self.hub.lock:
+            with self.dispatcher.lock:
                 if log.epoch != epoch:
                     return
                 trimmed = int(entries[0][1][b"l"]) if entries else min(scores[channel], tail)
@@ -427,7 +429,7 @@ class RedisBackend(RemoteBackend):
             )
             claim = _claim_of(dict(zip(fields[::2], fields[1::2], strict=True)))
             known = await self._as_of_now(claim)
-            if new or not known.is_gone(self.hub.log.epoch):
+            if new or not known.is_gone(self.dispatcher.log.epoch):
                 return known, bool(new)
             again = True
 

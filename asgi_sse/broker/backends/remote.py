@@ -1,6 +1,6 @@
 """`RemoteBackend`: what the back ends on other machines have in common.
 
-One task follows the engine's log into the hub, and begins again where it was cut. Another one publishes, in the order
+One task follows the engine's log into the dispatcher, and begins again where it was cut. Another one publishes, in the order
 of asking.
 """
 
@@ -29,7 +29,7 @@ from .base import Backend, BrokerStatistics, Claim, Publication, State
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
 
-    from asgi_sse.broker.dispatcher import Hub
+    from asgi_sse.broker.dispatcher import Dispatcher
 
 T = TypeVar("T")
 
@@ -97,7 +97,7 @@ class RemoteBackend(Backend):
     that have one.
 
     Args:
-        hub: Where events go.
+        dispatcher: Where events go.
         url: The engine, for messages: without a password.
         timeout: Seconds that publishing may take, and to find or claim a run; ``None``: publishing as long as it takes,
             runs five.
@@ -109,9 +109,9 @@ class RemoteBackend(Backend):
     starting: ClassVar[tuple[type[BaseException], ...]] = ()
     """What an engine says that will answer soon: then an app's startup waits."""
 
-    def __init__(self, hub: Hub, url: str, *, timeout: float | None, burst: int) -> None:
-        super().__init__(hub)
-        hub.upstream = self
+    def __init__(self, dispatcher: Dispatcher, url: str, *, timeout: float | None, burst: int) -> None:
+        super().__init__(dispatcher)
+        dispatcher.upstream = self
         self.url = url
         self._extra: dict[str, object] = {"sse_engine": url}  # of log records
         self._timeout = timeout
@@ -148,7 +148,7 @@ class RemoteBackend(Backend):
 
     @abstractmethod
     async def _catch_up(self, *, first: bool) -> None:
-        """Bring the hub's log to where the engine's is, or find that it is another one."""
+        """Bring the dispatcher's log to where the engine's is, or find that it is another one."""
 
     async def _look_in(self) -> None:
         """See that the engine is there, and find out what there is to know for publishing alone."""
@@ -156,7 +156,7 @@ class RemoteBackend(Backend):
 
     @abstractmethod
     async def _read(self) -> None:
-        """Bring what the engine has behind the tail of the hub's log, for ever.
+        """Bring what the engine has behind the tail of the dispatcher's log, for ever.
 
         Returns:
             It is to catch up before it reads on.
@@ -184,7 +184,7 @@ class RemoteBackend(Backend):
 
     @abstractmethod
     async def _recall(self, channels: list[str]) -> None:
-        """See `hub.Upstream`."""
+        """See `dispatcher.Upstream`."""
 
     # Life
 
@@ -291,7 +291,7 @@ class RemoteBackend(Backend):
     # Reading
 
     async def _follow(self) -> None:
-        log, pauses = self.hub.log, Pauses()
+        log, pauses = self.dispatcher.log, Pauses()
         while True:
             place = log.epoch, log.tail
             try:
@@ -317,7 +317,7 @@ class RemoteBackend(Backend):
                 await pauses.wait()
 
     def _restarted(self) -> None:
-        """To be called where the hub was restarted."""
+        """To be called where the dispatcher was restarted."""
         self._under_way = None  # it is of a log that there is no more
         if self._state != "connecting":
             self._restarts += 1
@@ -360,9 +360,9 @@ class RemoteBackend(Backend):
         The engine may have it from before it lost events, or from a process that did not know of that yet: a reader
         would miss the beginning, and not be told.
         """
-        if claim.epoch != self.hub.log.epoch:
+        if claim.epoch != self.dispatcher.log.epoch:
             await self._sync()  # it may be ahead of us
-        if claim.epoch == self.hub.log.epoch or claim.outcome:
+        if claim.epoch == self.dispatcher.log.epoch or claim.outcome:
             return claim
         epoch, start = await self._question(self._epoch)
         return replace(claim, epoch=epoch, start=start, whole=False)
@@ -382,7 +382,7 @@ class RemoteBackend(Backend):
 
     def _measure(self) -> None:
         """See whether what was sent has come back: of one event at a time, and where many have come."""
-        if self._under_way is not None and self.hub.log.tail >= self._under_way[0]:
+        if self._under_way is not None and self.dispatcher.log.tail >= self._under_way[0]:
             self._round_trip = clock() - self._under_way[1]
             self._under_way = None
 
@@ -392,11 +392,11 @@ class RemoteBackend(Backend):
         await current_flusher().turn()
 
     async def sync(self) -> None:
-        """See `hub.Upstream`."""
+        """See `dispatcher.Upstream`."""
         await self._here(self._sync)
 
     async def _sync(self) -> None:
-        log = self.hub.log
+        log = self.dispatcher.log
         while True:
             epoch, tail = await self._patiently(partial(self._question, self._position))
             restarts = self._restarts
@@ -408,7 +408,7 @@ class RemoteBackend(Backend):
                     raise BrokerError(f"{self.url} was closed")
 
     async def recall(self, channels: list[str]) -> None:
-        """See `hub.Upstream`."""
+        """See `dispatcher.Upstream`."""
         await self._here(partial(self._recall_once, channels))
 
     async def _recall_once(self, channels: list[str]) -> None:
@@ -575,7 +575,7 @@ class RemoteBackend(Backend):
     def _expect(self, ids: list[str], sent_at: float) -> None:
         """Measure how long the last one takes to come back, unless another one is under way, or nobody reads here."""
         epoch, _, number = next(filter(None, reversed(ids)), "").partition("-")
-        if self._under_way is None and epoch == self.hub.log.epoch and len(self._tasks) > 1:
+        if self._under_way is None and epoch == self.dispatcher.log.epoch and len(self._tasks) > 1:
             self._under_way = int(number), sent_at
             self._measure()
 

@@ -75,12 +75,12 @@ class Runs(Mapping[str, Run]):
 
     def __init__(self, backend: Backend, max_runs: int) -> None:
         self._backend = backend
-        self._hub = backend.hub
-        self._hub.on_end = self._on_end
-        self._hub.on_restart = self._on_restart
+        self._dispatcher = backend.dispatcher
+        self._dispatcher.on_end = self._on_end
+        self._dispatcher.on_restart = self._on_restart
         backend.on_cancel = self._on_cancel
         self._max_runs = max_runs
-        # With the hub's lock held:
+        # With the dispatcher's lock held:
         self._all: dict[str, Run] = {}
         self._over: dict[str, None] = {}  # those that have ended, the first one first
         self._alarms: dict[EventLoop, _Alarms] = {}
@@ -126,7 +126,7 @@ class Runs(Mapping[str, Run]):
             over = -1 if known is None else known.start
             claim, new = await self._backend.claim(name, max_bytes, ttl, again=not join, over=over)
             if new:
-                with self._hub.lock:
+                with self._dispatcher.lock:
                     run = self._joined(name, claim) or self._made(name, claim, make)
                     run.publisher = RunPublisher(iterator, run, on_end)
                     run.loop = run.publisher.loop
@@ -151,36 +151,36 @@ class Runs(Mapping[str, Run]):
         if self._backend.is_alone:
             return known
         claim = await self._backend.find(name)
-        return None if claim is None or claim.is_gone(self._hub.log.epoch) else self._found(name, claim, make)
+        return None if claim is None or claim.is_gone(self._dispatcher.log.epoch) else self._found(name, claim, make)
 
     def _found(self, name: str, claim: Claim, make: Callable[[str, Claim, Callable[[Run, Outcome], None]], Run]) -> Run:
-        with self._hub.lock:
+        with self._dispatcher.lock:
             run = self._all.get(name)
             if run is None or (self._is_later(claim, run) if run.outcome is None else run.start != claim.start):
                 run = self._made(name, claim, make)
                 self._add(run)
-                last = self._hub.log.last(name)
+                last = self._dispatcher.log.last(name)
                 if last is not None and run.is_ended_by(last):
                     self._set_ended(run, last.number, last.end or "lost")
-            known = claim.epoch == self._hub.log.epoch and not self._is_earlier(claim, run)
+            known = claim.epoch == self._dispatcher.log.epoch and not self._is_earlier(claim, run)
             if run.outcome is None and claim.outcome and known:
                 self._set_ended(run, claim.final, claim.outcome)
         return run
 
     def _made(self, name: str, claim: Claim, make: Callable[[str, Claim, Callable[[Run, Outcome], None]], Run]) -> Run:
         run = make(name, claim, self._given_up)
-        if claim.epoch != self._hub.log.epoch:  # the log has become another one since it was asked for
+        if claim.epoch != self._dispatcher.log.epoch:  # the log has become another one since it was asked for
             run.start = 0
             run.claim.whole = False
         return run
 
     def _is_later(self, claim: Claim, run: Run) -> bool:
         """Whether a claim is that of a later run of that name: what began in an earlier log may begin anywhere."""
-        return claim.whole and claim.start > run.start and claim.epoch == self._hub.log.epoch
+        return claim.whole and claim.start > run.start and claim.epoch == self._dispatcher.log.epoch
 
     def _is_earlier(self, claim: Claim, run: Run) -> bool:
         """Whether it is that of an earlier one, of an engine that has lost events, which is not known here yet."""
-        return claim.whole and claim.start < run.start and claim.epoch == self._hub.log.epoch
+        return claim.whole and claim.start < run.start and claim.epoch == self._dispatcher.log.epoch
 
     def _joined(self, name: str, claim: Claim) -> Run | None:
         """The run of a claim of ours, where another task was told of it before we were."""
@@ -193,15 +193,15 @@ class Runs(Mapping[str, Run]):
         before = self._all.get(run.name)
         if before is not None and before is not run and before.outcome is None:  # nobody else would end it
             self._set_ended(before, run.start, "lost")
-            before.loop.call_threadsafe(partial(self._hub.look_again, run.name))
-        self._hub.log.keep(run.name, run.claim.max_bytes)
+            before.loop.call_threadsafe(partial(self._dispatcher.look_again, run.name))
+        self._dispatcher.log.keep(run.name, run.claim.max_bytes)
         self._all[run.name] = run
         self._over.pop(run.name, None)
 
     def _going_on(self) -> int:
         return sum(run.publisher is not None and run.outcome is None for run in list(self._all.values()))
 
-    # The end of one; with the hub's lock held
+    # The end of one; with the dispatcher's lock held
 
     def _on_end(self, entry: Entry) -> None:
         run = self._all.get(entry.channel)
@@ -224,14 +224,14 @@ class Runs(Mapping[str, Run]):
     def _release(self, name: str) -> None:
         self._over.pop(name, None)
         del self._all[name]
-        self._hub.log.release(name)
+        self._dispatcher.log.release(name)
 
     def _on_restart(self, tail: int) -> None:
         """The log is another one: what has ended is not in it, and the others begin with it.
 
         What has the numbers before that may be left of an earlier one, with a hole behind it.
         """
-        epoch = self._hub.log.epoch
+        epoch = self._dispatcher.log.epoch
         for name, run in list(self._all.items()):
             if run.claim.epoch != epoch:
                 run.start = run.claim.start = tail  # which its process tells the engine
@@ -243,26 +243,26 @@ class Runs(Mapping[str, Run]):
             self._watch_loop.call_threadsafe(self._look_now)
 
     def _given_up(self, run: Run, outcome: Outcome) -> None:
-        with self._hub.lock:
+        with self._dispatcher.lock:
             if outcome == "lost" and run.publisher is not None:
                 run.publisher = None  # it is as another process's, which says so behind all that ours has published
                 return
-            ring = self._hub.log.ring(run.name)
+            ring = self._dispatcher.log.ring(run.name)
             final = run.start if ring is None else max(run.start, ring.newest)
             if self._all.get(run.name) is not run:
                 return
         self._end_without_event(run, final, outcome)
 
     def _end_without_event(self, run: Run, final: int, outcome: str) -> None:
-        with self._hub.lock:
+        with self._dispatcher.lock:
             if run.outcome is not None:
                 return
             self._set_ended(run, final, outcome)
-        self._hub.look_again(run.name)
+        self._dispatcher.look_again(run.name)
 
     def forget(self, run: Run) -> None:
         """Its time is over."""
-        with self._hub.lock:
+        with self._dispatcher.lock:
             if self._all.get(run.name) is run and run.name in self._over:
                 self._release(run.name)
 
@@ -311,7 +311,7 @@ class Runs(Mapping[str, Run]):
             await self._look_after_own(name, run)
             return
         claim = await self._backend.find(name)
-        if (claim is None or claim.is_gone(self._hub.log.epoch)) and run not in missing:
+        if (claim is None or claim.is_gone(self._dispatcher.log.epoch)) and run not in missing:
             missing.add(run)  # who has it may have been cut off, as we were
             return
         if claim is not None and self._is_earlier(claim, run):
@@ -319,7 +319,7 @@ class Runs(Mapping[str, Run]):
         missing.discard(run)
         if claim is None:
             await self._bury(name, run)
-        elif claim.is_gone(self._hub.log.epoch):
+        elif claim.is_gone(self._dispatcher.log.epoch):
             self._given_up(run, cast("Outcome", claim.outcome))
         elif claim.outcome or self._is_later(claim, run):
             self._end_without_event(run, claim.final or claim.start, claim.outcome or "lost")
@@ -339,7 +339,7 @@ class Runs(Mapping[str, Run]):
             return
         if (
             claim is not None
-            and not (claim.is_gone(self._hub.log.epoch) or self._is_earlier(claim, run))
+            and not (claim.is_gone(self._dispatcher.log.epoch) or self._is_earlier(claim, run))
             and (claim.outcome or self._is_later(claim, run))
         ):
             self._end_without_event(run, claim.final or claim.start, claim.outcome or "lost")
@@ -348,8 +348,8 @@ class Runs(Mapping[str, Run]):
 
     async def _catch_up(self) -> None:
         """Know of the epoch, and of all that has ended by now."""
-        if self._hub.upstream is not None:
-            await self._hub.upstream.sync()
+        if self._dispatcher.upstream is not None:
+            await self._dispatcher.upstream.sync()
 
     async def _bury(self, name: str, run: Run) -> None:
         await self._catch_up()
@@ -408,7 +408,7 @@ class Runs(Mapping[str, Run]):
         for run in list(self._all.values()):
             if run.outcome is None and run.publisher is None:
                 run.leave()
-                with self._hub.lock:
+                with self._dispatcher.lock:
                     self._release(run.name)  # whoever opens the broker again looks for it again
 
     def _running(self) -> list[Run]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from asgi_sse.broker.backends.base import Claim
     from asgi_sse.broker.broker import Broker
-    from asgi_sse.broker.dispatcher import Hub
+    from asgi_sse.broker.dispatcher import Dispatcher
     from asgi_sse.broker.ring import Entry
     from asgi_sse.broker.subscription import Subscription
     from asgi_sse.protocol.event import ServerSentEvent
@@ -52,7 +52,7 @@ class Run(Channel):
     def __init__(
         self,
         broker: Broker,
-        hub: Hub,
+        dispatcher: Dispatcher,
         name: str,
         claim: Claim,
         *,
@@ -61,7 +61,7 @@ class Run(Channel):
         pace: Callable[[], Awaitable[None]],
         given_up: Callable[[Run, Outcome], None],
     ) -> None:
-        super().__init__(broker, hub, name)
+        super().__init__(broker, dispatcher, name)
         self.claim = claim
         self.start = claim.start
         self.final: int | None = None
@@ -106,13 +106,13 @@ class Run(Channel):
             if self._left:
                 raise BrokerError(f"the broker was closed; run {self.name} may go on in another process")
             waiter = current_loop(), anyio.Event()
-            with self._hub.lock:
+            with self._dispatcher.lock:
                 self._waiters.append(waiter)
             try:
                 if self.outcome is None and not self._left:  # else who ended it may not have seen us
                     await waiter[1].wait()
             finally:
-                with self._hub.lock:
+                with self._dispatcher.lock:
                     if waiter in self._waiters:
                         self._waiters.remove(waiter)
         return self.outcome
@@ -145,8 +145,8 @@ class Run(Channel):
 
     def was_seen_by(self, last_event_id: str | None) -> bool:
         """Whether a client that has this id has all of it."""
-        with self._hub.lock:
-            place = self._hub.log.parse(last_event_id or "")
+        with self._dispatcher.lock:
+            place = self._dispatcher.log.parse(last_event_id or "")
             return self.final is not None and isinstance(place, int) and place >= self.final
 
     async def answer(self, request: Request) -> Subscription:
@@ -177,7 +177,7 @@ class Run(Channel):
         self.given_up(self, outcome)
 
     def _publication(self, event: ServerSentEvent, end: Outcome | None) -> Publication:
-        ring = self._hub.log.ring(self.name)
+        ring = self._dispatcher.log.ring(self.name)
         return Publication(
             self.name,
             event,
@@ -188,13 +188,13 @@ class Run(Channel):
 
     def leave(self) -> None:
         """The broker is closed: nobody will tell how it ends."""
-        with self._hub.lock:
+        with self._dispatcher.lock:
             if self.outcome is None:
                 self._left = True
                 self._tell()
 
     def ended(self, final: int, outcome: str) -> None:
-        """Its last event is there. With the hub's lock held, from any thread."""
+        """Its last event is there. With the dispatcher's lock held, from any thread."""
         self.final, self.outcome = final, cast("Outcome", outcome)
         self._tell()
 

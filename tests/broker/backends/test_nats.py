@@ -96,7 +96,7 @@ async def test_the_stream_is_made_with_the_limits_of_the_broker(server: Nats) ->
         assert info.config.subjects == ["sse.p.>"]
         assert (info.config.max_msgs, info.config.max_age, info.config.duplicate_window) == (20_000, 600, 120)
         assert info.state.last_seq == 1
-        assert first == f"{broker._hub.log.epoch}-1"
+        assert first == f"{broker._dispatcher.log.epoch}-1"
 
 
 async def test_a_stream_that_is_there_has_its_own_limits(server: Nats) -> None:
@@ -115,7 +115,7 @@ async def test_a_later_process_has_all_at_once_and_no_limit_of_a_channel(server:
     async with Broker(server.url, history=3) as one:
         ids = [await one.publish("a", str(number)) for number in range(20)]
         async with Broker(server.url, history=3) as two:
-            assert two._hub.log.tail == 20
+            assert two._dispatcher.log.tail == 20
             assert await read(two.subscribe("a", last_event_id=ids[0]), "19") == [str(n) for n in range(1, 20)]
             assert await two.publish("a", "x", idempotency_key="k") == await one.publish("a", "y", idempotency_key="k")
 
@@ -125,7 +125,7 @@ async def test_memory_is_bounded_by_what_all_channels_have(server: Nats, monkeyp
     monkeypatch.setattr(back_end, "_CHECK", 0.05)
     async with Broker(server.url) as broker:
         ids = [await broker.publish(f"c{number % 3}", str(number)) for number in range(50)]
-        log = broker._hub.log
+        log = broker._dispatcher.log
         await eventually(lambda: sum(len(log.ring(f"c{n}") or ()) for n in range(3)) == 10)
         assert await read(broker.subscribe("c0", "c1", last_event_id=ids[39]), "49") == [
             str(number) for number in range(40, 50) if number % 3 != 2
@@ -142,7 +142,7 @@ async def test_a_purge_takes_what_was_read_from_those_who_come_back(server: Nats
         ids = [await broker.publish("a", str(number)) for number in range(3)]
         assert await read(live, "2") == ["0", "1", "2"]
         await js.purge_stream("SSE_p")
-        await eventually(lambda: broker._hub.log._floor == 3)
+        await eventually(lambda: broker._dispatcher.log._floor == 3)
         await broker.publish("a", "3")
         assert await read(live, "3") == ["3"]
         assert await read(broker.subscribe("a", last_event_id=ids[0]), "reset expired") == ["reset expired"]
@@ -179,14 +179,14 @@ async def test_deleted_messages_are_no_gap(server: Nats, monkeypatch: Any) -> No
         for number in (2, 3, 7, 10):
             await js.delete_msg("SSE_p", number)
         async with Broker(server.url, prefix="p") as broker:
-            assert broker._hub.log.tail == 10
+            assert broker._dispatcher.log.tail == 10
             assert await read(broker.subscribe("a", last_event_id=ids[0]), "8") == ["3", "4", "5", "7", "8"]
             back = back_end_of(broker)
             await back._js.close()
             await js.publish("sse.p.a", b'{"data":"deleted"}')
             await js.delete_msg("SSE_p", 11)
             await synced(broker)
-            assert broker._hub.log.tail == 11
+            assert broker._dispatcher.log.tail == 11
             assert broker.statistics().restarts == 0
 
 
@@ -245,11 +245,11 @@ async def test_a_server_that_came_back_with_less_gets_another_epoch(server: Nats
             found = await read(reader, "new")
             assert found[-2:] == ["reset epoch", "new"]
             assert set(found) == {"reset epoch", "new"}
-        await eventually(lambda: one._hub.log.epoch == two._hub.log.epoch)
+        await eventually(lambda: one._dispatcher.log.epoch == two._dispatcher.log.epoch)
         for stale in (kept, lost):
             assert (await read(two.subscribe("a", last_event_id=stale), "reset epoch"))[0] == "reset epoch"
     async with Broker(server.url) as three:
-        assert await read(three.subscribe("a", last_event_id=f"{three._hub.log.epoch}-1"), "new") == ["new"]
+        assert await read(three.subscribe("a", last_event_id=f"{three._dispatcher.log.epoch}-1"), "new") == ["new"]
 
 
 async def test_what_was_lost_is_missed_even_if_as_much_came_since(server: Nats) -> None:
@@ -482,7 +482,7 @@ async def test_a_run_is_that_of_one_process(server: Nats, monkeypatch: Any) -> N
         assert sum(new for _, new in results) == 1
         claim = results[0][0]
         assert {each.node for each, _ in results} == {claim.node}
-        assert (claim.start, claim.epoch, claim.outcome) == (1, one._hub.log.epoch, "")
+        assert (claim.start, claim.epoch, claim.outcome) == (1, one._dispatcher.log.epoch, "")
         owner, other = (first, second) if claim.node == first._node else (second, first)
         assert await owner.renew("r", claim)
         assert not await other.renew("r", claim)
