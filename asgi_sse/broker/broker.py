@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from asgi_sse.routing.endpoint import Request
     from asgi_sse.runtime.base import EventLoop
 
-    from .backends.base import BrokerStatistics, Claim
+    from .backends.base import BrokerStatistics, RunLease
     from .cursor import Overflow
     from .runs.publisher import Outcome
 
@@ -415,12 +415,12 @@ class Broker:
         """
         return await self._runs.find(check_name(name), self._make_run)
 
-    def _make_run(self, name: str, claim: Claim, given_up: Callable[[Run, Outcome], None]) -> Run:
+    def _make_run(self, name: str, lease: RunLease, given_up: Callable[[Run, Outcome], None]) -> Run:
         return Run(
             self,
             self._dispatcher,
             name,
-            claim,
+            lease,
             backend=self._backend,
             subscription=self._open,
             pace=self._pace,

@@ -77,7 +77,7 @@ class Cursor(Changing):
                     self._reset(place)
             else:
                 self._position = log.tail if run is None else run.start
-                if run is not None and not run.claim.whole:
+                if run is not None and not run.lease.whole:
                     self._lost = "expired"  # it goes on at what is left
                 if snapshot is None:
                     self._given = self._position

@@ -57,11 +57,11 @@ class BrokerStatistics:
 
 
 @dataclass(slots=True)
-class Claim:
+class RunLease:
     """A run, as all processes see it.
 
     Attributes:
-        node: The process that it runs in.
+        holder: The process that it runs in.
         epoch: That of the log whose numbers these are: the one that it began in, or a later one that it goes on in.
         start: The number behind which its events are.
         max_bytes: Memory that its events may take in each process.
@@ -71,7 +71,7 @@ class Claim:
         whole: Whether the log has it from its first event on: it has not, if it began in an earlier one.
     """
 
-    node: str
+    holder: str
     epoch: str
     start: int
     max_bytes: int
@@ -84,7 +84,7 @@ class Claim:
         """Whether it ended in a log that there is no more: this is the epoch that there is."""
         return bool(self.outcome) and self.epoch != epoch
 
-    def is_before(self, later: Claim) -> bool:
+    def is_before(self, later: RunLease) -> bool:
         """Whether it had ended when that one began: then an engine that has lost events has brought it back."""
         return bool(self.outcome) and (self.epoch != later.epoch or self.start < later.start)
 
@@ -172,13 +172,13 @@ class Backend(ABC):
     # Runs
 
     @abstractmethod
-    async def claim(self, name: str, max_bytes: int, ttl: float, *, again: bool, over: int) -> tuple[Claim, bool]:
+    async def lease(self, name: str, max_bytes: int, ttl: float, *, again: bool, over: int) -> tuple[RunLease, bool]:
         """Make the run `name` one of this process.
 
         Args:
             name: The run.
-            max_bytes: See `Claim`.
-            ttl: See `Claim`.
+            max_bytes: See `RunLease`.
+            ttl: See `RunLease`.
             again: Whether one that has ended may be begun again.
             over: The start of the one that was seen to end here; -1: none was.
 
@@ -187,19 +187,19 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    async def find(self, name: str) -> Claim | None:
+    async def find(self, name: str) -> RunLease | None:
         """The run of that name: it goes on somewhere, or has ended less than its ``ttl`` ago.
 
         One that goes on is told of in config of the log that there is; one that ended in an earlier log, as of that.
         """
 
     @abstractmethod
-    async def renew(self, name: str, claim: Claim) -> bool:
+    async def renew(self, name: str, lease: RunLease) -> bool:
         """This process has it still. False: it does not, since it was silent for too long."""
 
     @abstractmethod
-    def ask_to_stop(self, name: str, node: str) -> None:
-        """Ask the process `node` to cancel its run. From any thread."""
+    def ask_to_stop(self, name: str, holder: str) -> None:
+        """Ask the process `holder` to cancel its run. From any thread."""
 
     @abstractmethod
     def check_open(self) -> object:

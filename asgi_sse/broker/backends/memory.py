@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from asgi_sse.broker.dispatcher import clock
 from asgi_sse.errors import BrokerError
 
-from .base import Backend, BrokerStatistics, Claim, Publication
+from .base import Backend, BrokerStatistics, Publication, RunLease
 
 if TYPE_CHECKING:
     from asgi_sse.broker.dispatcher import Dispatcher
@@ -80,18 +80,18 @@ class MemoryBackend(Backend):
         """See `Backend`."""
         return self._statistics("local")
 
-    async def claim(self, name: str, max_bytes: int, ttl: float, *, again: bool, over: int) -> tuple[Claim, bool]:  # noqa: ARG002
+    async def lease(self, name: str, max_bytes: int, ttl: float, *, again: bool, over: int) -> tuple[RunLease, bool]:  # noqa: ARG002
         """See `Backend`: the runs of this process are all there are, and it knows them."""
         log = self.dispatcher.log
-        return Claim("", log.epoch, log.tail, max_bytes, ttl), True
+        return RunLease("", log.epoch, log.tail, max_bytes, ttl), True
 
-    async def find(self, name: str) -> Claim | None:  # noqa: ARG002
+    async def find(self, name: str) -> RunLease | None:  # noqa: ARG002
         """See `Backend`."""
         return None
 
-    async def renew(self, name: str, claim: Claim) -> bool:  # noqa: ARG002
+    async def renew(self, name: str, lease: RunLease) -> bool:  # noqa: ARG002
         """See `Backend`."""
         return True
 
-    def ask_to_stop(self, name: str, node: str) -> None:
+    def ask_to_stop(self, name: str, holder: str) -> None:
         """See `Backend`: it is never another process."""

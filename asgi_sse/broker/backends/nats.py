@@ -5,7 +5,7 @@ With the prefix p:
 - ``SSE_p``, a stream of the subjects ``sse.p.CHANNEL``, whose sequence numbers are those of the events. It is made
   unless there is one, whose own limits hold. They bound all channels together, so that each process has the whole
   stream in memory, up to 100,000 events and 256 MiB, and nobody asks for what is older.
-- ``SSE_p_runs``, a bucket of keys and values: a run, see `Claim`, by its encoded name.
+- ``SSE_p_runs``, a bucket of keys and values: a run, see `RunLease`, by its encoded name.
 
 An epoch is a stream's creation and what stands in its metadata; who finds that the stream has come back with less than
 it had acknowledged writes that anew. For that, the last message that was read is compared with what stands in its
@@ -35,7 +35,7 @@ from asgi_sse.broker.patterns import check_name
 from asgi_sse.errors import BrokerError
 
 from . import codec as wire
-from .base import Claim, Publication
+from .base import Publication, RunLease
 from .jetstream import ANSWER, DELIVERY, HEARTBEAT, Delivery, JetStream, Stream, answer_of, servers_of, shown_server
 from .nats_runs import Bucket
 from .remote import CONTROL, Item, RemoteBackend, logger
@@ -524,58 +524,58 @@ class NatsBackend(RemoteBackend):
 
     # Runs
 
-    async def claim(self, name: str, max_bytes: int, ttl: float, *, again: bool, over: int) -> tuple[Claim, bool]:
+    async def lease(self, name: str, max_bytes: int, ttl: float, *, again: bool, over: int) -> tuple[RunLease, bool]:
         """See `Backend`."""
         token = secrets.token_hex(8)
-        claim = partial(self._claim, name, max_bytes, ttl, token, again=again, over=over)
-        return await self._claim_or_release(name, token, claim)
+        lease = partial(self._lease, name, max_bytes, ttl, token, again=again, over=over)
+        return await self._lease_or_release(name, token, lease)
 
     async def _release(self, name: str, token: str) -> None:
         entry = await self._runs.entry(name)
         if entry is not None and entry.token == token:
-            over = replace(entry.claim, outcome="cancelled", ttl=0)
+            over = replace(entry.lease, outcome="cancelled", ttl=0)
             await self._runs.write(name, over, token, entry.revision)
 
-    async def _claim(
+    async def _lease(
         self, name: str, max_bytes: int, ttl: float, token: str, *, again: bool, over: int
-    ) -> tuple[Claim, bool]:
+    ) -> tuple[RunLease, bool]:
         log = self.dispatcher.log
         while True:
             entry = await self._runs.entry(name)
             if entry is not None and entry.token == token:
-                return await self._as_of_now(entry.claim), True
+                return await self._as_of_now(entry.lease), True
             if entry is not None and not entry.is_over:
-                known = await self._as_of_now(entry.claim)
+                known = await self._as_of_now(entry.lease)
                 has_ended = known.outcome or known.start == over  # which is written behind its end
                 if not ((again and has_ended) or known.is_gone(log.epoch)):
                     return known, False
             await self._sync()  # so that it begins behind the end of the one before
             with self.dispatcher.lock:
-                claim = Claim(self._node, log.epoch, log.tail, max_bytes, ttl)
-            if await self._runs.write(name, claim, token, 0 if entry is None else entry.revision):
-                return await self._as_of_now(claim), True
+                lease = RunLease(self._holder, log.epoch, log.tail, max_bytes, ttl)
+            if await self._runs.write(name, lease, token, 0 if entry is None else entry.revision):
+                return await self._as_of_now(lease), True
 
-    async def _find(self, name: str) -> Claim | None:
+    async def _find(self, name: str) -> RunLease | None:
         entry = await self._runs.entry(name)
-        return None if entry is None or entry.is_over else entry.claim
+        return None if entry is None or entry.is_over else entry.lease
 
-    async def renew(self, name: str, claim: Claim) -> bool:
+    async def renew(self, name: str, lease: RunLease) -> bool:
         """See `Backend`."""
-        return await self._here(partial(self._patiently, partial(self._renew, name, claim)))
+        return await self._here(partial(self._patiently, partial(self._renew, name, lease)))
 
-    async def _renew(self, name: str, claim: Claim) -> bool:
+    async def _renew(self, name: str, lease: RunLease) -> bool:
         while True:
             entry = await self._runs.entry(name)
-            if entry is not None and not entry.is_over and not entry.claim.is_before(claim):
-                if entry.claim.node != self._node:
+            if entry is not None and not entry.is_over and not entry.lease.is_before(lease):
+                if entry.lease.holder != self._holder:
                     return False
-                if entry.claim.outcome:
+                if entry.lease.outcome:
                     return True
-                if entry.claim.epoch == claim.epoch:
-                    claim = entry.claim
-            claim = replace(claim, node=self._node)
+                if entry.lease.epoch == lease.epoch:
+                    lease = entry.lease
+            lease = replace(lease, holder=self._holder)
             token, revision = ("", 0) if entry is None else (entry.token, entry.revision)
-            if await self._runs.write(name, claim, token, revision):
+            if await self._runs.write(name, lease, token, revision):
                 return True
 
     async def _end_run(self, publication: Publication, number: int) -> None:
@@ -585,12 +585,12 @@ class NatsBackend(RemoteBackend):
         try:
             while True:
                 entry = await self._runs.entry(publication.channel)
-                if entry is None or entry.claim.node != self._node or entry.claim.outcome:
+                if entry is None or entry.lease.holder != self._holder or entry.lease.outcome:
                     return
-                ended = await self._as_of_now(entry.claim)
+                ended = await self._as_of_now(entry.lease)
                 if ended.start >= number:
                     return  # it was begun again
-                if ended.epoch != entry.claim.epoch and number > self.dispatcher.log.tail:
+                if ended.epoch != entry.lease.epoch and number > self.dispatcher.log.tail:
                     return  # the end was in the stream that is gone: its readers would wait for that number
                 ended.outcome, ended.final = publication.end, number
                 if publication.ttl is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import nats.js.errors
 
-from .base import Claim
+from .base import RunLease
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,13 +35,13 @@ class RunEntry:
     """What the bucket has of a run.
 
     Attributes:
-        claim: The run.
+        lease: The run.
         token: Of the call that has made it: who has got no answer to that finds out so that it was its own.
         revision: The number of the entry.
         age: Seconds since it was written.
     """
 
-    claim: Claim
+    lease: RunLease
     token: str
     revision: int
     age: float
@@ -49,7 +49,7 @@ class RunEntry:
     @property
     def is_over(self) -> bool:
         """Whether nobody is to find it any more."""
-        return self.age >= (self.claim.ttl if self.claim.outcome else _LEASE)
+        return self.age >= (self.lease.ttl if self.lease.outcome else _LEASE)
 
 
 class Bucket:
@@ -77,15 +77,15 @@ class Bucket:
             return None
         fields = json.loads(found.payload)
         token = fields.pop("token")
-        return RunEntry(Claim(**fields), token, found.number, self._clock() - found.time / 1e9)
+        return RunEntry(RunLease(**fields), token, found.number, self._clock() - found.time / 1e9)
 
-    async def write(self, run: str, claim: Claim, token: str, revision: int) -> bool:
+    async def write(self, run: str, lease: RunLease, token: str, revision: int) -> bool:
         """Put it in the place of that revision. False: there is another one."""
         headers = {"Nats-Expected-Last-Subject-Sequence": str(revision)}
         if await self._forgets():
-            headers["Nats-TTL"] = str(ceil(claim.ttl if claim.outcome else _LEASE) + _SPARE)
+            headers["Nats-TTL"] = str(ceil(lease.ttl if lease.outcome else _LEASE) + _SPARE)
         try:
-            payload = json.dumps({**asdict(claim), "token": token}).encode()
+            payload = json.dumps({**asdict(lease), "token": token}).encode()
             await self._link().request(self._subject(run), payload, headers)
         except nats.js.errors.APIError as exc:
             if exc.err_code in _WRONG_REVISION:

@@ -1,6 +1,6 @@
 """The back end on Redis 6.2 or later, or Valkey: Redis Streams, by one script.
 
-Its keys, with the prefix in braces, so that a cluster has them on one node:
+Its keys, with the prefix in braces, so that a cluster has them on one holder:
 
 - ``{p}:meta``, a hash: the ``epoch``, ``n`` (the last number), ``start`` (the number at which the epoch began),
   ``root`` (the first epoch of these numbers, for what is not lost with an epoch), ``floor`` (the last number of the
@@ -11,7 +11,7 @@ Its keys, with the prefix in braces, so that a cluster has them on one node:
 - ``{p}:last``, a sorted set: the last number of each channel.
 - ``{p}:w:NODE``: what a process has published last, so that it may try again when it has got no answer.
 - ``{p}:k:…``: the root and number of each idempotency key.
-- ``{p}:r:RUN``, a hash: a run, see `Claim`.
+- ``{p}:r:RUN``, a hash: a run, see `RunLease`.
 
 Who reads the log looks at each number and epoch: an entry that is not the next one means that there was more than the
 log keeps, or that somebody has emptied it, and ``XREAD`` would not say so. After each lost connection, the last entry
@@ -45,7 +45,7 @@ from asgi_sse.errors import InvalidEventError
 
 from . import codec as wire
 from . import redis_script
-from .base import Claim, Publication
+from .base import Publication, RunLease
 from .redis_client import RedisURL, shown_url
 from .remote import CONTROL, Item, RemoteBackend, logger
 
@@ -136,7 +136,7 @@ class RedisBackend(RemoteBackend):
     async def _connect(self) -> None:
         self._client, self._closers = self._connect_to.connect()
         self._publish_script = self._client.register_script(redis_script.PUBLISH)
-        self._claim_script = self._client.register_script(redis_script.CLAIM)
+        self._lease_script = self._client.register_script(redis_script.CLAIM)
         self._release_script = self._client.register_script(redis_script.RELEASE)
         self._renew_script = self._client.register_script(redis_script.RENEW)
 
@@ -157,7 +157,7 @@ class RedisBackend(RemoteBackend):
     async def _call(self, items: list[Item], attempt: int, *, instead_of: str = "") -> list[Any]:
         """Run the script, and give its answer: epoch, number, time, start, ids."""
         epoch, known = (instead_of, _ANY) if instead_of else self._what_is_known()
-        keys = [self._key(name) for name in ("meta", "log", "last", f"w:{self._node}")]
+        keys = [self._key(name) for name in ("meta", "log", "last", f"w:{self._holder}")]
         arguments: list[Any] = [secrets.token_hex(4), epoch, attempt, *self._limits, self._key("c:"), known]
         for item in items:
             one = item.publication
@@ -404,7 +404,7 @@ class RedisBackend(RemoteBackend):
 
     # Runs
 
-    async def claim(
+    async def lease(
         self,
         name: str,
         max_bytes: int,
@@ -412,47 +412,47 @@ class RedisBackend(RemoteBackend):
         *,
         again: bool,
         over: int,  # noqa: ARG002 (that a run is over is told with its last event)
-    ) -> tuple[Claim, bool]:
+    ) -> tuple[RunLease, bool]:
         """See `Backend`."""
         token = secrets.token_hex(8)
-        return await self._claim_or_release(name, token, partial(self._claim, name, max_bytes, ttl, token, again=again))
+        return await self._lease_or_release(name, token, partial(self._lease, name, max_bytes, ttl, token, again=again))
 
     async def _release(self, name: str, token: str) -> None:
         await self._release_script(keys=[self._key(f"r:{name}")], args=[token])
 
-    async def _claim(self, name: str, max_bytes: int, ttl: float, token: str, *, again: bool) -> tuple[Claim, bool]:
+    async def _lease(self, name: str, max_bytes: int, ttl: float, token: str, *, again: bool) -> tuple[RunLease, bool]:
         await self._sync()  # to know of the epoch
         while True:
-            new, fields = await self._claim_script(
+            new, fields = await self._lease_script(
                 keys=[self._key(f"r:{name}"), self._key("meta")],
-                args=[self._node, max_bytes, ttl, int(again), _LEASE_MS, token],
+                args=[self._holder, max_bytes, ttl, int(again), _LEASE_MS, token],
             )
-            claim = _claim_of(dict(zip(fields[::2], fields[1::2], strict=True)))
-            known = await self._as_of_now(claim)
+            lease = _lease_of(dict(zip(fields[::2], fields[1::2], strict=True)))
+            known = await self._as_of_now(lease)
             if new or not known.is_gone(self.dispatcher.log.epoch):
                 return known, bool(new)
             again = True
 
-    async def _find(self, name: str) -> Claim | None:
+    async def _find(self, name: str) -> RunLease | None:
         fields = await self._client.hgetall(self._key(f"r:{name}"))
-        return _claim_of(fields) if fields else None
+        return _lease_of(fields) if fields else None
 
-    async def renew(self, name: str, claim: Claim) -> bool:
+    async def renew(self, name: str, lease: RunLease) -> bool:
         """See `Backend`."""
-        return await self._here(partial(self._patiently, partial(self._renew, name, claim)))
+        return await self._here(partial(self._patiently, partial(self._renew, name, lease)))
 
-    async def _renew(self, name: str, claim: Claim) -> bool:
-        arguments = [self._node, _LEASE_MS, claim.epoch, claim.start]
+    async def _renew(self, name: str, lease: RunLease) -> bool:
+        arguments = [self._holder, _LEASE_MS, lease.epoch, lease.start]
         for field in ("max_bytes", "ttl", "outcome", "final", "epoch", "start"):
-            arguments += [field, getattr(claim, field)]
-        arguments += ["whole", int(claim.whole)]
+            arguments += [field, getattr(lease, field)]
+        arguments += ["whole", int(lease.whole)]
         return bool(await self._renew_script(keys=[self._key(f"r:{name}")], args=arguments))
 
 
-def _claim_of(fields: dict[bytes, bytes]) -> Claim:
+def _lease_of(fields: dict[bytes, bytes]) -> RunLease:
     text = {name.decode(): value.decode() for name, value in fields.items()}
-    return Claim(
-        node=text["node"],
+    return RunLease(
+        holder=text["holder"],
         epoch=text["epoch"],
         start=int(text["start"]),
         max_bytes=int(text["max_bytes"]),

@@ -98,7 +98,7 @@ end
 return {epoch, string.format('%d', n), ms, start, joined}
 """
 
-# KEYS: run, meta. ARGV: node, max_bytes, ttl, whether to begin again one that has ended, ms, a token: who has got no
+# KEYS: run, meta. ARGV: holder, max_bytes, ttl, whether to begin again one that has ended, ms, a token: who has got no
 # answer finds by it that the run is its own.
 CLAIM: Final = """
 local outcome = redis.call('HGET', KEYS[1], 'outcome')
@@ -108,28 +108,28 @@ if outcome and (own or outcome == '' or ARGV[4] == '0') then
 end
 local at = redis.call('HMGET', KEYS[2], 'epoch', 'n')
 redis.call('DEL', KEYS[1])
-redis.call('HSET', KEYS[1], 'node', ARGV[1], 'max_bytes', ARGV[2], 'ttl', ARGV[3], 'outcome', '', 'final', 0,
+redis.call('HSET', KEYS[1], 'holder', ARGV[1], 'max_bytes', ARGV[2], 'ttl', ARGV[3], 'outcome', '', 'final', 0,
   'token', ARGV[6], 'epoch', at[1] or '', 'start', at[2] or 0, 'whole', 1)
 redis.call('PEXPIRE', KEYS[1], ARGV[5])
 return {1, redis.call('HGETALL', KEYS[1])}
 """
 
-# KEYS: run. ARGV: node, ms, the epoch, the start, and the fields of the run, to put it back if it is gone, or of an
+# KEYS: run. ARGV: holder, ms, the epoch, the start, and the fields of the run, to put it back if it is gone, or of an
 # earlier epoch. One that has ended in that, or began before it, was called so before, and came back with an engine that
 # has lost events.
 RENEW: Final = """
-local known = redis.call('HMGET', KEYS[1], 'node', 'epoch', 'outcome', 'start')
-local node, other = known[1], known[2] ~= ARGV[3]
-local before = node and known[3] ~= '' and (other or tonumber(known[4]) < tonumber(ARGV[4]))
-if node and node ~= ARGV[1] and not before then return 0 end
-if not node or other or before then
-  redis.call('HSET', KEYS[1], 'node', ARGV[1], unpack(ARGV, 5))
+local known = redis.call('HMGET', KEYS[1], 'holder', 'epoch', 'outcome', 'start')
+local holder, other = known[1], known[2] ~= ARGV[3]
+local before = holder and known[3] ~= '' and (other or tonumber(known[4]) < tonumber(ARGV[4]))
+if holder and holder ~= ARGV[1] and not before then return 0 end
+if not holder or other or before then
+  redis.call('HSET', KEYS[1], 'holder', ARGV[1], unpack(ARGV, 5))
 end
 if redis.call('HGET', KEYS[1], 'outcome') == '' then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
 return 1
 """
 
-# KEYS: run. ARGV: the token of the claim that nobody has got.
+# KEYS: run. ARGV: the token of the lease that nobody has got.
 RELEASE: Final = """
 if redis.call('HGET', KEYS[1], 'token') == ARGV[1] then redis.call('DEL', KEYS[1]) end
 """

@@ -24,7 +24,7 @@ from asgi_sse.protocol.event import ServerSentEvent
 from asgi_sse.stream.flusher import current_flusher
 
 from . import codec as wire
-from .base import Backend, BrokerStatistics, Claim, Publication, State
+from .base import Backend, BrokerStatistics, Publication, RunLease, State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
@@ -99,7 +99,7 @@ class RemoteBackend(Backend):
     Args:
         dispatcher: Where events go.
         url: The engine, for messages: without a password.
-        timeout: Seconds that publishing may take, and to find or claim a run; ``None``: publishing as long as it takes,
+        timeout: Seconds that publishing may take, and to find or lease a run; ``None``: publishing as long as it takes,
             runs five.
         burst: Events after which the streams of the event loop are let to take what came.
     """
@@ -116,7 +116,7 @@ class RemoteBackend(Backend):
         self._extra: dict[str, object] = {"sse_engine": url}  # of log records
         self._timeout = timeout
         self._burst = burst
-        self._node = secrets.token_hex(4)
+        self._holder = secrets.token_hex(4)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._queue: deque[Item] = deque()
@@ -180,7 +180,7 @@ class RemoteBackend(Backend):
 
     @abstractmethod
     async def _release(self, name: str, token: str) -> None:
-        """Undo the claim of a run that was made with this token."""
+        """Undo the lease of a run that was made with this token."""
 
     @abstractmethod
     async def _recall(self, channels: list[str]) -> None:
@@ -194,7 +194,7 @@ class RemoteBackend(Backend):
             self._loop = asyncio.get_running_loop()
         except RuntimeError:
             raise BrokerError(f"{self.url} needs asyncio: its client knows no other event loop") from None
-        self._node = secrets.token_hex(4)
+        self._holder = secrets.token_hex(4)
         self._queued, self._progress = asyncio.Event(), asyncio.Event()
         self._questions = asyncio.Semaphore(_QUESTIONS)
         self._state = "connecting"
@@ -333,47 +333,47 @@ class RemoteBackend(Backend):
         try:
             event, _ = wire.load(payload)
             order: Any = json.loads(event.data or "")
-            name, node = order["cancel"], order["node"]
+            name, holder = order["cancel"], order["holder"]
         except Exception:  # anybody may have written it
             logger.exception("an order that nobody understands came from %s", self.url, extra=self._extra)
             return
-        if node == self._node:
+        if holder == self._holder:
             self.on_cancel(name)
 
     # Runs
 
-    async def find(self, name: str) -> Claim | None:
+    async def find(self, name: str) -> RunLease | None:
         """See `Backend`."""
         return await self._here(partial(self._in_time, partial(self._find_now, name)))
 
-    async def _find_now(self, name: str) -> Claim | None:
-        claim = await self._question(partial(self._find, name))
-        return claim and await self._as_of_now(claim)
+    async def _find_now(self, name: str) -> RunLease | None:
+        lease = await self._question(partial(self._find, name))
+        return lease and await self._as_of_now(lease)
 
     @abstractmethod
-    async def _find(self, name: str) -> Claim | None:
+    async def _find(self, name: str) -> RunLease | None:
         """What the engine has of a run."""
 
-    async def _as_of_now(self, claim: Claim) -> Claim:
-        """A claim in config of the log that there is; of an earlier one, only what has ended in that.
+    async def _as_of_now(self, lease: RunLease) -> RunLease:
+        """A lease in config of the log that there is; of an earlier one, only what has ended in that.
 
         The engine may have it from before it lost events, or from a process that did not know of that yet: a reader
         would miss the beginning, and not be told.
         """
-        if claim.epoch != self.dispatcher.log.epoch:
+        if lease.epoch != self.dispatcher.log.epoch:
             await self._sync()  # it may be ahead of us
-        if claim.epoch == self.dispatcher.log.epoch or claim.outcome:
-            return claim
+        if lease.epoch == self.dispatcher.log.epoch or lease.outcome:
+            return lease
         epoch, start = await self._question(self._epoch)
-        return replace(claim, epoch=epoch, start=start, whole=False)
+        return replace(lease, epoch=epoch, start=start, whole=False)
 
     @abstractmethod
     async def _epoch(self) -> tuple[str, int]:
         """The engine's epoch, and the number behind which it is."""
 
-    def ask_to_stop(self, name: str, node: str) -> None:
+    def ask_to_stop(self, name: str, holder: str) -> None:
         """See `Backend`."""
-        self.post(Publication(CONTROL, ServerSentEvent({"cancel": name, "node": node})))
+        self.post(Publication(CONTROL, ServerSentEvent({"cancel": name, "holder": holder})))
 
     def _progressed(self) -> None:
         self._measure()
@@ -439,11 +439,11 @@ class RemoteBackend(Backend):
         async with self._questions:
             return await make()
 
-    async def _claim_or_release(
-        self, name: str, token: str, claim: Callable[[], Coroutine[Any, Any, tuple[Claim, bool]]]
-    ) -> tuple[Claim, bool]:
+    async def _lease_or_release(
+        self, name: str, token: str, lease: Callable[[], Coroutine[Any, Any, tuple[RunLease, bool]]]
+    ) -> tuple[RunLease, bool]:
         try:
-            return await self._here(partial(self._in_time, claim))
+            return await self._here(partial(self._in_time, lease))
         except BaseException:  # who has asked is gone, or waits no more: nobody would run it
             loop = self._loop
             if loop is not None and not loop.is_closed():
@@ -458,7 +458,7 @@ class RemoteBackend(Backend):
     def _released(self, task: asyncio.Task[None]) -> None:
         self._releases.discard(task)
         if not task.cancelled() and (exc := task.exception()) is not None:
-            logger.debug("a claim of a run was not released: %s", exc, extra=self._extra)
+            logger.debug("a lease of a run was not released: %s", exc, extra=self._extra)
 
     async def _in_time(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Try it as long as a publisher would: a request that waits for ever holds its server when that stops."""

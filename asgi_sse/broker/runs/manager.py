@@ -24,7 +24,7 @@ from .run import Run
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable, Iterable, Iterator
 
-    from asgi_sse.broker.backends.base import Backend, Claim
+    from asgi_sse.broker.backends.base import Backend, RunLease
     from asgi_sse.broker.ring import Entry
     from asgi_sse.protocol.event import ServerSentEvent
     from asgi_sse.runtime.base import Child, EventLoop
@@ -103,7 +103,7 @@ class Runs(Mapping[str, Run]):
         name: str,
         source: AsyncIterable[Any] | Iterable[Any],
         *,
-        make: Callable[[str, Claim, Callable[[Run, Outcome], None]], Run],
+        make: Callable[[str, RunLease, Callable[[Run, Outcome], None]], Run],
         ttl: float,
         max_lifetime: float | None,
         max_bytes: int,
@@ -124,10 +124,10 @@ class Runs(Mapping[str, Run]):
             if self._going_on() >= self._max_runs:
                 raise BrokerError(f"{self._max_runs} runs go on, the most there may be (max_runs)")
             over = -1 if known is None else known.start
-            claim, new = await self._backend.claim(name, max_bytes, ttl, again=not join, over=over)
+            lease, new = await self._backend.lease(name, max_bytes, ttl, again=not join, over=over)
             if new:
                 with self._dispatcher.lock:
-                    run = self._joined(name, claim) or self._made(name, claim, make)
+                    run = self._joined(name, lease) or self._made(name, lease, make)
                     run.publisher = RunPublisher(iterator, run, on_end)
                     run.loop = run.publisher.loop
                     self._add(run)
@@ -135,7 +135,7 @@ class Runs(Mapping[str, Run]):
                 if max_lifetime is not None:
                     self._alarms_of(run.loop).set(max_lifetime, partial(_stop, weakref.ref(run), "expired"))
                 return run
-            known = self._found(name, claim, make)
+            known = self._found(name, lease, make)
         if not join:
             raise BrokerError(f"run {name} goes on: read it by runs[{name!r}], or cancel it and wait for its end")
         close = getattr(iterator, "aclose", None)
@@ -143,49 +143,53 @@ class Runs(Mapping[str, Run]):
             await close()
         return known
 
-    async def find(self, name: str, make: Callable[[str, Claim, Callable[[Run, Outcome], None]], Run]) -> Run | None:
+    async def find(self, name: str, make: Callable[[str, RunLease, Callable[[Run, Outcome], None]], Run]) -> Run | None:
         """The run of that name, in whichever process it runs."""
         known = self._all.get(name)
         if known is not None and known.outcome is None:
             return known
         if self._backend.is_alone:
             return known
-        claim = await self._backend.find(name)
-        return None if claim is None or claim.is_gone(self._dispatcher.log.epoch) else self._found(name, claim, make)
+        lease = await self._backend.find(name)
+        return None if lease is None or lease.is_gone(self._dispatcher.log.epoch) else self._found(name, lease, make)
 
-    def _found(self, name: str, claim: Claim, make: Callable[[str, Claim, Callable[[Run, Outcome], None]], Run]) -> Run:
+    def _found(
+        self, name: str, lease: RunLease, make: Callable[[str, RunLease, Callable[[Run, Outcome], None]], Run]
+    ) -> Run:
         with self._dispatcher.lock:
             run = self._all.get(name)
-            if run is None or (self._is_later(claim, run) if run.outcome is None else run.start != claim.start):
-                run = self._made(name, claim, make)
+            if run is None or (self._is_later(lease, run) if run.outcome is None else run.start != lease.start):
+                run = self._made(name, lease, make)
                 self._add(run)
                 last = self._dispatcher.log.last(name)
                 if last is not None and run.is_ended_by(last):
                     self._set_ended(run, last.number, last.end or "lost")
-            known = claim.epoch == self._dispatcher.log.epoch and not self._is_earlier(claim, run)
-            if run.outcome is None and claim.outcome and known:
-                self._set_ended(run, claim.final, claim.outcome)
+            known = lease.epoch == self._dispatcher.log.epoch and not self._is_earlier(lease, run)
+            if run.outcome is None and lease.outcome and known:
+                self._set_ended(run, lease.final, lease.outcome)
         return run
 
-    def _made(self, name: str, claim: Claim, make: Callable[[str, Claim, Callable[[Run, Outcome], None]], Run]) -> Run:
-        run = make(name, claim, self._given_up)
-        if claim.epoch != self._dispatcher.log.epoch:  # the log has become another one since it was asked for
+    def _made(
+        self, name: str, lease: RunLease, make: Callable[[str, RunLease, Callable[[Run, Outcome], None]], Run]
+    ) -> Run:
+        run = make(name, lease, self._given_up)
+        if lease.epoch != self._dispatcher.log.epoch:  # the log has become another one since it was asked for
             run.start = 0
-            run.claim.whole = False
+            run.lease.whole = False
         return run
 
-    def _is_later(self, claim: Claim, run: Run) -> bool:
-        """Whether a claim is that of a later run of that name: what began in an earlier log may begin anywhere."""
-        return claim.whole and claim.start > run.start and claim.epoch == self._dispatcher.log.epoch
+    def _is_later(self, lease: RunLease, run: Run) -> bool:
+        """Whether a lease is that of a later run of that name: what began in an earlier log may begin anywhere."""
+        return lease.whole and lease.start > run.start and lease.epoch == self._dispatcher.log.epoch
 
-    def _is_earlier(self, claim: Claim, run: Run) -> bool:
+    def _is_earlier(self, lease: RunLease, run: Run) -> bool:
         """Whether it is that of an earlier one, of an engine that has lost events, which is not known here yet."""
-        return claim.whole and claim.start < run.start and claim.epoch == self._dispatcher.log.epoch
+        return lease.whole and lease.start < run.start and lease.epoch == self._dispatcher.log.epoch
 
-    def _joined(self, name: str, claim: Claim) -> Run | None:
-        """The run of a claim of ours, where another task was told of it before we were."""
+    def _joined(self, name: str, lease: RunLease) -> Run | None:
+        """The run of a lease of ours, where another task was told of it before we were."""
         run = self._all.get(name)
-        if run is None or run.publisher is not None or run.outcome is not None or run.start != claim.start:
+        if run is None or run.publisher is not None or run.outcome is not None or run.start != lease.start:
             return None
         return run
 
@@ -194,7 +198,7 @@ class Runs(Mapping[str, Run]):
         if before is not None and before is not run and before.outcome is None:  # nobody else would end it
             self._set_ended(before, run.start, "lost")
             before.loop.call_threadsafe(partial(self._dispatcher.look_again, run.name))
-        self._dispatcher.log.keep(run.name, run.claim.max_bytes)
+        self._dispatcher.log.keep(run.name, run.lease.max_bytes)
         self._all[run.name] = run
         self._over.pop(run.name, None)
 
@@ -214,7 +218,7 @@ class Runs(Mapping[str, Run]):
         while len(self._over) > self._max_runs:
             self._release(next(iter(self._over)))
         forget = partial(_forget, weakref.ref(self), weakref.ref(run))
-        run.loop.call_threadsafe(partial(self._set_alarm, run.loop, run.claim.ttl, forget))
+        run.loop.call_threadsafe(partial(self._set_alarm, run.loop, run.lease.ttl, forget))
         if run.publisher is not None:  # if it was another process that has ended it: else it has stopped already
             run.loop.call_threadsafe(partial(_stop, weakref.ref(run), "lost"))
 
@@ -233,9 +237,9 @@ class Runs(Mapping[str, Run]):
         """
         epoch = self._dispatcher.log.epoch
         for name, run in list(self._all.items()):
-            if run.claim.epoch != epoch:
-                run.start = run.claim.start = tail  # which its process tells the engine
-                run.claim.epoch, run.claim.whole = epoch, False
+            if run.lease.epoch != epoch:
+                run.start = run.lease.start = tail  # which its process tells the engine
+                run.lease.epoch, run.lease.whole = epoch, False
             if run.outcome is not None:
                 run.final = run.start  # or who reads it would wait for a number of the log before
                 self._release(name)
@@ -310,39 +314,39 @@ class Runs(Mapping[str, Run]):
         if run.publisher is not None or run.last_word is not None:
             await self._look_after_own(name, run)
             return
-        claim = await self._backend.find(name)
-        if (claim is None or claim.is_gone(self._dispatcher.log.epoch)) and run not in missing:
+        lease = await self._backend.find(name)
+        if (lease is None or lease.is_gone(self._dispatcher.log.epoch)) and run not in missing:
             missing.add(run)  # who has it may have been cut off, as we were
             return
-        if claim is not None and self._is_earlier(claim, run):
+        if lease is not None and self._is_earlier(lease, run):
             return
         missing.discard(run)
-        if claim is None:
+        if lease is None:
             await self._bury(name, run)
-        elif claim.is_gone(self._dispatcher.log.epoch):
-            self._given_up(run, cast("Outcome", claim.outcome))
-        elif claim.outcome or self._is_later(claim, run):
-            self._end_without_event(run, claim.final or claim.start, claim.outcome or "lost")
+        elif lease.is_gone(self._dispatcher.log.epoch):
+            self._given_up(run, cast("Outcome", lease.outcome))
+        elif lease.outcome or self._is_later(lease, run):
+            self._end_without_event(run, lease.final or lease.start, lease.outcome or "lost")
 
     async def _look_after_own(self, name: str, run: Run) -> None:
         if run.last_word is not None:
             await self._repeat_last_word(run, *run.last_word)
-        elif run.publisher is not None and not await self._backend.renew(name, run.claim):
+        elif run.publisher is not None and not await self._backend.renew(name, run.lease):
             logger.warning("run %s is ended: another process has taken it for lost", name, extra={"sse_run": name})
             run.publisher.stop("lost")
 
     async def _repeat_last_word(self, run: Run, event: ServerSentEvent, outcome: Outcome) -> None:
         """The last event was acknowledged, and may have been lost with the log before it came to anybody."""
         await self._catch_up()
-        claim = await self._backend.find(run.name)
+        lease = await self._backend.find(run.name)
         if run.outcome is not None:
             return
         if (
-            claim is not None
-            and not (claim.is_gone(self._dispatcher.log.epoch) or self._is_earlier(claim, run))
-            and (claim.outcome or self._is_later(claim, run))
+            lease is not None
+            and not (lease.is_gone(self._dispatcher.log.epoch) or self._is_earlier(lease, run))
+            and (lease.outcome or self._is_later(lease, run))
         ):
-            self._end_without_event(run, claim.final or claim.start, claim.outcome or "lost")
+            self._end_without_event(run, lease.final or lease.start, lease.outcome or "lost")
         else:
             await run.put(event, outcome)
 
@@ -355,7 +359,7 @@ class Runs(Mapping[str, Run]):
         await self._catch_up()
         if run.outcome is not None:  # its end came when the engine had forgotten it
             return
-        if await self._backend.renew(name, run.claim):  # as ours; another process may have been faster
+        if await self._backend.renew(name, run.lease):  # as ours; another process may have been faster
             logger.warning("run %s is ended: its process has not been heard of for long", name, extra={"sse_run": name})
             await run.put(final_event("lost"), "lost")
 

@@ -17,7 +17,7 @@ from .publisher import Outcome, RunPublisher
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from asgi_sse.broker.backends.base import Claim
+    from asgi_sse.broker.backends.base import RunLease
     from asgi_sse.broker.broker import Broker
     from asgi_sse.broker.dispatcher import Dispatcher
     from asgi_sse.broker.ring import Entry
@@ -45,7 +45,7 @@ class Run(Channel):
     """
 
     __slots__ = (
-        "__weakref__", "_backend", "_left", "_pace", "_subscription", "_waiters", "claim", "final", "given_up",
+        "__weakref__", "_backend", "_left", "_pace", "_subscription", "_waiters", "lease", "final", "given_up",
         "last_word", "loop", "outcome", "publisher", "start", "told_at",
     )  # fmt: skip
 
@@ -54,7 +54,7 @@ class Run(Channel):
         broker: Broker,
         dispatcher: Dispatcher,
         name: str,
-        claim: Claim,
+        lease: RunLease,
         *,
         backend: Backend,
         subscription: Callable[..., Subscription],
@@ -62,8 +62,8 @@ class Run(Channel):
         given_up: Callable[[Run, Outcome], None],
     ) -> None:
         super().__init__(broker, dispatcher, name)
-        self.claim = claim
-        self.start = claim.start
+        self.lease = lease
+        self.start = lease.start
         self.final: int | None = None
         self.outcome: Outcome | None = None
         self.told_at: float | None = None  # that its broker is to be closed
@@ -94,7 +94,7 @@ class Run(Channel):
         if self.publisher is not None:
             self.publisher.stop(outcome)
         else:
-            self._backend.ask_to_stop(self.name, self.claim.node)
+            self._backend.ask_to_stop(self.name, self.lease.holder)
 
     async def wait(self) -> Outcome:
         """Wait until it has ended, and give how.
@@ -183,7 +183,7 @@ class Run(Channel):
             event,
             end=end,
             keep_after=self.start if ring is None else max(self.start, ring.trimmed),
-            ttl=None if end is None else self.claim.ttl,
+            ttl=None if end is None else self.lease.ttl,
         )
 
     def leave(self) -> None:

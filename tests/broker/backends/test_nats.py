@@ -17,7 +17,7 @@ from engines import Nats
 from asgi_sse import Broker, BrokerError, ServerSentEvent
 from asgi_sse.broker.backends import jetstream, nats_runs
 from asgi_sse.broker.backends import nats as back_end
-from asgi_sse.broker.backends.base import Claim, Publication
+from asgi_sse.broker.backends.base import Publication, RunLease
 from asgi_sse.broker.backends.jetstream import servers_of, shown_server
 from asgi_sse.broker.backends.nats import NatsBackend
 from asgi_sse.cli.hub import create_hub
@@ -478,34 +478,34 @@ async def test_a_run_is_that_of_one_process(server: Nats, monkeypatch: Any) -> N
         first, second = back_end_of(one), back_end_of(two)
         assert await second.find("r") is None
         await one.publish("other", "x")
-        results = await asyncio.gather(*(back.claim("r", 100, 60, again=True, over=-1) for back in (first, second) * 3))
+        results = await asyncio.gather(*(back.lease("r", 100, 60, again=True, over=-1) for back in (first, second) * 3))
         assert sum(new for _, new in results) == 1
-        claim = results[0][0]
-        assert {each.node for each, _ in results} == {claim.node}
-        assert (claim.start, claim.epoch, claim.outcome) == (1, one._dispatcher.log.epoch, "")
-        owner, other = (first, second) if claim.node == first._node else (second, first)
-        assert await owner.renew("r", claim)
-        assert not await other.renew("r", claim)
+        lease = results[0][0]
+        assert {each.node for each, _ in results} == {lease.node}
+        assert (lease.start, lease.epoch, lease.outcome) == (1, one._dispatcher.log.epoch, "")
+        owner, other = (first, second) if lease.node == first._holder else (second, first)
+        assert await owner.renew("r", lease)
+        assert not await other.renew("r", lease)
         found = await other.find("r")
-        assert found == claim
+        assert found == lease
 
         ended = await owner.publish(Publication("r", ServerSentEvent("x"), end="finished", ttl=60))
         found = await other.find("r")
         assert found is not None
         assert (found.outcome, found.final) == ("finished", int(ended.partition("-")[2]))
-        assert (await other.claim("r", 100, 60, again=False, over=-1)) == (found, False)
-        claim, new = await other.claim("r", 100, 60, again=True, over=-1)
+        assert (await other.lease("r", 100, 60, again=False, over=-1)) == (found, False)
+        lease, new = await other.lease("r", 100, 60, again=True, over=-1)
         assert new
-        assert (claim.node, claim.start) == (other._node, found.final)
+        assert (lease.node, lease.start) == (other._holder, found.final)
 
         monkeypatch.setattr(nats_runs, "_LEASE", -1)
         assert await owner.find("r") is None
-        claim, new = await owner.claim("r", 100, 60, again=False, over=-1)
+        lease, new = await owner.lease("r", 100, 60, again=False, over=-1)
         assert new
-        assert claim.node == owner._node
-        assert await other.renew("r", claim)  # its time is over: another process takes it, to end it
+        assert lease.node == owner._holder
+        assert await other.renew("r", lease)  # its time is over: another process takes it, to end it
         monkeypatch.undo()
-        assert not await owner.renew("r", claim)
+        assert not await owner.renew("r", lease)
 
 
 async def test_who_has_got_no_answer_to_a_claim_has_it_all_the_same(server: Nats, monkeypatch: Any) -> None:
@@ -520,9 +520,9 @@ async def test_who_has_got_no_answer_to_a_claim_has_it_all_the_same(server: Nats
             return written
 
         monkeypatch.setattr(back._runs, "write", write_and_fail)
-        claim, new = await back.claim("r", 100, 60, again=False, over=-1)
+        lease, new = await back.lease("r", 100, 60, again=False, over=-1)
         assert new
-        assert claim.node == back._node
+        assert lease.node == back._holder
 
 
 async def test_a_run_that_ends_while_it_is_renewed_has_ended(server: Nats) -> None:
@@ -530,9 +530,9 @@ async def test_a_run_that_ends_while_it_is_renewed_has_ended(server: Nats) -> No
         back = back_end_of(one)
         for number in range(5):
             name = f"r{number}"
-            claim, _ = await back.claim(name, 100, 60, again=False, over=-1)
+            lease, _ = await back.lease(name, 100, 60, again=False, over=-1)
             end = Publication(name, ServerSentEvent("x"), end="finished", ttl=60)
-            await asyncio.gather(*(back.renew(name, claim) for _ in range(5)), back.publish(end))
+            await asyncio.gather(*(back.renew(name, lease) for _ in range(5)), back.publish(end))
             found = await back_end_of(two).find(name)
             assert found is not None
             assert found.outcome == "finished"
@@ -556,7 +556,7 @@ async def test_a_run_is_read_and_cancelled_from_another_process(server: Nats) ->
             assert await other.wait() == await run.wait() == "cancelled"
 
 
-async def said_already(_name: str, _claim: Claim) -> bool:
+async def said_already(_name: str, _lease: RunLease) -> bool:
     return True
 
 
@@ -611,7 +611,7 @@ async def test_the_end_of_a_run_that_went_with_the_stream_is_none_of_the_next_on
         back = back_end_of(one)
         for _ in range(5):
             await one.publish("a", "x")
-        await back.claim("r", 100, 60, again=False, over=-1)
+        await back.lease("r", 100, 60, again=False, over=-1)
         await js.delete_stream("SSE_p")
         await eventually(lambda: one.statistics().restarts == 1)
         await back._end_run(Publication("r", ServerSentEvent("x"), end="finished", ttl=60), 6)
@@ -628,7 +628,7 @@ async def test_a_run_is_looked_for_again_where_the_stream_is_gone_a_second_time(
 
     async with Broker(server.url, prefix="p") as one, raw(server) as js:
         back = back_end_of(one)
-        await back.claim("r", 100, 60, again=False, over=-1)
+        await back.lease("r", 100, 60, again=False, over=-1)
         await js.delete_stream("SSE_p")
         await eventually(lambda: one.statistics().restarts == 1)
         monkeypatch.setattr(back, "_sync", nothing)

@@ -23,7 +23,7 @@ import asgi_sse.broker
 from asgi_sse import Broker, BrokerError, HTTPError, ServerSentEvent, Subscription
 from asgi_sse.broker.backends import redis as redis_backend
 from asgi_sse.broker.backends import redis_client
-from asgi_sse.broker.backends.base import Claim, Publication
+from asgi_sse.broker.backends.base import Publication, RunLease
 from asgi_sse.broker.backends.redis import RedisBackend
 from asgi_sse.broker.runs import manager as runs
 from asgi_sse.broker.runs.publisher import final_event
@@ -443,11 +443,11 @@ async def test_runs_are_renewed_whatever_went_wrong_once(
         renew = RedisBackend.renew
         failed: list[object] = []
 
-        async def fail_once(self: RedisBackend, name: str, claim: Any) -> bool:
+        async def fail_once(self: RedisBackend, name: str, lease: Any) -> bool:
             if not failed:
                 failed.append(name)
                 raise redis.exceptions.ResponseError("NOPERM")
-            return await renew(self, name, claim)
+            return await renew(self, name, lease)
 
         monkeypatch.setattr(RedisBackend, "renew", fail_once)
         with valkey.client() as client:
@@ -684,7 +684,7 @@ async def test_a_run_that_has_lost_its_beginning_says_so(valkey: Valkey, prefix:
             assert "before" not in data(rest)
 
 
-async def said_already(_name: str, _claim: Claim) -> bool:
+async def said_already(_name: str, _lease: RunLease) -> bool:
     return True
 
 
@@ -812,14 +812,14 @@ async def test_a_run_that_is_begun_while_the_log_becomes_another_one_begins_with
             await one.publish("a", "x")  # so that it would begin behind its own end
         back = one._backend
         assert isinstance(back, RedisBackend)
-        claim = back._claim_script
+        lease = back._lease_script
 
         async def claim_and_lose(**arguments: Any) -> Any:
-            answer = await claim(**arguments)
+            answer = await lease(**arguments)
             await lose_all(valkey, prefix, one, two)
             return answer
 
-        monkeypatch.setattr(back, "_claim_script", claim_and_lose)
+        monkeypatch.setattr(back, "_lease_script", claim_and_lose)
         run = await one.run("r", ["0", "1"])
         async with asyncio.timeout(PATIENCE):
             assert await run.wait() == "finished"
@@ -836,10 +836,10 @@ async def test_who_was_told_of_a_run_before_the_log_became_another_one_has_that_
         find, told, go_on = two._backend.find, asyncio.Event(), asyncio.Event()
 
         async def find_and_wait(name: str) -> Any:
-            claim = await find(name)
+            lease = await find(name)
             told.set()
             await go_on.wait()
-            return claim
+            return lease
 
         monkeypatch.setattr(two._backend, "find", find_and_wait)
         late = asyncio.ensure_future(two.find_run("r"))
