@@ -229,9 +229,9 @@ class Subscription(Cursor):
             self._given = snapshot.position
         return event
 
-    # As the feed of a stream (stream.Live)
+    # As the feed of a stream (stream.PullSource)
 
-    def as_live(self) -> Subscription:
+    def as_pull_source(self) -> Subscription:
         """This, as what a stream pulls from."""
         self._begin()
         # So that a client which leaves before its first event has a place to resume from; unless it gets a snapshot,
@@ -240,32 +240,32 @@ class Subscription(Cursor):
         return self
 
     def joined(self, stream: Stream) -> None:
-        """See `stream.Live`."""
+        """See `stream.PullSource`."""
         self._stream = stream
         self._get_ready()
 
     def attach(self, wake: Callable[[], object]) -> None:
-        """See `stream.Live`."""
+        """See `stream.PullSource`."""
         self._wake = wake
 
     def detach(self) -> None:
-        """See `stream.Live`."""
+        """See `stream.PullSource`."""
         self._wake = _nothing
         self._stream = None
         self._close()
 
     def stop(self) -> None:
-        """See `stream.Live`."""
+        """See `stream.PullSource`."""
         self._stopped = True
 
     @property
     def pending(self) -> bool:
-        """See `stream.Live`: a snapshot that fails may have a status of its own."""
+        """See `stream.PullSource`: a snapshot that fails may have a status of its own."""
         return self._snapshot is not None and self._snapshot.wanted and self._lost is None
 
     @property
     def patient(self) -> bool:
-        """See `stream.Live`: what reads a run has the time of a drain to see its end."""
+        """See `stream.PullSource`: what reads a run has the time of a drain to see its end."""
         return self._run is not None
 
     @property
@@ -355,7 +355,7 @@ class Subscription(Cursor):
         """See `feed.Feed`."""
 
     def keep_alive(self) -> bytes:
-        """See `stream.Live`: where all there is was read, the place up to which that is so."""
+        """See `stream.PullSource`: where all there is was read, the place up to which that is so."""
         if not self._checkpoint or self._given is None:
             return b""
         with self._dispatcher.lock:

@@ -116,7 +116,7 @@ class AdoptedStream(Changing, Child):
             connection=connection,
             server=server,
             options=options,
-            keeper=registry,
+            host=registry,
             draining=DrainingEvent(),
             child=self,
         )
@@ -218,10 +218,10 @@ class AdoptedStream(Changing, Child):
             self._raised = error  # once: an app that deals with it has dealt with it
             raise error
 
-    # The stream's side (stream.Watched)
+    # The stream's side (stream.DisconnectWatcher)
 
     async def watch(self) -> None:
-        """See `stream.Watched`. A little ahead of the app, whose request's body may not have ended."""
+        """See `stream.DisconnectWatcher`. A little ahead of the app, whose request's body may not have ended."""
         while not self.disconnected:
             if self._busy or self._ahead > _AHEAD:
                 await self._change()
@@ -239,7 +239,7 @@ class AdoptedStream(Changing, Child):
                 self._notify()
 
     def discard(self) -> None:
-        """See `stream.Watched`. The body is the app's."""
+        """See `stream.DisconnectWatcher`. The body is the app's."""
 
     def received(self, message: Message | None) -> None:
         """The app's ``receive()`` that was under way at the adoption is over, with a message or without."""

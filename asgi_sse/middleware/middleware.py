@@ -16,7 +16,7 @@ from asgi_sse.runtime.compressors import Guard
 from asgi_sse.runtime.server import Server, server_of
 from asgi_sse.stream.options import StreamOptions
 from asgi_sse.stream.registry import StreamRegistry, check_registry
-from asgi_sse.stream.response import SCOPE_KEY, Defaults
+from asgi_sse.stream.response import SCOPE_KEY, AppContext
 
 from .responder import Responder, ResponderConfig
 
@@ -98,7 +98,7 @@ class SSEMiddleware:
         self._routes = RouteTable(routes or {})
         options = StreamOptions(**defaults)
         guarded = compression != "off"
-        self._defaults = Defaults(self.registry, options, watch=signals, guard=guarded)
+        self._defaults = AppContext(self.registry, options, watch=signals, guard=guarded)
         self._guard = Guard(self.app, compression, self.registry.count_compressed) if guarded else None
         adopted = replace(options, retry=None, opening_comment=False, open_timeout=0, on_error=None)
         self._config = ResponderConfig(self.registry, adopted if adopt else None, watch=signals, guard=self._guard)

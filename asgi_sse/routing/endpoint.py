@@ -16,7 +16,7 @@ from asgi_sse.protocol.asgi import ASGIApp, Receive, Scope, Send
 from asgi_sse.runtime.server import Server, server_of
 from asgi_sse.stream.draining import DrainingEvent
 from asgi_sse.stream.receiver import RequestReceiver
-from asgi_sse.stream.response import RESPONDER_KEY, SCOPE_KEY, Defaults, EventSourceResponse, encode_header
+from asgi_sse.stream.response import RESPONDER_KEY, SCOPE_KEY, AppContext, EventSourceResponse, encode_header
 
 METHODS: Final = ("GET", "HEAD", "POST")  # POST since prompts are too large for a URL
 _PARSED_BYTES: Final = 65_536
@@ -218,7 +218,7 @@ class Request:
         is ended at once.
         """
         self._draining.watched = True
-        defaults: Defaults | None = self.scope.get(SCOPE_KEY)
+        defaults: AppContext | None = self.scope.get(SCOPE_KEY)
         if defaults is not None and defaults.registry.is_draining(self._server):
             self._draining.set()
         return self._draining

@@ -354,10 +354,10 @@ class StreamRegistry:
     def _streams_of(self, server: Server) -> list[Stream]:
         return [stream for stream in list(self._streams) if server.covers(stream.server)]
 
-    # What a stream needs (stream.Keeper)
+    # What a stream needs (stream.StreamObserverHost)
 
     def add(self, stream: Stream) -> None:
-        """See `stream.Keeper`."""
+        """See `stream.StreamObserverHost`."""
         self._streams[stream] = current_heartbeat()
         self._counters.began()
         self._observers.tell("begun", stream)
@@ -365,17 +365,17 @@ class StreamRegistry:
             self._drain_streams([stream], self._drain_timeout)
 
     def arm(self, stream: Stream, when: float) -> None:
-        """See `stream.Keeper`."""
+        """See `stream.StreamObserverHost`."""
         heartbeat = self._streams.get(stream)
         if heartbeat is not None:
             heartbeat.arm(stream, when)
 
     def ending(self, stream: Stream) -> None:
-        """See `stream.Keeper`."""
+        """See `stream.StreamObserverHost`."""
         self._observers.tell("ending", stream)
 
     def discard(self, stream: Stream) -> None:
-        """See `stream.Keeper`."""
+        """See `stream.StreamObserverHost`."""
         if stream.abandoned:
             self._abandoned.add(stream)
         else:

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 Headers: TypeAlias = Mapping[str, str] | Iterable[tuple[str, str]]
 
 SCOPE_KEY: Final = "asgi_sse"
-"""Where a request's scope holds the `Defaults` of the app around it."""
+"""Where a request's scope holds the `AppContext` of the app around it."""
 
 _TOKEN: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
 _NO_BODY: Final = frozenset({204, 205, 304})
@@ -50,7 +50,7 @@ EVENT_STREAM_HEADERS: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class Defaults:
+class AppContext:
     """What an app gives to every stream under it, where the stream itself was not told."""
 
     registry: StreamRegistry
@@ -61,7 +61,7 @@ class Defaults:
 
 def registry_of(scope: Scope) -> StreamRegistry:
     """The registry of streams that answer this request, unless they were given another one."""
-    defaults: Defaults | None = scope.get(SCOPE_KEY)
+    defaults: AppContext | None = scope.get(SCOPE_KEY)
     return default_registry() if defaults is None else defaults.registry
 
 
@@ -248,13 +248,13 @@ class EventSourceResponse:
         content, self._content = self._content, None
         if content is None:
             raise StreamClosedError("this response was sent before; make a new one for each request")
-        defaults: Defaults | None = scope.get(SCOPE_KEY)
+        defaults: AppContext | None = scope.get(SCOPE_KEY)
         options = self._options
         if defaults is not None:
             options = replace(defaults.options, **self._given) if self._given else defaults.options
         registry = registry_of(scope) if self._registry is None else self._registry
-        live: Any = content if hasattr(content, "as_live") else None
-        source: Any = content if live is not None else iterate(content)
+        pull_source: Any = content if hasattr(content, "as_pull_source") else None
+        source: Any = content if pull_source is not None else iterate(content)
         head: Message = {"type": "http.response.start", "status": self.status_code, "headers": list(self.raw_headers)}
         if scope["method"].upper() == "HEAD":
             return _send_at_once(send, head, b"", options.send_timeout, source)
@@ -264,11 +264,11 @@ class EventSourceResponse:
             farewell = ServerSentEvent(retry=registry.farewell_retry()).encode(options.sep)
             return _send_at_once(send, head, farewell, options.send_timeout, source)
         responder = scope.get(RESPONDER_KEY)
-        if live is not None:
-            live = live.as_live()
-            draining.watched = draining.watched or live.patient
+        if pull_source is not None:
+            pull_source = pull_source.as_pull_source()
+            draining.watched = draining.watched or pull_source.patient
         self.stream = Stream(
-            None if live is not None else source,
+            None if pull_source is not None else source,
             head=head,
             path=scope["path"],
             client=scope.get("client"),
@@ -277,11 +277,11 @@ class EventSourceResponse:
             connection=send if responder is None else responder.connection,
             server=server,
             options=options,
-            keeper=registry,
+            host=registry,
             draining=draining,
             encoder=self.encoder,
             unbuffered=self.unbuffered,
-            live=live,
+            pull_source=pull_source,
         )
         if responder is not None:
             responder.carries(self.stream)

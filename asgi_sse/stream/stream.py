@@ -53,7 +53,7 @@ class _State(Enum):
     CLOSED = "closed"
 
 
-class Keeper(Protocol):
+class StreamObserverHost(Protocol):
     """What a stream needs of the registry that keeps it."""
 
     def add(self, stream: "Stream") -> None:
@@ -73,7 +73,7 @@ class Keeper(Protocol):
         ...
 
 
-class Watched(Protocol):
+class DisconnectWatcher(Protocol):
     """What a stream needs of the request's ``receive()``: see `receiver.RequestReceiver`."""
 
     disconnected: bool
@@ -92,7 +92,7 @@ class Watched(Protocol):
         ...
 
 
-class Live(Feed, Protocol):
+class PullSource(Feed, Protocol):
     """A feed that is no buffer of a source's: it ends with its stream."""
 
     @property
@@ -153,8 +153,8 @@ class Stream:
 
     __slots__ = (
         "__weakref__", "_around_watch", "_began", "_connection", "_context", "_deadline", "_draining", "_source_task",
-        "_encode", "_error", "_expires_at", "_farewell", "_grace_ends", "_head", "_helpers", "_receiver", "_keeper",
-        "_lifetime_ends", "_live", "_loop", "_open_at", "_options", "_writer", "_pending", "_source_done", "_state",
+        "_encode", "_error", "_expires_at", "_farewell", "_grace_ends", "_head", "_helpers", "_receiver", "_host",
+        "_lifetime_ends", "_pull_source", "_loop", "_open_at", "_options", "_writer", "_pending", "_source_done", "_state",
         "_wait", "abandoned", "buffer", "check_at", "client", "ended_itself", "entry", "forced", "path", "reason",
         "send_error", "server",
     )  # fmt: skip
@@ -166,16 +166,16 @@ class Stream:
         head: Message,
         path: str,
         client: Any,
-        receiver: Watched,
+        receiver: DisconnectWatcher,
         send: Send,
         connection: Send,
         server: Server,
         options: StreamOptions,
-        keeper: Keeper,
+        host: StreamObserverHost,
         draining: DrainingEvent,
         encoder: ItemEncoder = encode_item,
         unbuffered: bool = False,
-        live: Live | None = None,
+        pull_source: PullSource | None = None,
         child: Child | None = None,
     ) -> None:
         loop = server.loop
@@ -186,18 +186,18 @@ class Stream:
         self._receiver = receiver
         self._connection = connection
         self._options = options
-        self._keeper = keeper
+        self._host = host
         self._draining = draining
         self._encode = encoder
         self.path = path
         self.client = client
         flusher = current_flusher()
         self.buffer = UnbufferedSend(flusher) if unbuffered else SendBuffer(flusher)
-        self._live = live
-        feed = live or self.buffer
+        self._pull_source = pull_source
+        feed = pull_source or self.buffer
         self._context = contextvars.copy_context()
         self._writer = StreamWriter(send, feed, flusher=flusher, loop=loop, owner=self, context=self._context)
-        feed.attach(self._writer.flush_now if unbuffered and live is None else self._writer.wake)
+        feed.attach(self._writer.flush_now if unbuffered and pull_source is None else self._writer.wake)
         self._around_watch: Callable[[], AbstractContextManager[object]] = _plainly
         self._wait: Wait = loop.wait()
         self._helpers: tuple[_Helper, ...] = ()
@@ -206,7 +206,7 @@ class Stream:
         self._error: BaseException | None = None
         self._farewell = b""
         self._began = loop.time()
-        self._pending = live is not None and live.pending
+        self._pending = pull_source is not None and pull_source.pending
         timeout = options.open_timeout or (_FIRST_ITEM if self._pending else 0)
         self._open_at = self._began + timeout if timeout else math.inf
         lifetime = options.max_lifetime
@@ -223,8 +223,8 @@ class Stream:
         self.ended_itself = False
         self.forced = False
         self.abandoned = False
-        if live is not None:
-            live.joined(self)
+        if pull_source is not None:
+            pull_source.joined(self)
 
     @property
     def state(self) -> str:
@@ -239,7 +239,7 @@ class Stream:
     @property
     def events(self) -> int:
         """How many items the source has given."""
-        return (self._live or self.buffer).pushed
+        return (self._pull_source or self.buffer).pushed
 
     @property
     def bytes_sent(self) -> int:
@@ -293,7 +293,7 @@ class Stream:
         Raises:
             Exception: What the source raised, after the stream was cleaned up.
         """
-        self._keeper.add(self)
+        self._host.add(self)
         if self._source_task.source is not None:
             self._source_task.start(self, self._loop, "asgi_sse source")
         elif not self._pending:  # another app's task is the source, and has sent its head; or a feed that has no task
@@ -302,7 +302,7 @@ class Stream:
             # The source's first step comes before the second turn, so that an error in it still has its own status.
             # Before the first one on asyncio; trio takes the tasks and callbacks of one turn in any order.
             self._loop.call_soon(lambda: self._loop.call_soon(self.open))
-        self._keeper.arm(self, self._next_check())
+        self._host.arm(self, self._next_check())
         try:
             with self._wait, self._around_watch():
                 await self._receiver.watch()
@@ -335,8 +335,8 @@ class Stream:
     def _leave(self) -> None:
         self._state = _State.CLOSED
         self.abandoned = self._has_tasks
-        (self._live or self.buffer).detach()
-        self._keeper.discard(self)
+        (self._pull_source or self.buffer).detach()
+        self._host.discard(self)
 
     async def _clean_up(self) -> None:
         with anyio.CancelScope(shield=True):
@@ -486,7 +486,7 @@ class Stream:
             self._source_done.set()
         if self._state is _State.CLOSED:
             self.abandoned = False  # it has come to its end after all
-            self._keeper.discard(self)
+            self._host.discard(self)
 
     def _task_raised(self, exc: BaseException) -> None:
         # A cancellation that is not ours is the source's own: it awaited something that was cancelled. Anything else,
@@ -543,7 +543,7 @@ class Stream:
             block = ServerSentEvent(retry=options.retry, comment=comment).encode(options.sep)
         self._writer.open(self._head, block)
         self._head = _SENT
-        self._keeper.arm(self, self._next_check())
+        self._host.arm(self, self._next_check())
 
     def close(self, reason: CloseReason) -> None:
         """Begin to end the body, unless that has begun already: the first reason counts."""
@@ -557,7 +557,7 @@ class Stream:
     def expire_in(self, seconds: float) -> None:
         """End as after a lifetime of so many more seconds; ``inf`` takes that back."""
         self._expires_at = self._loop.time() + seconds
-        self._keeper.arm(self, self._next_check())
+        self._host.arm(self, self._next_check())
 
     def fail(self, error: BaseException) -> None:
         """End as if the source had raised `error`: what it gave is sent, the body stays cut."""
@@ -573,7 +573,7 @@ class Stream:
         self._deadline = min(self._deadline, now + max(within, grace or 0))
         if grace is not None:
             self._grace_ends = min(self._grace_ends, now + grace)
-        self._keeper.arm(self, min(self._deadline, self._grace_ends))
+        self._host.arm(self, min(self._deadline, self._grace_ends))
         if self.reason is not None or self._draining.is_set():
             return
         self._farewell = ServerSentEvent(retry=retry).encode(self._options.sep)
@@ -589,8 +589,8 @@ class Stream:
         self._state = _State.DRAINING
         self.reason = reason
         self._stop_source()
-        if self._live is not None and reason != "finished":
-            self._live.stop()
+        if self._pull_source is not None and reason != "finished":
+            self._pull_source.stop()
         farewell = self._farewell
         if reason == "failed":
             farewell = self._error_event()
@@ -631,12 +631,12 @@ class Stream:
 
     def last_message(self) -> None:
         """See `writer.Owner`."""
-        self._context.run(self._keeper.ending, self)  # a callback of the event loop does not have the request's
+        self._context.run(self._host.ending, self)  # a callback of the event loop does not have the request's
 
     def send_blocked(self) -> None:
         """See `writer.Owner`."""
         if self._options.send_timeout:
-            self._keeper.arm(self, self._loop.time() + self._options.send_timeout)
+            self._host.arm(self, self._loop.time() + self._options.send_timeout)
 
     # The heartbeat
 
@@ -697,7 +697,7 @@ class Stream:
 
     def _ping(self) -> None:
         factory = self._options.ping_message_factory
-        chunk = b"" if self._live is None else self._live.keep_alive()
+        chunk = b"" if self._pull_source is None else self._pull_source.keep_alive()
         try:
             if not chunk:
                 # In the request's context: the heartbeat serves others too, and has none.

@@ -78,7 +78,7 @@ class Client:
         if fresh:
             self.wanted = []
         if self.as_stream:
-            self.subscription.as_live().attach(self.wake)
+            self.subscription.as_pull_source().attach(self.wake)
 
     def wake(self) -> None:
         self.dirty = True
@@ -247,7 +247,7 @@ async def test_what_is_too_old_is_given_to_nobody(monkeypatch: pytest.MonkeyPatc
     for stream in (False, True):  # nor to who reads slowly
         slow = broker.subscribe("a")
         if stream:
-            slow.as_live()
+            slow.as_pull_source()
             slow.take(100)
         await broker.publish("a", "unread")
         if not stream:
@@ -570,7 +570,7 @@ async def test_joining_misses_nothing_of_channels_that_begin_meanwhile() -> None
         for _ in range(50):
             subscription, decoder = broker.subscribe("new.**"), EventDecoder()
             start = int(subscription.last_event_id.partition("-")[2])
-            subscription.as_live()
+            subscription.as_pull_source()
             numbers: list[int] = []
             for _ in range(3):
                 await anyio.lowlevel.checkpoint()
@@ -591,7 +591,7 @@ def test_a_loop_that_was_closed_under_its_reader_holds_up_nobody() -> None:
 
     async def begin() -> None:
         subscription = broker.subscribe("a")
-        subscription.as_live()
+        subscription.as_pull_source()
         kept.append(subscription)
 
     anyio.run(begin)

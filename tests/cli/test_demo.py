@@ -274,9 +274,9 @@ async def test_the_story_goes_on_without_its_listener() -> None:
         (run,) = runs
         async with open_stream(app, f"/story?channel={run}") as stream:
             heard = [json.loads((await stream.receive()).data or "") for _ in range(5)]
-        async with open_stream(app, "/live") as live:
-            of = (await of_type(live, "state"))["story"]["of"]
-            while (await of_type(live, "story"))["made"] < 20:
+        async with open_stream(app, "/live") as pull_source:
+            of = (await of_type(pull_source, "state"))["story"]["of"]
+            while (await of_type(pull_source, "story"))["made"] < 20:
                 pass
         async with open_stream(app, f"/story?channel={run}&last_event_id={stream.last_event_id}") as again:
             events = [event async for event in again]
@@ -293,11 +293,11 @@ async def test_the_story_goes_on_without_its_listener() -> None:
 @pytest.mark.anyio
 async def test_the_roll_tells_which_streams_there_are_and_why_they_ended() -> None:
     app = create_demo()
-    async with LifespanManager(app), open_stream(app, "/live") as live:
-        await of_type(live, "state")
+    async with LifespanManager(app), open_stream(app, "/live") as pull_source:
+        await of_type(pull_source, "state")
         async with open_stream(app, "/figures") as stream:
             await stream.receive()
-            while len(lines := (await of_type(live, "streams"))["lines"]) < 2:
+            while len(lines := (await of_type(pull_source, "streams"))["lines"]) < 2:
                 pass
             assert [(line["path"], line["streams"], line["state"]) for line in lines] == [
                 ("/live", 1, "open"),
@@ -305,7 +305,7 @@ async def test_the_roll_tells_which_streams_there_are_and_why_they_ended() -> No
             ]
             assert lines[0]["age"] >= lines[1]["age"]
             assert min(lines[0]["events"], lines[0]["bytes"]) > 0
-        ended = await of_type(live, "ended")
+        ended = await of_type(pull_source, "ended")
         assert (ended["path"], ended["streams"], ended["reason"]) == ("/figures", 1, "disconnected")
         for _ in range(5):
             async with open_stream(app, "/crowd"):
@@ -346,12 +346,12 @@ def test_a_drain_brings_all_clients_back_spread_out(monkeypatch: pytest.MonkeyPa
         drained = last_id = None
         with httpx.Client(trust_env=False, timeout=ENOUGH) as client:
             while len(came) < 30:
-                with client.stream("GET", f"{url}/live", params={"last_event_id": last_id or ""}) as live:
+                with client.stream("GET", f"{url}/live", params={"last_event_id": last_id or ""}) as pull_source:
                     decoder = EventDecoder()
                     if last_id is None:
                         assert client.post(f"{url}/drain").status_code == 204
                         assert client.post(f"{url}/drain").status_code == 429
-                    for chunk in live.iter_bytes():  # to its end, which the drain makes a proper one
+                    for chunk in pull_source.iter_bytes():  # to its end, which the drain makes a proper one
                         for event in decoder.feed(chunk):
                             data = json.loads(event.data or "")
                             if event.event == "drain":

@@ -443,6 +443,6 @@ def _stop(run: weakref.ref[Run], outcome: Outcome) -> None:
 
 
 def _forget(runs: weakref.ref[Runs], run: weakref.ref[Run]) -> None:
-    keeper, ended = runs(), run()
-    if keeper is not None and ended is not None:
-        keeper.forget(ended)
+    host, ended = runs(), run()
+    if host is not None and ended is not None:
+        host.forget(ended)

@@ -52,7 +52,7 @@ def create_demo() -> SSEMiddleware:
         parts = {"room": room.state(), "streams": roll.state(), "story": story.state(), "swarm": swarm.state()}
         return {"event": "state", "data": parts}
 
-    async def live(request: Request) -> Subscription:
+    async def pull_source(request: Request) -> Subscription:
         # All in one stream: over HTTP/1.1 a browser opens six connections to a server, for all of its tabs together.
         await figures.begin()
         await streams.begin()
@@ -82,7 +82,7 @@ def create_demo() -> SSEMiddleware:
             "/": PageFile("page.html"),
             "/page.css": PageFile("page.css"),
             "/page.js": PageFile("page.js"),
-            "/live": live,
+            "/live": pull_source,
             "/figures": only_figures,
             "/story": broker.endpoint(runs=True),
             "/crowd": broker.channel("crowd"),

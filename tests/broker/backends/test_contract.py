@@ -227,9 +227,9 @@ async def test_who_comes_back_at_any_place_and_node_has_all_that_follows(brokers
                     assert data(await take(subscription, len(rest))) == rest
         await here(node, *ids)
         async with node.subscribe("a", last_event_id=ids[-1]) as at_the_end:
-            live = await one.publish("a", "live")
-            assert [event.id for event in await take(at_the_end, 1)] == [live]
-            ids[-1] = live
+            pull_source = await one.publish("a", "live")
+            assert [event.id for event in await take(at_the_end, 1)] == [pull_source]
+            ids[-1] = pull_source
 
 
 async def test_an_id_that_this_process_has_not_come_to_yet(brokers: Brokers) -> None:

@@ -138,13 +138,13 @@ async def test_memory_is_bounded_by_what_all_channels_have(server: Nats, monkeyp
 async def test_a_purge_takes_what_was_read_from_those_who_come_back(server: Nats, monkeypatch: Any) -> None:
     monkeypatch.setattr(back_end, "_CHECK", 0.05)
     async with Broker(server.url, prefix="p") as broker, raw(server) as js:
-        live = broker.subscribe("a")
+        pull_source = broker.subscribe("a")
         ids = [await broker.publish("a", str(number)) for number in range(3)]
-        assert await read(live, "2") == ["0", "1", "2"]
+        assert await read(pull_source, "2") == ["0", "1", "2"]
         await js.purge_stream("SSE_p")
         await eventually(lambda: broker._dispatcher.log._floor == 3)
         await broker.publish("a", "3")
-        assert await read(live, "3") == ["3"]
+        assert await read(pull_source, "3") == ["3"]
         assert await read(broker.subscribe("a", last_event_id=ids[0]), "reset expired") == ["reset expired"]
 
 
@@ -152,9 +152,9 @@ async def test_what_the_limits_took_before_it_was_read_is_told(server: Nats, mon
     async with raw(server) as js:
         await js.add_stream(name="SSE_p", subjects=["sse.p.>"], max_msgs=5)
         async with Broker(server.url, prefix="p") as one, Broker(server.url, prefix="p") as two:
-            live = two.subscribe("a")
+            pull_source = two.subscribe("a")
             await one.publish("a", "first")
-            assert await read(live, "first") == ["first"]
+            assert await read(pull_source, "first") == ["first"]
             connect, allowed = jetstream.JetStream.connect, asyncio.Event()
 
             async def wait_and_connect(servers: list[str]) -> jetstream.JetStream:
@@ -166,7 +166,7 @@ async def test_what_the_limits_took_before_it_was_read_is_told(server: Nats, mon
             for number in range(10):
                 await one.publish("a", str(number))
             allowed.set()
-            assert await read(live, "9") == ["reset expired", "5", "6", "7", "8", "9"]
+            assert await read(pull_source, "9") == ["reset expired", "5", "6", "7", "8", "9"]
             assert two.statistics().restarts == 1
             assert two.statistics().reconnects == 1
 
@@ -254,22 +254,22 @@ async def test_a_server_that_came_back_with_less_gets_another_epoch(server: Nats
 
 async def test_what_was_lost_is_missed_even_if_as_much_came_since(server: Nats) -> None:
     async with Broker(server.url) as one:
-        live = one.subscribe("a")
+        pull_source = one.subscribe("a")
         await one.publish("a", "kept")
         server.save()
         await one.publish("a", "lost")
-        assert await read(live, "lost") == ["kept", "lost"]
+        assert await read(pull_source, "lost") == ["kept", "lost"]
         await asyncio.to_thread(server.restart, saved=True)
         async with raw(server) as js:
             for number in range(3):
                 await js.publish("sse.asgi_sse.a", json.dumps({"data": str(number)}).encode())
         await one.publish("a", "new")
-        assert (await read(live, "new"))[0] == "reset epoch"
+        assert (await read(pull_source, "new"))[0] == "reset epoch"
 
 
 async def test_a_server_that_was_killed_goes_on_without_gap_or_duplicate(server: Nats) -> None:
     async with Broker(server.url, publish_timeout=30) as one, Broker(server.url) as two:
-        live = two.subscribe("**")
+        pull_source = two.subscribe("**")
 
         async def publish(channel: str) -> None:
             for number in range(300):
@@ -281,7 +281,7 @@ async def test_a_server_that_was_killed_goes_on_without_gap_or_duplicate(server:
 
         await asyncio.gather(*(publish(f"c{number}") for number in range(4)), kill())
         await one.publish("end", "end")
-        found = await read(live, "end")
+        found = await read(pull_source, "end")
         for number in range(4):
             mine = [each for each in found if each.startswith(f"c{number} ")]
             assert mine == [f"c{number} {place}" for place in range(300)]
@@ -291,17 +291,17 @@ async def test_a_server_that_was_killed_goes_on_without_gap_or_duplicate(server:
 
 async def test_a_server_that_was_emptied_tells_readers(server: Nats) -> None:
     async with Broker(server.url, publish_timeout=30) as broker:
-        live = broker.subscribe("a")
+        pull_source = broker.subscribe("a")
         await broker.publish("a", "before")
-        assert await read(live, "before") == ["before"]
+        assert await read(pull_source, "before") == ["before"]
         await asyncio.to_thread(server.restart, empty=True)
         await broker.publish("a", "after")
-        assert await read(live, "after") == ["reset epoch", "after"]
+        assert await read(pull_source, "after") == ["reset epoch", "after"]
 
 
 async def test_a_paused_server_loses_nothing(server: Nats, monkeypatch: Any) -> None:
     async with Broker(server.url, publish_timeout=30) as one, Broker(server.url) as two:
-        live = two.subscribe("a")
+        pull_source = two.subscribe("a")
         await one.publish("a", "0")
         server.pause()
         try:
@@ -315,7 +315,7 @@ async def test_a_paused_server_loses_nothing(server: Nats, monkeypatch: Any) -> 
             server.resume()
         await asyncio.gather(*publishing)
         await one.publish("a", "end")
-        assert await read(live, "end") == [*map(str, range(10)), "end"]
+        assert await read(pull_source, "end") == [*map(str, range(10)), "end"]
 
 
 async def test_a_broker_is_closed_while_its_server_is_paused(server: Nats) -> None:
@@ -338,11 +338,11 @@ async def test_a_broker_is_closed_while_its_server_is_paused(server: Nats) -> No
 
 async def test_a_consumer_that_is_gone_is_made_anew(server: Nats) -> None:
     async with Broker(server.url, prefix="p") as broker, raw(server) as js:
-        live = broker.subscribe("a")
+        pull_source = broker.subscribe("a")
         for consumer in await js.consumers_info("SSE_p"):
             await js.delete_consumer("SSE_p", consumer.name)
         await broker.publish("a", "x")
-        assert await read(live, "x") == ["x"]
+        assert await read(pull_source, "x") == ["x"]
         assert broker.statistics().state == "connected"
         assert broker.statistics().reconnects == broker.statistics().restarts == 0
 
@@ -353,7 +353,7 @@ async def test_an_acknowledgement_that_was_lost_for_long_makes_no_second_event(s
     async with raw(server) as js:
         await js.add_stream(name="SSE_p", subjects=["sse.p.>"], duplicate_window=0.1)
         async with Broker(server.url, prefix="p") as broker:
-            live = broker.subscribe("a")
+            pull_source = broker.subscribe("a")
             ask, deaf = jetstream.JetStream.ask, [True]
 
             async def ask_and_hear_nothing(self: Any, subject: str, *rest: Any) -> Any:
@@ -365,7 +365,7 @@ async def test_an_acknowledgement_that_was_lost_for_long_makes_no_second_event(s
             monkeypatch.setattr(jetstream.JetStream, "ask", ask_and_hear_nothing)
             assert (await broker.publish("a", "once")).endswith("-1")
             await broker.publish("a", "end")
-            assert await read(live, "end") == ["once", "end"]
+            assert await read(pull_source, "end") == ["once", "end"]
 
 
 # What others write, and what the server refuses
@@ -373,7 +373,7 @@ async def test_an_acknowledgement_that_was_lost_for_long_makes_no_second_event(s
 
 async def test_what_is_no_event_of_a_broker_is_left_out(server: Nats, caplog: Any) -> None:
     async with Broker(server.url, prefix="p") as broker, raw(server) as js:
-        live = broker.subscribe("**")
+        pull_source = broker.subscribe("**")
         for payload in (
             b"",
             b"\xff",
@@ -387,7 +387,7 @@ async def test_what_is_no_event_of_a_broker_is_left_out(server: Nats, caplog: An
         await js.publish("sse.p.!control", b'{"data":"x"}')
         await js.publish("sse.p.sch\u00f6n", b'{"data":"x"}')
         await js.publish("sse.p.a", b'{"data":"good"}', headers={"Status": "100", "Nats-Last-Consumer": "9"})
-        assert await read(live, "good") == ["good"]
+        assert await read(pull_source, "good") == ["good"]
         assert broker.statistics().reconnects == 0
     assert len([record for record in caplog.records if "left out" in record.message]) == 8
 
@@ -397,7 +397,7 @@ async def test_what_is_too_large_is_refused_alone(tmp_path: Path) -> None:
     await asyncio.to_thread(server.start)
     try:
         async with Broker(server.url, prefix="p") as broker, raw(server) as js:
-            live = broker.subscribe("a")
+            pull_source = broker.subscribe("a")
             sizes = [10, 1500, *range(1800, 2000, 5), 3000, 100_000, 20]
             results = await asyncio.gather(*(broker.publish("a", "x" * size) for size in sizes), return_exceptions=True)
             refused = [size for size, result in zip(sizes, results, strict=True) if isinstance(result, BrokerError)]
@@ -409,7 +409,7 @@ async def test_what_is_too_large_is_refused_alone(tmp_path: Path) -> None:
                 assert b"2000" in await answer.read(10)
             assert all(isinstance(result, str | BrokerError) for result in results)
             await broker.publish("a", "end")
-            found = await read(live, "end")
+            found = await read(pull_source, "end")
             assert [len(each) for each in found[:-1]] == [size for size in sizes if size not in refused]
             assert broker.statistics().published == len(found)
             assert broker.statistics().reconnects == 0

@@ -866,17 +866,17 @@ async def test_a_run_of_which_an_engine_has_lost_the_middle_begins_behind_that(t
     with Valkey(tmp_path) as engine:
         async with Broker(engine.url) as one, Broker(engine.url) as two:
             run = await one.run("r", source())
-            live = run.subscribe()
+            pull_source = run.subscribe()
             items.put_nowait("kept")
-            await take(live, 1)
+            await take(pull_source, 1)
             await asyncio.to_thread(engine.save)
             items.put_nowait("lost")
-            await take(live, 1)
+            await take(pull_source, 1)
             await asyncio.to_thread(engine.restart, saved=True)
             await until(lambda: one.statistics().restarts == two.statistics().restarts == 1)
             found = await two.find_run("r")
             assert found is not None
-            readers = [live, run.subscribe(), found.subscribe()]
+            readers = [pull_source, run.subscribe(), found.subscribe()]
             items.put_nowait("after")
             items.put_nowait("")
             for reader in readers:
