@@ -268,9 +268,9 @@ class AdoptedStream(Changing, Child):
 
     def _lose_patience(self) -> None:
         if not (self._told or self._app_done):
-            self._wait.call_off()
+            self._wait.cancel()
 
-    def spare(self) -> None:
+    def shield(self) -> None:
         """See `Child`. The app cleans up as it likes."""
 
     @property
@@ -283,7 +283,7 @@ class AdoptedStream(Changing, Child):
         """See `Child`. Nothing of ours is a step of the app's task."""
         return False
 
-    def cancel_again(self) -> None:
+    def force_cancel(self) -> None:
         """See `Child`."""
         if not self._app_done:
-            self._wait.call_off(again=True)
+            self._wait.cancel(again=True)

@@ -173,7 +173,7 @@ class Responder:
     async def _refuse(self, reason: str) -> None:
         self._refused = True
         loop = current_loop()
-        loop.call_at(loop.time() + PATIENCE, self._wait.call_off)
+        loop.call_at(loop.time() + PATIENCE, self._wait.cancel)
         await send_text(self._scope, self._send, HTTPError(500, reason))
 
     def _adopt(self, start: Message, headers: dict[bytes, bytes], options: StreamOptions) -> None:

@@ -66,18 +66,18 @@ class AsyncioLoop(EventLoop):
 
 
 class AsyncioChild(Child):
-    __slots__ = ("_spared", "_task")
+    __slots__ = ("_shielded", "_task")
 
     def __init__(self, task: asyncio.Task[None]) -> None:
         self._task = task
-        self._spared = False
+        self._shielded = False
 
     def cancel(self) -> None:
-        if not self._spared:
+        if not self._shielded:
             self._task.cancel()
 
-    def spare(self) -> None:
-        self._spared = True
+    def shield(self) -> None:
+        self._shielded = True
 
     @property
     def cancelled(self) -> bool:
@@ -87,39 +87,39 @@ class AsyncioChild(Child):
     def running(self) -> bool:
         return asyncio.current_task(self._task.get_loop()) is self._task
 
-    def cancel_again(self) -> None:
+    def force_cancel(self) -> None:
         self._task.cancel()
 
 
 class AsyncioWait(Wait):
-    __slots__ = ("_before", "_called_off", "_task")
+    __slots__ = ("_before", "_cancelled", "_task")
 
     def __init__(self) -> None:
         self._task: asyncio.Task[Any] | None = None  # while it is in the block
-        self._called_off = 0  # times
+        self._cancelled = 0  # times
         self._before = 0
 
     def __enter__(self) -> None:
         self._task = asyncio.current_task()
         if self._task is not None:
             self._before = self._task.cancelling()
-            if self._called_off:
+            if self._cancelled:
                 self._task.cancel()
 
     def __exit__(self, kind: object, exc: object, traceback: object) -> bool | None:
         task, self._task = self._task, None
-        if task is None or not self._called_off:
+        if task is None or not self._cancelled:
             return None
         # As asyncio.timeout does: take our own cancellation back, and no other one.
         left = task.cancelling()
-        for _ in range(self._called_off):
+        for _ in range(self._cancelled):
             left = task.uncancel()
         return left <= self._before and kind is asyncio.CancelledError
 
-    def call_off(self, *, again: bool = False) -> None:
-        if (self._called_off and not again) or (self._task is not None and self._task is asyncio.current_task()):
+    def cancel(self, *, again: bool = False) -> None:
+        if (self._cancelled and not again) or (self._task is not None and self._task is asyncio.current_task()):
             return  # in the second case it does not wait: it is about to come out by itself
-        self._called_off += 1
+        self._cancelled += 1
         if self._task is not None:
             self._task.cancel()
 

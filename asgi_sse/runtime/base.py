@@ -18,7 +18,7 @@ class Child(ABC):
         """Interrupt the task once, at the point where it waits. What it does then is not interrupted."""
 
     @abstractmethod
-    def spare(self) -> None:
+    def shield(self) -> None:
         """The task cleans up from now on: a cancellation that has not reached it yet shall not, nor one to come."""
 
     @property
@@ -32,7 +32,7 @@ class Child(ABC):
         """Whether the caller is a step of it. A task that is collected gets its GeneratorExit from outside."""
 
     @abstractmethod
-    def cancel_again(self) -> None:
+    def force_cancel(self) -> None:
         """Interrupt it a last time, its clean-up included."""
 
 
@@ -78,7 +78,7 @@ class Wait(ABC):
     def __exit__(self, kind: object, exc: object, traceback: object) -> bool | None: ...
 
     @abstractmethod
-    def call_off(self, *, again: bool = False) -> None:
+    def cancel(self, *, again: bool = False) -> None:
         """End the wait, or the one that is still to come; `again`, if it did not heed the first time."""
 
 

@@ -20,7 +20,7 @@ from asgi_sse.errors import shown_text
 from asgi_sse.protocol.asgi import Send
 
 from .base import EventLoop
-from .server import behind
+from .server import unwrap_send
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +246,7 @@ def find_compressors(app: Any) -> list[Compressor]:
 
 def compressors_around(send: Send) -> list[str]:
     """The names of what looks like a compressor between an app and its server, innermost first."""
-    names = (f"{thing.__module__}.{thing.__qualname__}" for thing in map(_class_or_function, behind(send)))
+    names = (f"{thing.__module__}.{thing.__qualname__}" for thing in map(_class_or_function, unwrap_send(send)))
     return [name for name in names if _SUSPECT.search(name)]
 
 

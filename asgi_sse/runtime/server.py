@@ -89,7 +89,7 @@ def server_of(send: Send) -> Server:
 
 def _identify(send: Send) -> tuple[Any, Any]:
     try:
-        for owner in behind(send):
+        for owner in unwrap_send(send):
             if type(owner).__module__.startswith(_KNOWN):
                 # uvicorn's cycle of one request leads to its protocol by a method; its lifespan has a configuration
                 # alone. hypercorn's stream has both. The server of tests is its own configuration.
@@ -109,7 +109,7 @@ def abort_transport(send: Send) -> bool:
     left alone. False: it could not.
     """
     try:
-        for owner in behind(send):
+        for owner in unwrap_send(send):
             if type(owner).__module__ in _SHARED:
                 return False
             transport = getattr(owner, "transport", None) or getattr(getattr(owner, "writer", None), "transport", None)
@@ -122,7 +122,7 @@ def abort_transport(send: Send) -> bool:
     return False
 
 
-def behind(send: Any) -> Iterator[Any]:
+def unwrap_send(send: Any) -> Iterator[Any]:
     """Whose ``send`` it is, and whose it calls in turn, from the app to the socket; functions themselves."""
     for _ in range(_DEPTH):
         if isinstance(send, functools.partial):

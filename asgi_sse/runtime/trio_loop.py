@@ -84,7 +84,7 @@ class TrioChild(Child):
     def cancel(self) -> None:
         self._outer.cancel()
 
-    def spare(self) -> None:
+    def shield(self) -> None:
         self._inner.shield = True
 
     @property
@@ -95,7 +95,7 @@ class TrioChild(Child):
     def running(self) -> bool:
         return True  # no task of trio's is collected before its end
 
-    def cancel_again(self) -> None:
+    def force_cancel(self) -> None:
         self._outer.cancel()
         self._inner.shield = False
 
@@ -146,7 +146,7 @@ class TrioWait(Wait):
     def __exit__(self, kind: object, exc: object, traceback: object) -> bool | None:
         return self._scope.__exit__(kind, exc, traceback)  # type: ignore[arg-type]
 
-    def call_off(self, *, again: bool = False) -> None:  # noqa: ARG002 (trio cancels for good)
+    def cancel(self, *, again: bool = False) -> None:  # noqa: ARG002 (trio cancels for good)
         self._scope.cancel()
 
 

@@ -107,7 +107,7 @@ class SourceTask:
 
     async def _close(self, owner: Owner, child: Child | None) -> None:
         if self.child is not None:
-            self.child.spare()
+            self.child.shield()
         try:
             close = getattr(self.source, "aclose", None)
             if close is not None:

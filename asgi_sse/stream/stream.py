@@ -357,7 +357,7 @@ class Stream:
             source = [helper.main for helper in self._helpers]
         for child in (self._source_task.child, *(helper.child for helper in self._helpers)):
             if child is not None:
-                child.cancel_again()
+                child.force_cancel()
         await self._wait_for_source(_LAST_CALL)
         time = (
             "before the server's deadline"
@@ -614,7 +614,7 @@ class Stream:
         self._state = _State.DRAINING
         self._writer.abort()
         self._stop_source()
-        self._wait.call_off()
+        self._wait.cancel()
 
     # The writer
 
@@ -717,9 +717,9 @@ class Stream:
         if self.reason is None:
             self.reason = reason
         if abort_transport(self._connection):
-            self._loop.call_at(self._loop.time() + _ABORT_WAIT, self._wait.call_off)
+            self._loop.call_at(self._loop.time() + _ABORT_WAIT, self._wait.cancel)
             return
-        self._wait.call_off()
+        self._wait.cancel()
         if reason == "timed_out":  # then an error is the one way to tell the server that it must cut the connection
             self._fail(
                 SendTimeoutError(

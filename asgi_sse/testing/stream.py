@@ -307,7 +307,7 @@ class OpenStream:
             shown = repr(self)  # of now: once cancelled it says that the app has returned
             self._child.cancel()
             if not await self._has_returned(_LAST_CALL):
-                self._child.cancel_again()
+                self._child.force_cancel()
             raise AssertionError(
                 f"the app has not returned {patience:g} s after its client has left: {shown}. It has to end when "
                 "receive() gives http.disconnect, as an EventSourceResponse does"

@@ -112,7 +112,7 @@ class RunPublisher:
                 "the source of run %s was not cleaned up within %g s: %r", name, _CLEANUP, self._source_task.source,
                 extra={"sse_run": name},
             )  # fmt: skip
-            child.cancel_again()
+            child.force_cancel()
             self.loop.call_at(self.loop.time() + _LAST_CALL, self._leave_behind)
 
     def _leave_behind(self) -> None:
