@@ -1,5 +1,6 @@
 """Channels: publish once, encode once, and every subscriber reads with a cursor of its own."""
 
+from .backends.base import BrokerStatistics
 from .broker import Broker
 from .channel import Channel
 from .endpoint import Access
@@ -7,4 +8,4 @@ from .publishing import publish
 from .runs.run import Run
 from .subscription import Subscription
 
-__all__ = ["Access", "Broker", "Channel", "Run", "Subscription", "publish"]
+__all__ = ["Access", "Broker", "BrokerStatistics", "Channel", "Run", "Subscription", "publish"]

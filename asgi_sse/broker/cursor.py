@@ -33,8 +33,21 @@ class Cursor(Changing):
     """
 
     __slots__ = (
-        "_asked", "_behind", "_closed", "_dirty", "_epoch", "_filter", "_given", "_dispatcher", "_lost", "_overflow",
-        "_position", "_run", "_single", "_snapshot", "names",
+        "_asked",
+        "_behind",
+        "_closed",
+        "_dirty",
+        "_dispatcher",
+        "_epoch",
+        "_filter",
+        "_given",
+        "_lost",
+        "_overflow",
+        "_position",
+        "_run",
+        "_single",
+        "_snapshot",
+        "names",
     )  # fmt: skip
 
     def __init__(
@@ -72,11 +85,11 @@ class Cursor(Changing):
                     self._position = self._given = place
                 elif dispatcher.upstream is not None:  # it may be ahead of us
                     self._asked = last_event_id
-                    self._position = log.tail
+                    self._position = log.last_offset
                 else:
                     self._reset(place)
             else:
-                self._position = log.tail if run is None else run.start
+                self._position = log.last_offset if run is None else run.start
                 if run is not None and not run.lease.whole:
                     self._lost = "expired"  # it goes on at what is left
                 if snapshot is None:
@@ -162,7 +175,7 @@ class Cursor(Changing):
         """See `dispatcher.Reader`."""
         log = self._dispatcher.log
         # What is cheap to know comes first: while this is counted, nobody publishes.
-        if not self._behind or self._asked is not None or log.tail - self._position <= beyond:
+        if not self._behind or self._asked is not None or log.last_offset - self._position <= beyond:
             return 0
         return log.count(self._channels(), self._position)
 
@@ -178,16 +191,16 @@ class Cursor(Changing):
         final = None if self._run is None else self._run.final
         for entry in self._dispatcher.log.entries(self._channels(), self._position):
             size += len(entry.chunk)
-            if final is not None and entry.number > final:
+            if final is not None and entry.offset > final:
                 self._position = max(self._position, final)
                 break  # of a later run of that name
             if batch and (size > limit or len(batch) >= count):
                 break
             batch.append(entry)
-            self._position = entry.number
+            self._position = entry.offset
         else:
             self._caught_up()
-            if final is not None and self._dispatcher.log.tail >= final:
+            if final is not None and self._dispatcher.log.last_offset >= final:
                 self._position = max(self._position, final)  # which may be no event
         return batch
 
@@ -218,7 +231,7 @@ class Cursor(Changing):
             # Of a run, whatever is left is wanted, its end above all.
             self._position = max(ring.trimmed, cast("Run", self._run).start)
             return
-        self._position = log.tail
+        self._position = log.last_offset
         self._caught_up()
         if self._snapshot is not None:
             self._snapshot.want(self._position)
@@ -238,4 +251,4 @@ class Cursor(Changing):
     def _wanted(self, entry: Entry) -> bool:
         if self._filter is None or self._filter(entry.event):
             return True
-        return self._run is not None and entry.number == self._run.final  # who misses that one never stops
+        return self._run is not None and entry.offset == self._run.final  # who misses that one never stops

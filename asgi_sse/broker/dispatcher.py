@@ -81,8 +81,8 @@ class Reader(Protocol):
 class FullError(BrokerError, HTTPError):
     """A channel has as many subscribers as it may. As the answer to a request: 503."""
 
-    def __init__(self, channel: str, number: int) -> None:
-        detail = f"{channel} has {number} subscribers already, the most there may be"
+    def __init__(self, channel: str, offset: int) -> None:
+        detail = f"{channel} has {offset} subscribers already, the most there may be"
         super().__init__(503, detail, {"retry-after": str(_RETRY_AFTER)})
 
 
@@ -243,7 +243,7 @@ class Dispatcher:
         channel: str,
         event: ServerSentEvent,
         *,
-        number: int | None = None,
+        offset: int | None = None,
         time: float | None = None,
         end: str | None = None,
     ) -> Entry:
@@ -252,15 +252,15 @@ class Dispatcher:
         Args:
             channel: The channel.
             event: The event.
-            number: Its number, if somebody else has numbered it.
+            offset: Its number, if somebody else has numbered it.
             time: When it was published, by `clock`. Default: now.
             end: How the run ended of which it is the last one.
         """
         with self.lock:
-            entry = self.log.append(channel, event, clock() if time is None else time, number=number, end=end)
+            entry = self.log.append(channel, event, clock() if time is None else time, offset=offset, end=end)
             if end is not None:
                 self.on_end(entry)
-            before = entry.number - 1
+            before = entry.offset - 1
             groups = self._readers_of(channel, new=True)
             to_wake = [reader for readers in groups for reader in readers if reader.published(channel, before)]
             here, there = self._by_loop(to_wake)
@@ -272,10 +272,10 @@ class Dispatcher:
         with self.lock:
             return self.log.is_kept(channel) or any(self._readers_of(channel))
 
-    def miss(self, channel: str, number: int) -> None:
+    def miss(self, channel: str, offset: int) -> None:
         """`channel` had events up to a number that are not here."""
         with self.lock:
-            self.log.miss(channel, number)
+            self.log.miss(channel, offset)
             groups = self._readers_of(channel, new=True)  # of a pattern, who comes later is to know of it
             to_wake = [reader for readers in groups for reader in readers if reader.missed(channel)]
             here, there = self._by_loop(to_wake)
@@ -289,22 +289,22 @@ class Dispatcher:
             here, there = self._by_loop(to_wake)
         self._wake_all(here, there)
 
-    def restart(self, epoch: str, tail: int, known: Iterable[tuple[str, int]] = (), *, floor: int) -> None:
+    def restart(self, epoch: str, last_offset: int, known: Iterable[tuple[str, int]] = (), *, floor: int) -> None:
         """The log is another one from now on, or has lost events of nobody knows which channels.
 
         Args:
             epoch: As of `EventLog.restart`.
-            tail: See there.
+            last_offset: See there.
             known: See there.
             floor: See there.
         """
         with self.lock:
             same = epoch == self.log.epoch
-            self.log.restart(epoch, tail, known, floor)
+            self.log.restart(epoch, last_offset, known, floor)
             for pattern in self._patterns.values():
                 pattern.begin()
             if not same:
-                self.on_restart(tail)
+                self.on_restart(last_offset)
             lost = [reader for reader in self._groups if reader.restarted(self._channels_of(reader), same=same)]
             here, there = self._by_loop(lost)
         self._wake_all(here, there)

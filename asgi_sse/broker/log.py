@@ -14,7 +14,7 @@ from itertools import chain
 from operator import attrgetter
 from typing import Final, Literal, TypeAlias
 
-from asgi_sse.protocol.event import ServerSentEvent, numbered_event
+from asgi_sse.protocol.event import ServerSentEvent, event_with_id
 
 from .ring import Entry, Ring, Sequence
 
@@ -49,7 +49,7 @@ class EventLog:
         epoch: Tells this log from others; up to 32 of 0-9 a-z. Default: at random.
 
     Attributes:
-        tail: The number of the last event of all.
+        last_offset: The number of the last event of all.
         epoch: Its part of each id.
 
     Raises:
@@ -73,7 +73,7 @@ class EventLog:
         if epoch is not None and not _EPOCH.fullmatch(epoch):
             raise ValueError(f"epoch={epoch!r}; give up to 32 of 0-9 a-z")
         self.epoch = epoch or secrets.token_hex(4)
-        self.tail = 0
+        self.last_offset = 0
         self._history: float = history
         self._max_bytes = max_bytes
         self._max_age = math.inf if max_age is None else max_age
@@ -101,14 +101,14 @@ class EventLog:
         """How many channels there are of which there are events."""
         return len(self._rings)
 
-    def id_of(self, number: int) -> str:
+    def id_of(self, offset: int) -> str:
         """The id of an event, or of a position."""
-        return f"{self.epoch}-{number}"
+        return f"{self.epoch}-{offset}"
 
-    def entry(self, number: int, channel: str, event: ServerSentEvent, now: float, *, end: str | None = None) -> Entry:
+    def entry(self, offset: int, channel: str, event: ServerSentEvent, now: float, *, end: str | None = None) -> Entry:
         """An event, which has no id of its own, as one of this log."""
-        event = numbered_event(event, self.id_of(number))
-        return Entry(number, channel, event, event.encode(), now, end)
+        event = event_with_id(event, self.id_of(offset))
+        return Entry(offset, channel, event, event.encode(), now, end)
 
     def append(
         self,
@@ -116,7 +116,7 @@ class EventLog:
         event: ServerSentEvent,
         now: float,
         *,
-        number: int | None = None,
+        offset: int | None = None,
         end: str | None = None,
     ) -> Entry:
         """Add an event, which has no id of its own.
@@ -125,11 +125,11 @@ class EventLog:
             channel: A valid name.
             event: The event.
             now: The time, for `max_age`.
-            number: Its number, greater than any before. Default: the next one.
+            offset: Its number, greater than any before. Default: the next one.
             end: See `Entry`.
         """
-        entry = self.entry(self.tail + 1 if number is None else number, channel, event, now, end=end)
-        self.tail = entry.number
+        entry = self.entry(self.last_offset + 1 if offset is None else offset, channel, event, now, end=end)
+        self.last_offset = entry.offset
         self._ring_of(channel).append(entry)
         self._forget_least_recent(channel)
         return entry
@@ -151,17 +151,17 @@ class EventLog:
 
     # What is a part of another log, on another machine
 
-    def restart(self, epoch: str, tail: int, known: Iterable[tuple[str, int]], floor: int) -> None:
+    def restart(self, epoch: str, last_offset: int, known: Iterable[tuple[str, int]], floor: int) -> None:
         """Forget all, and go on as a part of another log, of which nothing is here yet.
 
         Args:
             epoch: Its epoch.
-            tail: The number of its last event.
+            last_offset: The number of its last event.
             known: Its channels, each with the number of its last event, least recently published to first.
             floor: The last number of the channels that it has forgotten.
         """
         self.epoch = epoch
-        self.tail = self._cut = tail
+        self.last_offset = self._cut = last_offset
         self._rings.clear()
         self._order.clear()
         self._sequence = Sequence()
@@ -174,17 +174,17 @@ class EventLog:
         """From now on, channels keep any number of events: `cut` bounds all of them together, as the other log does."""
         self._history = math.inf
 
-    def skip(self, number: int) -> None:
+    def skip(self, offset: int) -> None:
         """A number was given to something that is no event."""
-        self.tail = number
+        self.last_offset = offset
 
-    def miss(self, channel: str, number: int) -> None:
+    def miss(self, channel: str, offset: int) -> None:
         """`channel` had events up to a number that are not here."""
         ring = self._rings.get(channel)
         if ring is not None:
-            ring.miss(number)
+            ring.miss(offset)
         else:
-            self._remember(channel, number)
+            self._remember(channel, offset)
 
     def fill(self, channel: str, entries: Iterable[Entry], trimmed: int, until: int) -> None:
         """Put back what is not here of a channel.
@@ -211,15 +211,15 @@ class EventLog:
                 names.append(name)
         return names
 
-    def cut(self, number: int) -> None:
+    def cut(self, offset: int) -> None:
         """Drop the events of all channels up to a number, but of those that are kept."""
         for entry in self._sequence_from(self._cut):
-            if entry.number > number:
+            if entry.offset > offset:
                 break
             if entry.channel in self._order:
                 self._rings[entry.channel].drop_oldest()
-        self._cut = number
-        self._floor = max(self._floor, number)
+        self._cut = offset
+        self._floor = max(self._floor, offset)
 
     def expire(self, now: float) -> None:
         """Forget the channels in which all is older than `max_age`."""
@@ -254,8 +254,8 @@ class EventLog:
         ring.clear()
         self._remember(channel, newest)
 
-    def _remember(self, channel: str, number: int) -> None:
-        self._forgotten[channel] = number
+    def _remember(self, channel: str, offset: int) -> None:
+        self._forgotten[channel] = offset
         self._forgotten.move_to_end(channel)
         if len(self._forgotten) > self._max_channels:
             self._floor = max(self._floor, self._forgotten.popitem(last=False)[1])
@@ -267,8 +267,8 @@ class EventLog:
             return "unknown"
         if found[1] != self.epoch:
             return "epoch"
-        number = int(found[2])
-        return number if number <= self.tail else "unknown"
+        offset = int(found[2])
+        return offset if offset <= self.last_offset else "unknown"
 
     def is_complete(self, channels: Iterable[str], now: float, *, patterns: bool, after: int) -> bool:
         """Whether all that `channels` had behind a position is still there.
@@ -309,17 +309,17 @@ class EventLog:
         if len(rings) == 1:
             return rings[0].after(after)
         if sum(ring.count(after) for ring in rings) <= _SORTED:
-            return sorted(chain.from_iterable(ring.after(after) for ring in rings), key=attrgetter("number"))
-        return merge(*(ring.after(after) for ring in rings), key=attrgetter("number"))
+            return sorted(chain.from_iterable(ring.after(after) for ring in rings), key=attrgetter("offset"))
+        return merge(*(ring.after(after) for ring in rings), key=attrgetter("offset"))
 
     def count(self, channels: Collection[str], after: int) -> int:
         """How many events `channels` have behind a position; of more than a few, how many there are at the most."""
         if len(channels) > _COUNTED:
-            return self.tail - after
+            return self.last_offset - after
         rings = [ring for ring in map(self._rings.get, channels) if ring is not None and ring.has(after)]
         return sum(ring.count(after) for ring in rings)
 
-    def _sequence_from(self, number: int) -> Iterator[Entry]:
+    def _sequence_from(self, offset: int) -> Iterator[Entry]:
         if not self._sequence.valid:
             self._sequence.make(chain.from_iterable(ring.after(0) for ring in self._rings.values()))
-        return self._sequence.after(number)
+        return self._sequence.after(offset)

@@ -18,7 +18,7 @@ class Entry:
     """One event of the log.
 
     Attributes:
-        number: Its place in the sequence of all channels.
+        offset: Its place in the sequence of all channels.
         channel: The channel's name.
         event: The event, with its id.
         chunk: The event, encoded.
@@ -26,7 +26,7 @@ class Entry:
         end: How the run ended of which it is the last event; ``None``: it is any other.
     """
 
-    number: int
+    offset: int
     channel: str
     event: ServerSentEvent
     chunk: bytes
@@ -41,18 +41,18 @@ class Sequence:
         valid: Whether it has them. Without, it does nothing until it is made anew.
     """
 
-    __slots__ = ("_entries", "_holes", "_numbers", "valid")
+    __slots__ = ("_entries", "_holes", "_offsets", "valid")
 
     def __init__(self) -> None:
         self.valid = True
-        self._numbers: list[int] = []
+        self._offsets: list[int] = []
         self._entries: list[Entry | None] = []  # None: it was dropped
         self._holes = 0
 
     def make(self, entries: Iterable[Entry]) -> None:
         """Begin anew, with these in any order."""
-        ordered = sorted(entries, key=attrgetter("number"))
-        self._numbers = [entry.number for entry in ordered]
+        ordered = sorted(entries, key=attrgetter("offset"))
+        self._offsets = [entry.offset for entry in ordered]
         self._entries = list(ordered)
         self._holes = 0
         self.valid = True
@@ -60,23 +60,23 @@ class Sequence:
     def append(self, entry: Entry) -> None:
         """Add the newest one."""
         if self.valid:
-            self._numbers.append(entry.number)
+            self._offsets.append(entry.offset)
             self._entries.append(entry)
 
-    def drop(self, number: int) -> None:
+    def drop(self, offset: int) -> None:
         """Forget one."""
         if not self.valid:
             return
-        self._entries[bisect_left(self._numbers, number)] = None
+        self._entries[bisect_left(self._offsets, offset)] = None
         self._holes += 1
-        if self._holes > 1000 and self._holes > len(self._numbers) // 2:
+        if self._holes > 1000 and self._holes > len(self._offsets) // 2:
             self._entries = [entry for entry in self._entries if entry is not None]
-            self._numbers = [entry.number for entry in self._entries if entry is not None]
+            self._offsets = [entry.offset for entry in self._entries if entry is not None]
             self._holes = 0
 
-    def after(self, number: int) -> Iterator[Entry]:
+    def after(self, offset: int) -> Iterator[Entry]:
         """The entries behind a number."""
-        first = bisect_right(self._numbers, number)
+        first = bisect_right(self._offsets, offset)
         return filter(None, map(self._entries.__getitem__, range(first, len(self._entries))))
 
 
@@ -100,7 +100,7 @@ class Ring:
     """
 
     __slots__ = (
-        "_entries", "_memo", "_numbers", "_sequence", "_start", "history", "max_age", "max_bytes", "size", "trimmed",
+        "_entries", "_memo", "_offsets", "_sequence", "_start", "history", "max_age", "max_bytes", "size", "trimmed",
         "whole",
     )  # fmt: skip
 
@@ -112,18 +112,18 @@ class Ring:
         self.max_age = max_age
         self.size = 0
         self._sequence = sequence
-        self._numbers: list[int] = []  # of the entries, to be searched
+        self._offsets: list[int] = []  # of the entries, to be searched
         self._entries: list[Entry] = []
         self._start = 0  # of both, what was dropped before it is cleared now and then
         self._memo: tuple[int, int, int, tuple[bytes, int, int]] | None = None
 
     def __len__(self) -> int:
-        return len(self._numbers) - self._start
+        return len(self._offsets) - self._start
 
     @property
     def newest(self) -> int:
         """The number of the last event, whether or not it is left."""
-        return self._numbers[-1] if len(self) else self.trimmed
+        return self._offsets[-1] if len(self) else self.trimmed
 
     @property
     def last(self) -> Entry | None:
@@ -137,7 +137,7 @@ class Ring:
 
     def append(self, entry: Entry) -> None:
         """Add the newest one, and drop what is too much."""
-        self._numbers.append(entry.number)
+        self._offsets.append(entry.offset)
         self._entries.append(entry)
         self._sequence.append(entry)
         self.size += _cost(entry)
@@ -155,8 +155,8 @@ class Ring:
         """Put back what was dropped: see `EventLog.fill`. Those that are there already are not."""
         if until < self.trimmed:
             return  # what came meanwhile was dropped as well: there would be a hole that nobody sees
-        older = [entry for entry in entries if entry.number <= self.trimmed]
-        self._numbers[: self._start] = [entry.number for entry in older]
+        older = [entry for entry in entries if entry.offset <= self.trimmed]
+        self._offsets[: self._start] = [entry.offset for entry in older]
         self._entries[: self._start] = older
         self._start = 0
         self._memo = None
@@ -166,10 +166,10 @@ class Ring:
         self._sequence.valid = False
         self._trim()
 
-    def miss(self, number: int) -> None:
+    def miss(self, offset: int) -> None:
         """Drop everything: there was more, up to a number, that is not known."""
         self.clear()
-        self.trimmed = max(number, self.trimmed)
+        self.trimmed = max(offset, self.trimmed)
         self.whole = False
 
     def drop_oldest(self) -> None:
@@ -196,44 +196,44 @@ class Ring:
     def _drop(self) -> None:
         entry = self._entries[self._start]
         self._entries[self._start] = _NOTHING
-        self._sequence.drop(entry.number)
-        self.trimmed = entry.number
+        self._sequence.drop(entry.offset)
+        self.trimmed = entry.offset
         self.size -= _cost(entry)
         self._start += 1
-        if self._start > 64 and self._start > len(self._numbers) // 2:
-            del self._numbers[: self._start], self._entries[: self._start]
+        if self._start > 64 and self._start > len(self._offsets) // 2:
+            del self._offsets[: self._start], self._entries[: self._start]
             self._start = 0
 
-    def after(self, number: int) -> Iterator[Entry]:
+    def after(self, offset: int) -> Iterator[Entry]:
         """The entries behind a number."""
-        return map(self._entries.__getitem__, range(self._behind(number), len(self._entries)))
+        return map(self._entries.__getitem__, range(self._behind(offset), len(self._entries)))
 
-    def count(self, number: int) -> int:
+    def count(self, offset: int) -> int:
         """How many entries there are behind a number."""
-        return len(self._numbers) - self._behind(number)
+        return len(self._offsets) - self._behind(offset)
 
-    def has(self, number: int) -> bool:
+    def has(self, offset: int) -> bool:
         """Whether there is anything behind a number."""
-        return len(self) > 0 and self._numbers[-1] > number
+        return len(self) > 0 and self._offsets[-1] > offset
 
-    def _behind(self, number: int) -> int:
-        return bisect_right(self._numbers, number, self._start)
+    def _behind(self, offset: int) -> int:
+        return bisect_right(self._offsets, offset, self._start)
 
-    def read(self, number: int, limit: int) -> tuple[bytes, int, int]:
-        """What is behind `number`, joined: at most `limit` bytes or one larger event.
+    def read(self, offset: int, limit: int) -> tuple[bytes, int, int]:
+        """What is behind `offset`, joined: at most `limit` bytes or one larger event.
 
         Readers at the same place share one result, until something is appended.
 
         Returns:
             The bytes, how many events they are, and the number of the last one.
         """
-        if not self.has(number):
-            return b"", 0, number
-        newest, memo = self._numbers[-1], self._memo
-        if memo is not None and memo[0] == number and memo[1] == limit and memo[2] == newest:
+        if not self.has(offset):
+            return b"", 0, offset
+        newest, memo = self._offsets[-1], self._memo
+        if memo is not None and memo[0] == offset and memo[1] == limit and memo[2] == newest:
             return memo[3]
-        first = self._behind(number)
-        if first == len(self._numbers) - 1:
+        first = self._behind(offset)
+        if first == len(self._offsets) - 1:
             return self._entries[first].chunk, 1, newest
         size, last = 0, first
         chunks: list[bytes] = []
@@ -242,10 +242,10 @@ class Ring:
             if size > limit and chunks:
                 break
             chunks.append(entry.chunk)
-            last = entry.number
+            last = entry.offset
         result = b"".join(chunks), len(chunks), last
         if last == newest:
-            self._memo = (number, limit, newest, result)
+            self._memo = (offset, limit, newest, result)
         return result
 
 

@@ -8,7 +8,7 @@ from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, Final
 
 from asgi_sse.errors import InvalidEventError, shown
-from asgi_sse.protocol.event import ServerSentEvent, as_event, numbered_event
+from asgi_sse.protocol.event import ServerSentEvent, as_event, event_with_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,7 +78,7 @@ class Snapshot:
                 if asked != self._asked:
                     continue  # it was reset meanwhile
                 if events:
-                    events[-1] = numbered_event(events[-1], place)
+                    events[-1] = event_with_id(events[-1], place)
                 else:
                     events = [ServerSentEvent(id=place)]
                 self.events.extend(events)

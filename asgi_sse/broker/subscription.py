@@ -199,7 +199,7 @@ class Subscription(Cursor):
             while self._batch and self._lost is None:
                 wanted = self._wanted(self._batch[-1])
                 entry = self._batch.pop()
-                self._given = entry.number
+                self._given = entry.offset
                 if wanted:
                     self._taken += 1
                     return entry.event
@@ -361,7 +361,7 @@ class Subscription(Cursor):
         with self._dispatcher.lock:
             if self.ready or self._behind or self._stopped:
                 return b""
-            self._given = self._position = self._dispatcher.log.tail
+            self._given = self._position = self._dispatcher.log.last_offset
         return ServerSentEvent(id=self._dispatcher.log.id_of(self._position)).encode()
 
     def _see_end(self) -> None:

@@ -181,7 +181,7 @@ def decoded_event(data: str, event: str, last_event_id: str) -> ServerSentEvent:
     return self
 
 
-def numbered_event(event: ServerSentEvent, id: str) -> ServerSentEvent:  # noqa: A002 (the field's name in the standard)
+def event_with_id(event: ServerSentEvent, id: str) -> ServerSentEvent:  # noqa: A002 (the field's name in the standard)
     """The same event with another id, one that needs no check."""
     self = ServerSentEvent.__new__(ServerSentEvent)
     self._data, self._event, _, self._retry, self._comment = event._fields()

@@ -22,8 +22,8 @@ class Upstream:
     """A log that has nothing which is not here, and tells how far it is when the test says so."""
 
     def __init__(self, broker: Broker) -> None:
-        self.hub: Dispatcher = broker._dispatcher
-        self.hub.upstream = self
+        self.dispatcher: Dispatcher = broker._dispatcher
+        self.dispatcher.upstream = self
         self.asked = anyio.Event()
         self.answers = anyio.Event()
 
@@ -36,7 +36,7 @@ class Upstream:
 
     def bring(self, *numbers: int) -> None:
         for number in numbers:
-            self.hub.publish("c.x", ServerSentEvent(str(number)), number=number)
+            self.dispatcher.publish("c.x", ServerSentEvent(str(number)), offset=number)
 
 
 @pytest.mark.parametrize("name", ["c.x", "c.*"])
@@ -54,7 +54,7 @@ async def test_an_id_of_the_next_log_is_no_reset_when_that_comes(name: str) -> N
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(read)
             await upstream.asked.wait()
-            upstream.hub.restart("next", 0, floor=0)
+            upstream.dispatcher.restart("next", 0, floor=0)
             upstream.bring(1, 2, 3, 4)
             upstream.answers.set()
     assert [event.id for event in events] == ["next-3", "next-4"]
@@ -63,7 +63,7 @@ async def test_an_id_of_the_next_log_is_no_reset_when_that_comes(name: str) -> N
 async def test_an_id_of_the_log_before_is_a_reset_though_it_is_asked_for_while_the_next_one_comes() -> None:
     broker = Broker()
     upstream = Upstream(broker)
-    reader = broker.subscribe("c.x", last_event_id=f"{upstream.hub.log.epoch}-2")  # ahead of this process
+    reader = broker.subscribe("c.x", last_event_id=f"{upstream.dispatcher.log.epoch}-2")  # ahead of this process
     events: list[ServerSentEvent] = []
 
     async def read() -> None:
@@ -73,7 +73,7 @@ async def test_an_id_of_the_log_before_is_a_reset_though_it_is_asked_for_while_t
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(read)
             await upstream.asked.wait()
-            upstream.hub.restart("next", 0, floor=0)
+            upstream.dispatcher.restart("next", 0, floor=0)
             upstream.bring(1, 2, 3)
             upstream.answers.set()
     assert [(event.event, event.id) for event in events] == [("reset", "next-3")]
@@ -86,9 +86,9 @@ async def test_a_pattern_knows_of_a_channel_of_which_all_was_missed() -> None:
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(anext, broker.subscribe("c.*"))  # the pattern is known before the channel
         await anyio.sleep(0.1)
-        upstream.hub.miss("c.new", 5)
-        upstream.hub.log.skip(5)
-        reader = broker.subscribe("c.*", last_event_id=upstream.hub.log.id_of(2))
+        upstream.dispatcher.miss("c.new", 5)
+        upstream.dispatcher.log.skip(5)
+        reader = broker.subscribe("c.*", last_event_id=upstream.dispatcher.log.id_of(2))
         with anyio.fail_after(5):
             assert (await anext(reader)).event == "reset"
         tasks.cancel_scope.cancel()
@@ -104,7 +104,7 @@ async def test_who_reads_a_run_that_has_ended_comes_to_its_end_where_the_log_bec
         await run.wait()
         reader = run.subscribe()
         assert (await anext(reader)).data == "0"
-        upstream.hub.restart("next", 1, floor=1)
+        upstream.dispatcher.restart("next", 1, floor=1)
         for rest, reason in ((reader, "epoch"), (run.subscribe(), "expired")):
             told = [event async for event in rest]
             assert [(event.event, json.loads(event.data or "")) for event in told] == [("reset", {"reason": reason})]
@@ -128,8 +128,8 @@ async def test_a_run_that_was_taken_for_lost_publishes_no_more() -> None:
     with anyio.fail_after(5):
         reader = run.subscribe()
         assert (await anext(reader)).data == "0"
-        upstream.hub.publish("c.r", ServerSentEvent({"reason": "lost"}, event="end"), end="lost")
+        upstream.dispatcher.publish("c.r", ServerSentEvent({"reason": "lost"}, event="end"), end="lost")
         assert [event.event async for event in reader] == ["end"]
         assert await run.wait() == "lost"
         await stopped.wait()
-    assert upstream.hub.log.tail == 2
+    assert upstream.dispatcher.log.last_offset == 2

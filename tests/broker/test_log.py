@@ -18,7 +18,7 @@ PATTERNS = ["a", "a.x", "b.x", "a.*", "*.x", "**", "b.**", "*"]
 
 
 def numbers(entries: Any) -> list[int]:
-    return [entry.number for entry in entries]
+    return [entry.offset for entry in entries]
 
 
 def event(data: str = "x") -> ServerSentEvent:
@@ -44,10 +44,10 @@ class AgainstAModel(RuleBasedStateMachine):
     @rule(channel=st.sampled_from(CHANNELS), size=st.sampled_from([1, 30, 90]))
     def publish(self, channel: str, size: int) -> None:
         entry = self.log.append(channel, event("x" * size), self.now)
-        self.published.append((entry.number, channel, entry.chunk))
-        assert entry.event.id == self.log.id_of(entry.number)
-        assert numbers(self.log.entries([channel], entry.number - 1)) == [
-            entry.number
+        self.published.append((entry.offset, channel, entry.chunk))
+        assert entry.event.id == self.log.id_of(entry.offset)
+        assert numbers(self.log.entries([channel], entry.offset - 1)) == [
+            entry.offset
         ]  # the newest one is always there
 
     @rule(seconds=st.sampled_from([0.5, 2.0]))
@@ -69,7 +69,7 @@ class AgainstAModel(RuleBasedStateMachine):
 
     @rule(patterns=st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=3), back=st.integers(0, 12))
     def read(self, patterns: list[str], back: int) -> None:
-        after = max(0, self.log.tail - back)
+        after = max(0, self.log.last_offset - back)
         tests = [pattern_test(pattern) for pattern in patterns]
         matching = [name for name in CHANNELS if any(test(name) for test in tests)]
         some = any(map(is_pattern, patterns))
@@ -86,7 +86,7 @@ class AgainstAModel(RuleBasedStateMachine):
 
     @rule(channel=st.sampled_from(CHANNELS), back=st.integers(0, 12), limit=st.sampled_from([1, 100, 10**6]))
     def read_bytes(self, channel: str, back: int, limit: int) -> None:
-        ring, position = self.log.ring(channel), max(0, self.log.tail - back)
+        ring, position = self.log.ring(channel), max(0, self.log.last_offset - back)
         if ring is None:
             return
         expected = b"".join(entry.chunk for entry in ring.after(position))
@@ -137,8 +137,8 @@ def test_ids_tell_where_a_reader_was() -> None:
 
 def test_an_id_is_safe_in_a_header_of_another_origin() -> None:
     log = EventLog(epoch="z" * 32)
-    log.tail = 10**18
-    assert re.fullmatch(r"[0-9a-z-]{1,127}", log.id_of(log.tail))
+    log.last_offset = 10**18
+    assert re.fullmatch(r"[0-9a-z-]{1,127}", log.id_of(log.last_offset))
 
 
 def test_what_was_dropped_is_known_by_channel() -> None:
@@ -258,7 +258,7 @@ def test_bad_limits(limits: dict[str, Any]) -> None:
 
 def test_numbers_go_on() -> None:
     log, sequence = EventLog(), count(1)
-    assert [log.append(name, event(), 0).number for name in "abcab"] == [next(sequence) for _ in range(5)]
+    assert [log.append(name, event(), 0).offset for name in "abcab"] == [next(sequence) for _ in range(5)]
     assert "a" in log
     assert "z" not in log
 
@@ -272,4 +272,4 @@ def test_what_is_put_back_leaves_no_hole_before_what_came_meanwhile() -> None:
         log.append("x", ServerSentEvent(str(number)), 0.0)
     log.fill("x", asked, 7, until=15)
     assert not log.is_complete(["x"], 0.0, patterns=False, after=17)
-    assert [entry.number for entry in log.entries(["x"], 20)] == [21, 22, 23, 24]
+    assert [entry.offset for entry in log.entries(["x"], 20)] == [21, 22, 23, 24]

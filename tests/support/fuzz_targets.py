@@ -206,7 +206,7 @@ def ids(data: bytes) -> None:
     for given in (text(data[1:]), "e-" + text(data[1:]), text(data[1:]) + "-1"):
         place = log.parse(given)
         if isinstance(place, int):
-            assert 0 <= place <= log.tail
+            assert 0 <= place <= log.last_offset
             assert log.id_of(place) == given
         else:
             assert place in ("unknown", "epoch")

@@ -35,7 +35,7 @@ class BrokerStatistics:
             for all who read.
         subscriptions: Those that are read now.
         channels: Channels of which there are events in memory.
-        tail: The id of the last event.
+        last_event_id: The id of the last event.
         lag: Events that the subscription has not taken yet that is furthest behind. Of one that reads many channels at
             once, those of others that came meanwhile may count as well.
         round_trip: Seconds that an event which was published from here took to come back to this process, as every
@@ -51,7 +51,7 @@ class BrokerStatistics:
     restarts: int
     subscriptions: int
     channels: int
-    tail: str
+    last_event_id: str
     lag: int
     round_trip: float
 
@@ -120,10 +120,10 @@ class Backend(ABC):
       publishes, one after the other, is in that order.
     - **Acknowledged.** When `publish` has returned an id, the event is in the log. When it raises `BrokerError`, the
       event may be in it, and then stands there once: to publish again with the same key is safe.
-    - **No gap, no duplicate.** A dispatcher has each event once; a reader that resumes behind the id of an event has all
-      that follows, as long as the engine keeps it, whichever process gave it the id.
-    - **Never silently.** A dispatcher that finds events gone, or the log to be another one than before (an engine that was
-      restarted empty, flushed, or has come back with less than was acknowledged), tells each reader that may have
+    - **No gap, no duplicate.** A dispatcher has each event once; a reader that resumes after the id of an event has
+      all that follows, as long as the engine keeps it, whichever process gave it the id.
+    - **Never silently.** A dispatcher that finds events gone, or the log to be another one than before (an engine that
+      was restarted empty, flushed, or has come back with less than was acknowledged), tells each reader that may have
       missed something. The log of an engine that has lost acknowledged events gets another epoch, so that no id of
       before stands for anything else.
     - **Bounded.** What is kept has the limits of the broker; what waits to be published, those of its callers, each of
@@ -208,7 +208,7 @@ class Backend(ABC):
     def _statistics(self, state: State, **figures: Any) -> BrokerStatistics:
         dispatcher = self.dispatcher
         with dispatcher.lock:
-            channels, tail = dispatcher.log.kept_channels, dispatcher.log.id_of(dispatcher.log.tail)
+            channels, last_event_id = dispatcher.log.kept_channels, dispatcher.log.id_of(dispatcher.log.last_offset)
         given = {
             "error": "",
             "received": self._published,
@@ -222,7 +222,7 @@ class Backend(ABC):
             published=self._published,
             subscriptions=dispatcher.readers,
             channels=channels,
-            tail=tail,
+            last_event_id=last_event_id,
             lag=dispatcher.lag,
             **given,
         )

@@ -70,12 +70,12 @@ class Stored(NamedTuple):
     """A message of a stream.
 
     Attributes:
-        number: Its number.
+        offset: Its number.
         payload: What it carries.
         time: When the server has got it, in ns.
     """
 
-    number: int
+    offset: int
     payload: bytes
     time: int
 
@@ -85,13 +85,13 @@ class Delivery:
     """What stands in the reply subject of a message that a consumer delivers.
 
     Attributes:
-        number: That of the message, in the stream.
+        offset: That of the message, in the stream.
         place: That of its delivery.
         time: When the server has got it, in ns.
         pending: How many follow.
     """
 
-    number: int
+    offset: int
     place: int
     time: int
     pending: int
@@ -205,7 +205,7 @@ class JetStream:
             closed_cb=self._on_closed,
         )
         self.max_payload = self._client.max_payload
-        self._receiver = self._client.new_receiver()
+        self._receiver = self._client.new_inbox()
         self._subscription = await self._client.subscribe(f"{self._receiver}.*", cb=self._on_answer)
 
     async def close(self) -> None:
@@ -339,7 +339,7 @@ class JetStream:
 
     async def consume(self, stream: str, start: int) -> Consumer:
         """What the stream has from a number on, and what it gets."""
-        receiver = self._client.new_receiver()
+        receiver = self._client.new_inbox()
         await self.release()
         consumer = self._consumer = Consumer()
         # No limit here, at which nats-py would drop messages: the server waits for our answers to its flow control.

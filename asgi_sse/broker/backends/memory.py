@@ -71,7 +71,7 @@ class MemoryBackend(Backend):
     def _append(self, publication: Publication) -> str:
         self._published += 1
         entry = self.dispatcher.publish(publication.channel, publication.event, end=publication.end)
-        return self.dispatcher.log.id_of(entry.number)
+        return self.dispatcher.log.id_of(entry.offset)
 
     def check_open(self) -> None:
         """See `Backend`: it always is."""
@@ -83,7 +83,7 @@ class MemoryBackend(Backend):
     async def lease(self, name: str, max_bytes: int, ttl: float, *, again: bool, over: int) -> tuple[RunLease, bool]:  # noqa: ARG002
         """See `Backend`: the runs of this process are all there are, and it knows them."""
         log = self.dispatcher.log
-        return RunLease("", log.epoch, log.tail, max_bytes, ttl), True
+        return RunLease("", log.epoch, log.last_offset, max_bytes, ttl), True
 
     async def find(self, name: str) -> RunLease | None:  # noqa: ARG002
         """See `Backend`."""

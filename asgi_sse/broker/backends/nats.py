@@ -69,7 +69,7 @@ _WINDOW: Final = 120.0
 class _Mark(NamedTuple):
     """A message that was read: no other one has its number and its time."""
 
-    number: int
+    offset: int
     time: int
 
 
@@ -222,7 +222,7 @@ class NatsBackend(RemoteBackend):
                 if first or stream.epoch != log.epoch:
                     break
                 if await self._is_continued(stream, acknowledged):
-                    if stream.floor > log.tail:
+                    if stream.floor > log.last_offset:
                         self._lose(stream.floor)
                     self._proven = self._link
                     return
@@ -259,23 +259,23 @@ class NatsBackend(RemoteBackend):
         self.dispatcher.restart(epoch, start, floor=start)
         self._restarted()
 
-    def _lose(self, number: int) -> None:
+    def _lose(self, offset: int) -> None:
         """The stream has forgotten what nobody has read here."""
         logger.warning(
             "%s has forgotten events before they were read: readers are told by a reset", self.url, extra=self._extra
         )
-        self._cut_at = number
-        self.dispatcher.restart(self.dispatcher.log.epoch, number, floor=number)
+        self._cut_at = offset
+        self.dispatcher.restart(self.dispatcher.log.epoch, offset, floor=offset)
         self._restarted()
 
     async def _is_continued(self, stream: Stream, acknowledged: int) -> bool:
         """Whether what was read last still stands in its place."""
-        if stream.last < max(self.dispatcher.log.tail, acknowledged):
+        if stream.last < max(self.dispatcher.log.last_offset, acknowledged):
             return False
         for mark in reversed(self._marks):
-            if mark.number <= stream.floor:
+            if mark.offset <= stream.floor:
                 return True  # the stream is not to have it any more
-            found = await self._js.message(self._name, seq=mark.number)
+            found = await self._js.message(self._name, seq=mark.offset)
             if found is not None:
                 return found.time == mark.time
         return not self._marks
@@ -283,15 +283,15 @@ class NatsBackend(RemoteBackend):
     async def _load(self, last: int) -> None:
         """Read all that there was when this began."""
         log, link = self.dispatcher.log, self._js
-        self._consumer = consumer = await link.consume(self._name, log.tail + 1)
-        while log.tail < last:
+        self._consumer = consumer = await link.consume(self._name, log.last_offset + 1)
+        while log.last_offset < last:
             if consumer.pending or consumer.messages:
                 await consumer.wait()
             if link.is_lost:
                 raise nats.errors.ConnectionClosedError
             if not await self._take(consumer):
                 raise ConnectionError("what the stream has could not be read at once")
-            if not consumer.pending and log.tail < last and not await self._is_current(consumer):
+            if not consumer.pending and log.last_offset < last and not await self._is_current(consumer):
                 raise ConnectionError("the stream has become another one while it was read")
 
     async def _read(self) -> None:
@@ -299,7 +299,7 @@ class NatsBackend(RemoteBackend):
         consumer = self._consumer
         try:
             if consumer is None:
-                consumer = self._consumer = await link.consume(self._name, self.dispatcher.log.tail + 1)
+                consumer = self._consumer = await link.consume(self._name, self.dispatcher.log.last_offset + 1)
             looked = loop.time()
             while True:
                 await consumer.wait()
@@ -330,9 +330,9 @@ class NatsBackend(RemoteBackend):
             if delivery.place != consumer.place + 1:
                 return False
             consumer.place, consumer.pending = delivery.place, delivery.pending
-            if delivery.number <= self.dispatcher.log.tail:
+            if delivery.offset <= self.dispatcher.log.last_offset:
                 continue
-            if not await self._bridge(consumer, delivery.number):
+            if not await self._bridge(consumer, delivery.offset):
                 return False
             self._receive(message, delivery)
             taken += 1
@@ -342,20 +342,20 @@ class NatsBackend(RemoteBackend):
             await self._rest()
         return True
 
-    async def _bridge(self, consumer: Consumer, number: int) -> bool:
-        """The next one is `number`. False: the stream is another one."""
+    async def _bridge(self, consumer: Consumer, offset: int) -> bool:
+        """The next one is `offset`. False: the stream is another one."""
         log = self.dispatcher.log
-        if number == log.tail + 1:
+        if offset == log.last_offset + 1:
             return True
-        if number <= consumer.checked:
-            self._skip(number - 1)
+        if offset <= consumer.checked:
+            self._skip(offset - 1)
             return True
         newest = consumer.messages[-1].reply if consumer.messages else ""
-        if not await self._jump(number):
+        if not await self._jump(offset):
             return False
-        if newest.startswith(DELIVERY) and self._cut_at < number - 1:
+        if newest.startswith(DELIVERY) and self._cut_at < offset - 1:
             # The limits have not come so far by now, so that they took nothing from between those that are here.
-            consumer.checked = Delivery.of(newest).number
+            consumer.checked = Delivery.of(newest).offset
         return True
 
     async def _is_alive(self, consumer: Consumer, message: Msg) -> bool:
@@ -368,20 +368,20 @@ class NatsBackend(RemoteBackend):
             await self._js.say(reply)
         return int(headers.get("Nats-Last-Consumer", 0)) <= consumer.place
 
-    async def _jump(self, number: int) -> bool:
-        """The next one is `number`: nobody is to miss what was before. False: the stream is another one."""
+    async def _jump(self, offset: int) -> bool:
+        """The next one is `offset`: nobody is to miss what was before. False: the stream is another one."""
         stream = await self._look()
         if stream.epoch != self.dispatcher.log.epoch:
             return False
-        if stream.floor > self.dispatcher.log.tail:
-            self._lose(number - 1)
+        if stream.floor > self.dispatcher.log.last_offset:
+            self._lose(offset - 1)
         else:
-            self._skip(number - 1)
+            self._skip(offset - 1)
         return True
 
-    def _skip(self, number: int) -> None:
+    def _skip(self, offset: int) -> None:
         with self.dispatcher.lock:
-            self.dispatcher.log.skip(number)
+            self.dispatcher.log.skip(offset)
 
     async def _is_current(self, consumer: Consumer) -> bool:
         """Whether the stream is the one that is read, and the consumer has what there is of it."""
@@ -390,21 +390,21 @@ class NatsBackend(RemoteBackend):
             stream = await self._look()
         except nats.js.errors.NotFoundError:
             return False
-        if stream.epoch != log.epoch or stream.last < max(log.tail, acknowledged):
+        if stream.epoch != log.epoch or stream.last < max(log.last_offset, acknowledged):
             return False
-        if stream.last > log.tail and not consumer.has_more():
+        if stream.last > log.last_offset and not consumer.has_more():
             # It is on its way; or the last ones were deleted, and nothing comes.
-            tail = log.tail
-            following = await self._js.message(self._name, seq=tail + 1, next_by_subj=">")
+            last_offset = log.last_offset
+            following = await self._js.message(self._name, seq=last_offset + 1, next_by_subj=">")
             if consumer.has_more():
                 return True
-            if following is None or following.number > stream.last:
+            if following is None or following.offset > stream.last:
                 await self._jump(stream.last + 1)
                 self._progressed()
-            elif self._stuck == tail:
+            elif self._stuck == last_offset:
                 return False
-            self._stuck = tail
-        cut = max(stream.floor, log.tail - _reach(stream))
+            self._stuck = last_offset
+        cut = max(stream.floor, log.last_offset - _reach(stream))
         if cut > self._cut_at:
             self._cut_at = cut
             with self.dispatcher.lock:
@@ -412,16 +412,16 @@ class NatsBackend(RemoteBackend):
         return True
 
     def _receive(self, message: Msg, delivery: Delivery) -> None:
-        number = delivery.number
+        offset = delivery.offset
         self._received += 1
-        self._marks.append(_Mark(number, delivery.time))
+        self._marks.append(_Mark(offset, delivery.time))
         if self._doubts:
             message_id = (message.headers or {}).get("Nats-Msg-Id")
             if message_id in self._doubts:
-                self._doubts[message_id] = number
+                self._doubts[message_id] = offset
         channel = message.subject.removeprefix(self._subjects)
         if channel == CONTROL:
-            self._skip(number)
+            self._skip(offset)
             self._controlled(message.data)
             return
         try:
@@ -430,10 +430,10 @@ class NatsBackend(RemoteBackend):
             check_name(channel)
             event, end = wire.load(message.data)
         except Exception:  # anybody may have written it
-            logger.exception("message %d of %s is left out", number, self.url, extra=self._extra)
-            self._skip(number)
+            logger.exception("message %d of %s is left out", offset, self.url, extra=self._extra)
+            self._skip(offset)
             return
-        self.dispatcher.publish(channel, event, number=number, time=delivery.time / 1e9 + self._skew, end=end)
+        self.dispatcher.publish(channel, event, offset=offset, time=delivery.time / 1e9 + self._skew, end=end)
 
     async def _recall(self, channels: list[str]) -> None:
         """What the stream has is here, or is more than there is to be."""
@@ -457,24 +457,26 @@ class NatsBackend(RemoteBackend):
             # The server may not know them any more: what it has got of them, we have got as well.
             async with asyncio.timeout(ANSWER):
                 await self._sync()
-        epoch, tail = log.epoch, log.tail
-        numbers = {place: number for place, each in enumerate(message_ids) if (number := self._doubts[each])}
-        failed, is_other = self._settle(await self._ask(items, message_ids, numbers), numbers, tail)
+        epoch, last_offset = log.epoch, log.last_offset
+        offsets = {place: offset for place, each in enumerate(message_ids) if (offset := self._doubts[each])}
+        failed, is_other = self._settle(await self._ask(items, message_ids, offsets), offsets, last_offset)
         last: float = inf
         if is_other or epoch != log.epoch:
             epoch, last = await self._position()
         if epoch == log.epoch:
             # But not the numbers of a stream that was deleted while this was under way.
-            self._acknowledged = max(self._acknowledged, *(number for number in numbers.values() if number <= last), 0)
+            self._acknowledged = max(self._acknowledged, *(offset for offset in offsets.values() if offset <= last), 0)
         if failed is not None:
-            self._doubts.update((message_ids[place], number) for place, number in numbers.items())
+            self._doubts.update((message_ids[place], offset) for place, offset in offsets.items())
             self._suspect()
             raise failed
-        for place, number in numbers.items():
-            await self._end_run(items[place].publication, number)
-        return [f"{epoch}-{numbers[place]}" if place in numbers else "" for place in range(len(items))]
+        for place, offset in offsets.items():
+            await self._end_run(items[place].publication, offset)
+        return [f"{epoch}-{offsets[place]}" if place in offsets else "" for place in range(len(items))]
 
-    def _settle(self, sent: list[_Sent], numbers: dict[int, int], tail: int) -> tuple[BaseException | None, bool]:
+    def _settle(
+        self, sent: list[_Sent], offsets: dict[int, int], last_offset: int
+    ) -> tuple[BaseException | None, bool]:
         """Put the numbers of what was acknowledged to the others, and refuse what was refused.
 
         Returns:
@@ -494,8 +496,8 @@ class NatsBackend(RemoteBackend):
             except Exception as exc:
                 self._refuse([item], f"{self.url} did not take it: {exc}")
             else:
-                numbers[place] = told["seq"]
-                is_other = is_other or (told["seq"] <= tail and not told.get("duplicate"))
+                offsets[place] = told["seq"]
+                is_other = is_other or (told["seq"] <= last_offset and not told.get("duplicate"))
         return failed, is_other
 
     async def _ask(self, items: list[Item], message_ids: list[str], known: dict[int, int]) -> list[_Sent]:
@@ -551,7 +553,7 @@ class NatsBackend(RemoteBackend):
                     return known, False
             await self._sync()  # so that it begins behind the end of the one before
             with self.dispatcher.lock:
-                lease = RunLease(self._holder, log.epoch, log.tail, max_bytes, ttl)
+                lease = RunLease(self._holder, log.epoch, log.last_offset, max_bytes, ttl)
             if await self._runs.write(name, lease, token, 0 if entry is None else entry.revision):
                 return await self._as_of_now(lease), True
 
@@ -578,7 +580,7 @@ class NatsBackend(RemoteBackend):
             if await self._runs.write(name, lease, token, revision):
                 return True
 
-    async def _end_run(self, publication: Publication, number: int) -> None:
+    async def _end_run(self, publication: Publication, offset: int) -> None:
         """Say that a run has ended, to who looks for it later; who reads it sees it by its last event."""
         if publication.end is None:
             return
@@ -588,11 +590,11 @@ class NatsBackend(RemoteBackend):
                 if entry is None or entry.lease.holder != self._holder or entry.lease.outcome:
                     return
                 ended = await self._as_of_now(entry.lease)
-                if ended.start >= number:
+                if ended.start >= offset:
                     return  # it was begun again
-                if ended.epoch != entry.lease.epoch and number > self.dispatcher.log.tail:
+                if ended.epoch != entry.lease.epoch and offset > self.dispatcher.log.last_offset:
                     return  # the end was in the stream that is gone: its readers would wait for that number
-                ended.outcome, ended.final = publication.end, number
+                ended.outcome, ended.final = publication.end, offset
                 if publication.ttl is not None:
                     ended.ttl = publication.ttl
                 if await self._runs.write(publication.channel, ended, entry.token, entry.revision):

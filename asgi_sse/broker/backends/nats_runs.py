@@ -77,7 +77,7 @@ class Bucket:
             return None
         fields = json.loads(found.payload)
         token = fields.pop("token")
-        return RunEntry(RunLease(**fields), token, found.number, self._clock() - found.time / 1e9)
+        return RunEntry(RunLease(**fields), token, found.offset, self._clock() - found.time / 1e9)
 
     async def write(self, run: str, lease: RunLease, token: str, revision: int) -> bool:
         """Put it in the place of that revision. False: there is another one."""

@@ -1,6 +1,6 @@
 """The back end on Redis 6.2 or later, or Valkey: Redis Streams, by one script.
 
-Its keys, with the prefix in braces, so that a cluster has them on one holder:
+Its keys, with the prefix in braces, so that a cluster has them on one node:
 
 - ``{p}:meta``, a hash: the ``epoch``, ``n`` (the last number), ``start`` (the number at which the epoch began),
   ``root`` (the first epoch of these numbers, for what is not lost with an epoch), ``floor`` (the last number of the
@@ -74,7 +74,7 @@ _CHUNK: Final = 100
 class _Last(NamedTuple):
     """The entry of the log that was read last."""
 
-    number: int
+    offset: int
     fields: dict[bytes, bytes]
 
     def is_at(self, found: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> bool | None:
@@ -172,8 +172,8 @@ class RedisBackend(RemoteBackend):
             run = "" if one.end is None else self._key(f"r:{one.channel}")
             arguments += [item.payload, "+", int(one.key is not None), keep, ttl, run, one.end or ""]
         answer: list[Any] = await self._publish_script(keys=keys, args=arguments)
-        epoch, number = answer[0].decode(), int(answer[1])
-        self._known = epoch, max(number, self._known[1]) if epoch == self._known[0] else number
+        epoch, offset = answer[0].decode(), int(answer[1])
+        self._known = epoch, max(offset, self._known[1]) if epoch == self._known[0] else offset
         return answer
 
     def _what_is_known(self) -> tuple[str, int]:
@@ -183,12 +183,12 @@ class RedisBackend(RemoteBackend):
         already would be given once more, until somebody who reads sees it.
         """
         log = self.dispatcher.log
-        epoch, number = self._known
-        return epoch, max(number, log.tail) if epoch == log.epoch else number
+        epoch, offset = self._known
+        return epoch, max(offset, log.last_offset) if epoch == log.epoch else offset
 
     async def _position(self) -> tuple[str, int]:
-        epoch, number, *_ = await self._call([], 0)
-        return epoch.decode(), int(number)
+        epoch, offset, *_ = await self._call([], 0)
+        return epoch.decode(), int(offset)
 
     async def _epoch(self) -> tuple[str, int]:
         epoch, _, _, start, _ = await self._call([], 0)
@@ -199,16 +199,16 @@ class RedisBackend(RemoteBackend):
     async def _catch_up(self, *, first: bool) -> None:
         log = self.dispatcher.log
         while True:
-            epoch, tail, now, start, _ = await self._call([], 0)
-            epoch, tail, start = epoch.decode(), int(tail), int(start)
+            epoch, last_offset, now, start, _ = await self._call([], 0)
+            epoch, last_offset, start = epoch.decode(), int(last_offset), int(start)
             self._skew = clock() - int(now) / 1000
             run_id = await self._find_run_id()
             if first or epoch != log.epoch:
                 break
-            if await self._is_continued(tail, same_process=run_id == self._run_id != b""):
+            if await self._is_continued(last_offset, same_process=run_id == self._run_id != b""):
                 self._run_id = run_id
-                if log.tail < tail:
-                    await self._fill_gap(tail)
+                if log.last_offset < last_offset:
+                    await self._fill_gap(last_offset)
                 return
             # Somebody may hold an id of what was lost: from now on there are others. All processes agree on them.
             logger.warning(
@@ -219,27 +219,27 @@ class RedisBackend(RemoteBackend):
         known: list[tuple[str, int]] = []
         floor = start
         if first:
-            known, floor = await self._survey(tail)
+            known, floor = await self._survey(last_offset)
         else:  # what was published since this epoch began follows
-            tail = start
-        await self._restart(epoch, tail, known, floor)
+            last_offset = start
+        await self._restart(epoch, last_offset, known, floor)
 
-    async def _restart(self, epoch: str, tail: int, known: list[tuple[str, int]], floor: int) -> None:
+    async def _restart(self, epoch: str, last_offset: int, known: list[tuple[str, int]], floor: int) -> None:
         if self._state == "connecting":  # see that we may
-            await self._client.xread({self._key("log"): f"{tail}-0"}, count=1)
-        found = await self._client.xrange(self._key("log"), f"{tail}-0", f"{tail}-0")
-        self._last = _Last(tail, found[0][1]) if found else None
-        self.dispatcher.restart(epoch, tail, known, floor=floor)
+            await self._client.xread({self._key("log"): f"{last_offset}-0"}, count=1)
+        found = await self._client.xrange(self._key("log"), f"{last_offset}-0", f"{last_offset}-0")
+        self._last = _Last(last_offset, found[0][1]) if found else None
+        self.dispatcher.restart(epoch, last_offset, known, floor=floor)
         self._restarted()
 
-    async def _survey(self, tail: int) -> tuple[list[tuple[str, int]], int]:
-        """The last number of each channel, and that of those that were forgotten, as of `tail`."""
+    async def _survey(self, last_offset: int) -> tuple[list[tuple[str, int]], int]:
+        """The last number of each channel, and that of those that were forgotten, as of `last_offset`."""
         pipeline = self._client.pipeline(transaction=False)
         pipeline.zrange(self._key("last"), 0, -1, withscores=True)
         pipeline.hget(self._key("meta"), "floor")
         known, floor = await pipeline.execute()
-        numbers = [(name.decode(), min(int(score), tail)) for name, score in known if name != CONTROL.encode()]
-        return numbers, min(int(floor or 0), tail)
+        offsets = [(name.decode(), min(int(score), last_offset)) for name, score in known if name != CONTROL.encode()]
+        return offsets, min(int(floor or 0), last_offset)
 
     async def _find_run_id(self) -> bytes:
         try:
@@ -248,17 +248,17 @@ class RedisBackend(RemoteBackend):
             return b""
         return str(info.get("run_id", "")).encode()
 
-    async def _is_continued(self, tail: int, *, same_process: bool) -> bool:
+    async def _is_continued(self, last_offset: int, *, same_process: bool) -> bool:
         """Whether what was read last still stands in its place."""
-        own = self.dispatcher.log.tail
-        if tail < own:
+        own = self.dispatcher.log.last_offset
+        if last_offset < own:
             return False
         if same_process:  # it has been there all the time, and would have begun another epoch
             return True
         last = self._last
         if last is None:
             return own == 0  # nothing to compare, and an engine that is another one
-        at = f"{last.number}-0"
+        at = f"{last.offset}-0"
         found = last.is_at(await self._client.xrange(self._key("log"), at, at))
         if found is None and b"c" in last.fields:
             found = last.is_at(await self._client.xrange(self._stream(last.fields[b"c"].decode()), at, at))
@@ -268,90 +268,90 @@ class RedisBackend(RemoteBackend):
         log, key = self.dispatcher.log, self._key("log")
         while True:
             try:
-                answer = await self._client.xread({key: f"{log.tail}-0"}, count=self._count, block=_BLOCK_MS)
+                answer = await self._client.xread({key: f"{log.last_offset}-0"}, count=self._count, block=_BLOCK_MS)
             except RedisTimeoutError:
                 self._count = max(1, self._count // 4)  # so many large ones may not come in time, and never would
                 raise
             self._count = min(_COUNT, self._count + 8)
             entries = [entry for _, batch in _pairs(answer) for entry in batch]
             for place, (entry_id, fields) in enumerate(entries, 1):
-                if fields is None or _number(entry_id) != log.tail + 1 or fields.get(b"x") != log.epoch.encode():
+                if fields is None or _offset(entry_id) != log.last_offset + 1 or fields.get(b"x") != log.epoch.encode():
                     return
-                self._receive(log.tail + 1, fields[b"c"].decode(), fields)
-                self._last = _Last(log.tail, fields)
+                self._receive(log.last_offset + 1, fields[b"c"].decode(), fields)
+                self._last = _Last(log.last_offset, fields)
                 if place % self._burst == 0:
                     await self._rest()
             if entries:
                 await self._rest()
-            elif await self._position() != (log.epoch, log.tail):
+            elif await self._position() != (log.epoch, log.last_offset):
                 return
 
-    def _receive(self, number: int, channel: str, fields: dict[bytes, bytes]) -> None:
+    def _receive(self, offset: int, channel: str, fields: dict[bytes, bytes]) -> None:
         self._received += 1
         if channel == CONTROL:
-            self.dispatcher.log.skip(number)
+            self.dispatcher.log.skip(offset)
             self._controlled(fields[b"e"])
             return
-        entry = self._event(number, fields)
+        entry = self._event(offset, fields)
         if entry is None:
-            self.dispatcher.log.skip(number)
+            self.dispatcher.log.skip(offset)
         else:
             event, end = entry
-            self.dispatcher.publish(channel, event, number=number, time=self._time(fields), end=end)
+            self.dispatcher.publish(channel, event, offset=offset, time=self._time(fields), end=end)
 
-    def _event(self, number: int, fields: dict[bytes, bytes]) -> Any:
+    def _event(self, offset: int, fields: dict[bytes, bytes]) -> Any:
         try:
             return wire.load(fields[b"e"])
         except InvalidEventError:
-            logger.exception("event %d of %s is left out", number, self.url, extra=self._extra)
+            logger.exception("event %d of %s is left out", offset, self.url, extra=self._extra)
             return None
 
     def _time(self, fields: dict[bytes, bytes]) -> float:
         return int(fields[b"t"]) / 1000 + self._skew
 
-    async def _fill_gap(self, tail: int) -> None:
+    async def _fill_gap(self, last_offset: int) -> None:
         """The log does not have any more what comes next: get it from the channels that are read here."""
         log = self.dispatcher.log
         pipeline = self._client.pipeline(transaction=False)
-        # Those with something behind `tail` too: they may have something before it as well.
-        pipeline.zrangebyscore(self._key("last"), f"({log.tail}", "+inf", withscores=True)
+        # Those with something behind `last_offset` too: they may have something before it as well.
+        pipeline.zrangebyscore(self._key("last"), f"({log.last_offset}", "+inf", withscores=True)
         pipeline.hget(self._key("meta"), "floor")
-        pipeline.xrange(self._key("log"), f"({log.tail}-0", f"{log.tail + 1}-0")
+        pipeline.xrange(self._key("log"), f"({log.last_offset}-0", f"{log.last_offset + 1}-0")
         changed, floor, following = await pipeline.execute()
         if following:
             return  # it was only behind
-        tail = max([tail, *(int(score) for _, score in changed)])  # as of then
-        if int(floor or 0) > log.tail:
+        last_offset = max([last_offset, *(int(score) for _, score in changed)])  # as of then
+        if int(floor or 0) > log.last_offset:
             # Channels were forgotten meanwhile, and nobody knows which ones.
-            await self._restart(log.epoch, tail, *await self._survey(tail))
+            await self._restart(log.epoch, last_offset, *await self._survey(last_offset))
             return
         wanted = [
             name.decode() for name, _ in changed if name == CONTROL.encode() or self.dispatcher.is_wanted(name.decode())
         ]
         missed = {name.decode(): int(score) for name, score in changed}
         found: list[tuple[int, str, dict[bytes, bytes] | None]] = []
-        for channel, entries in await self._channels(wanted, after=log.tail, until=tail):
-            if entries and (int(entries[0][1][b"l"]) <= log.tail or channel == CONTROL):
+        for channel, entries in await self._channels(wanted, after=log.last_offset, until=last_offset):
+            if entries and (int(entries[0][1][b"l"]) <= log.last_offset or channel == CONTROL):
                 del missed[channel]  # the one before it is here
             elif entries:
                 missed[channel] = int(entries[0][1][b"l"])
-            found += [(_number(entry_id), channel, fields) for entry_id, fields in entries]
+            found += [(_offset(entry_id), channel, fields) for entry_id, fields in entries]
         # What was missed has its place among the rest: who is told so goes on behind that, and not in front of it.
-        found += [(number, channel, None) for channel, number in missed.items()]
+        found += [(offset, channel, None) for channel, offset in missed.items()]
         found.sort(key=lambda each: each[0])
-        for place, (number, channel, fields) in enumerate(found, 1):
+        for place, (offset, channel, fields) in enumerate(found, 1):
             if fields is None:
                 with self.dispatcher.lock:
-                    log.skip(number)
-                self.dispatcher.miss(channel, number)
+                    log.skip(offset)
+                self.dispatcher.miss(channel, offset)
             else:
-                self._receive(number, channel, fields)
-                self._last = _Last(number, {**fields, b"c": channel.encode()})
+                self._receive(offset, channel, fields)
+                self._last = _Last(offset, {**fields, b"c": channel.encode()})
             if place % self._burst == 0:
                 await self._rest()
-        if log.tail < tail:
+        if log.last_offset < last_offset:
             with self.dispatcher.lock:
-                log.skip(tail)
+                log.skip(last_offset)
         await self._rest()
 
     async def _channels(self, names: list[str], *, after: int, until: int) -> list[tuple[str, list[Any]]]:
@@ -367,7 +367,7 @@ class RedisBackend(RemoteBackend):
 
     async def _recall(self, channels: list[str]) -> None:
         log = self.dispatcher.log
-        epoch, tail = log.epoch, log.tail
+        epoch, last_offset = log.epoch, log.last_offset
         scores: dict[str, int] = {}
         for first in range(0, len(channels), _CHUNK):
             chunk = channels[first : first + _CHUNK]
@@ -379,17 +379,17 @@ class RedisBackend(RemoteBackend):
             scores.update(
                 {name: int(floor if score is None else score) for name, score in zip(chunk, last, strict=True)}
             )
-        for channel, entries in await self._channels(channels, after=0, until=tail):
+        for channel, entries in await self._channels(channels, after=0, until=last_offset):
             made: list[Entry] = []
             for entry_id, fields in entries:
-                event = self._event(_number(entry_id), fields)
+                event = self._event(_offset(entry_id), fields)
                 if event is not None:
-                    made.append(log.entry(_number(entry_id), channel, event[0], self._time(fields), end=event[1]))
+                    made.append(log.entry(_offset(entry_id), channel, event[0], self._time(fields), end=event[1]))
             with self.dispatcher.lock:
                 if log.epoch != epoch:
                     return
-                trimmed = int(entries[0][1][b"l"]) if entries else min(scores[channel], tail)
-                log.fill(channel, made, trimmed, tail)
+                trimmed = int(entries[0][1][b"l"]) if entries else min(scores[channel], last_offset)
+                log.fill(channel, made, trimmed, last_offset)
 
     # Publishing
 
@@ -463,7 +463,7 @@ def _lease_of(fields: dict[bytes, bytes]) -> RunLease:
     )
 
 
-def _number(entry_id: bytes) -> int:
+def _offset(entry_id: bytes) -> int:
     return int(entry_id.partition(b"-")[0])
 
 

@@ -1,7 +1,7 @@
 """`RemoteBackend`: what the back ends on other machines have in common.
 
-One task follows the engine's log into the dispatcher, and begins again where it was cut. Another one publishes, in the order
-of asking.
+One task follows the engine's log into the dispatcher, and begins again where it was cut. Another one publishes, in the
+order of asking.
 """
 
 from __future__ import annotations
@@ -293,7 +293,7 @@ class RemoteBackend(Backend):
     async def _follow(self) -> None:
         log, pauses = self.dispatcher.log, Pauses()
         while True:
-            place = log.epoch, log.tail
+            place = log.epoch, log.last_offset
             try:
                 if self._state == "connected":
                     await self._read()
@@ -302,7 +302,7 @@ class RemoteBackend(Backend):
                     self._state, self._error = "connected", ""
                     self._reconnects += 1
                     logger.warning("connected to %s again", self.url, extra=self._extra)
-                elif place == (log.epoch, log.tail):
+                elif place == (log.epoch, log.last_offset):
                     await pauses.wait()  # something stands in the log that nobody here understands
                     continue
                 pauses.reset()
@@ -382,7 +382,7 @@ class RemoteBackend(Backend):
 
     def _measure(self) -> None:
         """See whether what was sent has come back: of one event at a time, and where many have come."""
-        if self._under_way is not None and self.dispatcher.log.tail >= self._under_way[0]:
+        if self._under_way is not None and self.dispatcher.log.last_offset >= self._under_way[0]:
             self._round_trip = clock() - self._under_way[1]
             self._under_way = None
 
@@ -398,10 +398,10 @@ class RemoteBackend(Backend):
     async def _sync(self) -> None:
         log = self.dispatcher.log
         while True:
-            epoch, tail = await self._patiently(partial(self._question, self._position))
+            epoch, last_offset = await self._patiently(partial(self._question, self._position))
             restarts = self._restarts
             while self._restarts == restarts:
-                if log.epoch == epoch and log.tail >= tail:
+                if log.epoch == epoch and log.last_offset >= last_offset:
                     return
                 await self._progress.wait()
                 if self._loop is None:
@@ -574,9 +574,9 @@ class RemoteBackend(Backend):
 
     def _expect(self, ids: list[str], sent_at: float) -> None:
         """Measure how long the last one takes to come back, unless another one is under way, or nobody reads here."""
-        epoch, _, number = next(filter(None, reversed(ids)), "").partition("-")
+        epoch, _, offset = next(filter(None, reversed(ids)), "").partition("-")
         if self._under_way is None and epoch == self.dispatcher.log.epoch and len(self._tasks) > 1:
-            self._under_way = int(number), sent_at
+            self._under_way = int(offset), sent_at
             self._measure()
 
     def _acknowledge(self, batch: list[Item], ids: list[str]) -> None:

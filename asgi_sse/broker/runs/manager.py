@@ -44,12 +44,12 @@ class _Alarms:
     def __init__(self, loop: EventLoop) -> None:
         self._loop = loop
         self._calls: list[tuple[float, int, Callable[[], None]]] = []
-        self._numbers = count()
+        self._offsets = count()
         self._next = math.inf
 
     def set(self, seconds: float, call: Callable[[], None]) -> None:
         """Call in so many seconds. Called in the event loop."""
-        heapq.heappush(self._calls, (self._loop.time() + seconds, next(self._numbers), call))
+        heapq.heappush(self._calls, (self._loop.time() + seconds, next(self._offsets), call))
         self._set_timer()
 
     def _set_timer(self) -> None:
@@ -163,7 +163,7 @@ class Runs(Mapping[str, Run]):
                 self._add(run)
                 last = self._dispatcher.log.last(name)
                 if last is not None and run.is_ended_by(last):
-                    self._set_ended(run, last.number, last.end or "lost")
+                    self._set_ended(run, last.offset, last.end or "lost")
             known = lease.epoch == self._dispatcher.log.epoch and not self._is_earlier(lease, run)
             if run.outcome is None and lease.outcome and known:
                 self._set_ended(run, lease.final, lease.outcome)
@@ -210,7 +210,7 @@ class Runs(Mapping[str, Run]):
     def _on_end(self, entry: Entry) -> None:
         run = self._all.get(entry.channel)
         if run is not None and run.is_ended_by(entry):
-            self._set_ended(run, entry.number, entry.end or "lost")
+            self._set_ended(run, entry.offset, entry.end or "lost")
 
     def _set_ended(self, run: Run, final: int, outcome: str) -> None:
         run.ended(final, outcome)
@@ -230,7 +230,7 @@ class Runs(Mapping[str, Run]):
         del self._all[name]
         self._dispatcher.log.release(name)
 
-    def _on_restart(self, tail: int) -> None:
+    def _on_restart(self, last_offset: int) -> None:
         """The log is another one: what has ended is not in it, and the others begin with it.
 
         What has the numbers before that may be left of an earlier one, with a hole behind it.
@@ -238,7 +238,7 @@ class Runs(Mapping[str, Run]):
         epoch = self._dispatcher.log.epoch
         for name, run in list(self._all.items()):
             if run.lease.epoch != epoch:
-                run.start = run.lease.start = tail  # which its process tells the engine
+                run.start = run.lease.start = last_offset  # which its process tells the engine
                 run.lease.epoch, run.lease.whole = epoch, False
             if run.outcome is not None:
                 run.final = run.start  # or who reads it would wait for a number of the log before

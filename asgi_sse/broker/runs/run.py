@@ -45,8 +45,21 @@ class Run(Channel):
     """
 
     __slots__ = (
-        "__weakref__", "_backend", "_left", "_pace", "_subscription", "_waiters", "lease", "final", "given_up",
-        "last_word", "loop", "outcome", "publisher", "start", "told_at",
+        "__weakref__",
+        "_backend",
+        "_left",
+        "_pace",
+        "_subscription",
+        "_waiters",
+        "final",
+        "given_up",
+        "last_word",
+        "lease",
+        "loop",
+        "outcome",
+        "publisher",
+        "start",
+        "told_at",
     )  # fmt: skip
 
     def __init__(
@@ -205,4 +218,4 @@ class Run(Channel):
 
     def is_ended_by(self, entry: Entry) -> bool:
         """Whether an event is the last one of this run, and not of one that was called so before."""
-        return entry.end is not None and self.outcome is None and entry.number > self.start
+        return entry.end is not None and self.outcome is None and entry.offset > self.start

@@ -93,7 +93,7 @@ async def until(subscription: Subscription, data: str) -> list[ServerSentEvent]:
 async def here(broker: Broker, *events: str) -> None:
     """Wait until `broker` has all of these."""
     async with asyncio.timeout(PATIENCE):
-        while number_of(broker.statistics().tail) < max(map(number_of, events)):
+        while number_of(broker.statistics().last_event_id) < max(map(number_of, events)):
             await asyncio.sleep(0.001)
 
 
@@ -181,7 +181,7 @@ async def test_a_channel_may_be_called_so(brokers: Brokers, name: str) -> None:
 
 
 def epoch(broker: Broker) -> str:
-    return broker.statistics().tail.partition("-")[0]
+    return broker.statistics().last_event_id.partition("-")[0]
 
 
 async def test_what_cannot_be_published_is_refused(brokers: Brokers) -> None:
@@ -619,7 +619,7 @@ async def test_statistics(brokers: Brokers) -> None:
     assert figures.state == ("local" if brokers.engine is None else "connected")
     assert (figures.error, figures.received, figures.subscriptions, figures.reconnects) == ("", 1, 1, 0)
     assert one.statistics().published == 1
-    assert number_of(figures.tail) == 1
+    assert number_of(figures.last_event_id) == 1
 
 
 async def test_statistics_tell_how_far_the_slowest_reader_is_behind(brokers: Brokers) -> None:

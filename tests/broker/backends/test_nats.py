@@ -115,7 +115,7 @@ async def test_a_later_process_has_all_at_once_and_no_limit_of_a_channel(server:
     async with Broker(server.url, history=3) as one:
         ids = [await one.publish("a", str(number)) for number in range(20)]
         async with Broker(server.url, history=3) as two:
-            assert two._dispatcher.log.tail == 20
+            assert two._dispatcher.log.last_offset == 20
             assert await read(two.subscribe("a", last_event_id=ids[0]), "19") == [str(n) for n in range(1, 20)]
             assert await two.publish("a", "x", idempotency_key="k") == await one.publish("a", "y", idempotency_key="k")
 
@@ -179,14 +179,14 @@ async def test_deleted_messages_are_no_gap(server: Nats, monkeypatch: Any) -> No
         for number in (2, 3, 7, 10):
             await js.delete_msg("SSE_p", number)
         async with Broker(server.url, prefix="p") as broker:
-            assert broker._dispatcher.log.tail == 10
+            assert broker._dispatcher.log.last_offset == 10
             assert await read(broker.subscribe("a", last_event_id=ids[0]), "8") == ["3", "4", "5", "7", "8"]
             back = back_end_of(broker)
             await back._js.close()
             await js.publish("sse.p.a", b'{"data":"deleted"}')
             await js.delete_msg("SSE_p", 11)
             await synced(broker)
-            assert broker._dispatcher.log.tail == 11
+            assert broker._dispatcher.log.last_offset == 11
             assert broker.statistics().restarts == 0
 
 
@@ -481,9 +481,9 @@ async def test_a_run_is_that_of_one_process(server: Nats, monkeypatch: Any) -> N
         results = await asyncio.gather(*(back.lease("r", 100, 60, again=True, over=-1) for back in (first, second) * 3))
         assert sum(new for _, new in results) == 1
         lease = results[0][0]
-        assert {each.node for each, _ in results} == {lease.node}
+        assert {each.holder for each, _ in results} == {lease.holder}
         assert (lease.start, lease.epoch, lease.outcome) == (1, one._dispatcher.log.epoch, "")
-        owner, other = (first, second) if lease.node == first._holder else (second, first)
+        owner, other = (first, second) if lease.holder == first._holder else (second, first)
         assert await owner.renew("r", lease)
         assert not await other.renew("r", lease)
         found = await other.find("r")
@@ -496,13 +496,13 @@ async def test_a_run_is_that_of_one_process(server: Nats, monkeypatch: Any) -> N
         assert (await other.lease("r", 100, 60, again=False, over=-1)) == (found, False)
         lease, new = await other.lease("r", 100, 60, again=True, over=-1)
         assert new
-        assert (lease.node, lease.start) == (other._holder, found.final)
+        assert (lease.holder, lease.start) == (other._holder, found.final)
 
         monkeypatch.setattr(nats_runs, "_LEASE", -1)
         assert await owner.find("r") is None
         lease, new = await owner.lease("r", 100, 60, again=False, over=-1)
         assert new
-        assert lease.node == owner._holder
+        assert lease.holder == owner._holder
         assert await other.renew("r", lease)  # its time is over: another process takes it, to end it
         monkeypatch.undo()
         assert not await owner.renew("r", lease)
@@ -522,7 +522,7 @@ async def test_who_has_got_no_answer_to_a_claim_has_it_all_the_same(server: Nats
         monkeypatch.setattr(back._runs, "write", write_and_fail)
         lease, new = await back.lease("r", 100, 60, again=False, over=-1)
         assert new
-        assert lease.node == back._holder
+        assert lease.holder == back._holder
 
 
 async def test_a_run_that_ends_while_it_is_renewed_has_ended(server: Nats) -> None:
