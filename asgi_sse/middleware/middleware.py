@@ -20,10 +20,10 @@ from asgi_sse.stream.response import SCOPE_KEY, AppContext
 
 from .responder import Responder, ResponderConfig
 
-_OWN: Final = ("routes", "broker", "registry", "compression", "adopt", "cors", "signals", "strict_lifespan")
+_OWN: Final = ("routes", "broker", "registry", "compressors", "adopt", "cors", "signals", "strict_lifespan")
 _OPTIONS: Final = tuple(field.name for field in fields(StreamOptions))
 _OF_REGISTRY: Final = ("drain_timeout", "drain_retry")
-_COMPRESSION: Final = ("bypass", "refuse", "off")
+_COMPRESSORS: Final = ("bypass", "refuse", "off")
 
 
 class SSEMiddleware:
@@ -41,7 +41,7 @@ class SSEMiddleware:
         registry: Where the streams run. Default: a new one.
         signals: Whether to learn of the server's shutdown early, from its signals and its own state.
             Without, an endless stream holds uvicorn and hypercorn unless the registry is drained by call.
-        compression: What to do about middlewares inside of the app that compress event streams, which holds
+        compressors: What to do about middlewares inside of the app that compress event streams, which holds
             their events back. ``"bypass"``: keep ``Accept-Encoding`` from them where a request accepts
             ``text/event-stream``; ``"refuse"``: answer a stream that was compressed with a 500 that says by
             whom; ``"off"``: nothing, and look for none.
@@ -69,7 +69,7 @@ class SSEMiddleware:
         *,
         broker: Broker | None = None,
         registry: StreamRegistry | None = None,
-        compression: str = "bypass",
+        compressors: str = "bypass",
         adopt: bool = True,
         cors: CORS | str | Iterable[str] | Callable[[str], bool] | None = None,
         signals: bool = True,
@@ -89,17 +89,17 @@ class SSEMiddleware:
             raise TypeError(f"broker={broker!r} is none; give a Broker")
         if registry is not None:
             check_registry(registry)
-        if compression not in _COMPRESSION:
-            raise ValueError(f"compression={compression!r}; give one of {', '.join(map(repr, _COMPRESSION))}")
+        if compressors not in _COMPRESSORS:
+            raise ValueError(f"compressors={compressors!r}; give one of {', '.join(map(repr, _COMPRESSORS))}")
         # Most sources that fail at all fail within a second: until then the head can wait for their status.
         defaults.setdefault("open_timeout", 1.0)
         self.app: ASGIApp = guarantee_single_callable(app)  # type: ignore[no-untyped-call]
         self.registry = StreamRegistry() if registry is None else registry
         self._routes = RouteTable(routes or {})
         options = StreamOptions(**defaults)
-        guarded = compression != "off"
+        guarded = compressors != "off"
         self._defaults = AppContext(self.registry, options, watch=signals, guard=guarded)
-        self._guard = Guard(self.app, compression, self.registry.count_compressed) if guarded else None
+        self._guard = Guard(self.app, compressors, self.registry.count_compressed) if guarded else None
         adopted = replace(options, retry=None, opening_comment=False, open_timeout=0, on_error=None)
         self._config = ResponderConfig(self.registry, adopted if adopt else None, watch=signals, guard=self._guard)
         self._cors = cors if cors is None or isinstance(cors, CORS) else CORS(cors)

@@ -44,8 +44,21 @@ class Responder:
     """
 
     __slots__ = (
-        "_adopted", "_answers_again", "_body_left", "_ours", "_outer", "_receive", "_receiving", "_refused", "_scope",
-        "_send", "_start_left", "_stream", "_config", "_wait", "connection",
+        "_adopted",
+        "_answers_again",
+        "_body_left",
+        "_config",
+        "_ours",
+        "_outer",
+        "_receive",
+        "_receiving",
+        "_refused",
+        "_scope",
+        "_send",
+        "_start_left",
+        "_stream",
+        "_wait",
+        "connection",
     )  # fmt: skip
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, config: ResponderConfig) -> None:

@@ -1,6 +1,6 @@
 """Every compressor that is installed, inside of `SSEMiddleware` and around it, over a real server.
 
-Whether it compresses an event stream is found out first, from the same app with ``compression="off"``.
+Whether it compresses an event stream is found out first, from the same app with ``compressors="off"``.
 """
 
 import importlib.util

@@ -445,7 +445,7 @@ def plain(**changes: Any) -> Any:
     ],
 )
 async def test_what_is_not_adopted_passes_untouched(head: Any, method: str) -> None:
-    middleware = SSEMiddleware(Sends(b"data: x\n\n", head=head, pause=20), ping=1, compression="off")
+    middleware = SSEMiddleware(Sends(b"data: x\n\n", head=head, pause=20), ping=1, compressors="off")
     async with open_stream(middleware, method=method) as stream:
         assert stream.status == head["status"]
         assert "x-accel-buffering" not in stream.headers

@@ -119,7 +119,10 @@ async def test_what_asks_for_no_events_is_warned_of(caplog: pytest.LogCaptureFix
             await text(stream)
     assert app.registry.statistics().compressed == {"encoded": 2, "buffered": 2}
     first, second = warnings(caplog)
-    assert "the event stream / left the app gzip-encoded. It is likely test_compression.GZipMiddleware (app)" in first
+    assert (
+        "the event stream / left the app gzip-encoded. It is likely test_compressor_search.GZipMiddleware (app)"
+        in first
+    )
     assert "sent events of which none has left the app" in second
 
 
@@ -135,22 +138,22 @@ async def test_refuse() -> None:
         await send({"type": "http.response.body", "body": b"data: x\n\n", "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
-    app = SSEMiddleware(GZipMiddleware(watches), compression="refuse")
+    app = SSEMiddleware(GZipMiddleware(watches), compressors="refuse")
     async with open_stream(app, headers=ASKS) as stream:
         assert stream.status == 500
         answer = await text(stream)
         assert "gzip-encoded by a middleware" in answer
-        assert "test_compression.GZipMiddleware (app): exclude the paths of the streams from it." in answer
+        assert "test_compressor_search.GZipMiddleware (app): exclude the paths of the streams from it." in answer
         assert stream.headers["content-length"] == str(len(answer))
         assert stream.complete
         await anyio.sleep(1)
     assert seen == ["http.disconnect"]
-    async with open_stream(SSEMiddleware(app_with_ours, compression="refuse"), headers=ASKS) as stream:
+    async with open_stream(SSEMiddleware(app_with_ours, compressors="refuse"), headers=ASKS) as stream:
         assert "data: 2" in await text(stream)
 
 
 async def test_refused_streams_of_ours_end_quietly() -> None:
-    app = SSEMiddleware(GZipMiddleware(app_with_ours), compression="refuse")
+    app = SSEMiddleware(GZipMiddleware(app_with_ours), compressors="refuse")
     async with open_stream(app, headers=ASKS) as stream:
         assert stream.status == 500
         await text(stream)
@@ -170,7 +173,7 @@ async def test_a_refused_app_that_never_asks_is_cancelled() -> None:
         finally:
             seen.append("finally")
 
-    app = SSEMiddleware(GZipMiddleware(only_sends), compression="refuse")
+    app = SSEMiddleware(GZipMiddleware(only_sends), compressors="refuse")
     async with open_stream(app, headers=ASKS) as stream:
         assert stream.status == 500
         await text(stream)
@@ -179,7 +182,7 @@ async def test_a_refused_app_that_never_asks_is_cancelled() -> None:
 
 
 async def test_off(caplog: pytest.LogCaptureFixture) -> None:
-    app = SSEMiddleware(GZipMiddleware(app_with_ours), compression="off")
+    app = SSEMiddleware(GZipMiddleware(app_with_ours), compressors="off")
     async with open_stream(app, headers=ASKS) as stream:
         assert stream.headers["content-encoding"] == "gzip"
         await text(stream)
@@ -221,7 +224,7 @@ async def test_around_us(caplog: pytest.LogCaptureFixture) -> None:
     assert app.registry.statistics().compressed == {"encoded": 2}
     seen.extend(warnings(caplog))  # once a process, since who is around us is none of the wrapper's
     assert len(seen) == 1
-    assert "was gzip-encoded on its way out. test_compression.GZipMiddleware" in seen[0]
+    assert "was gzip-encoded on its way out. test_compressor_search.GZipMiddleware" in seen[0]
 
 
 def closure(app: Any) -> Any:
@@ -274,5 +277,5 @@ def test_a_compressor_at_every_place_of_a_stack(order: list[str], accepts: bool)
 
 @pytest.mark.parametrize("compression", ["gzip", None, True])
 def test_bad_input(compression: Any) -> None:
-    with pytest.raises(ValueError, match="compression="):
-        SSEMiddleware(app_with_ours, compression=compression)
+    with pytest.raises(ValueError, match="compressors="):
+        SSEMiddleware(app_with_ours, compressors=compression)

@@ -192,7 +192,7 @@ OWN = [litestar, django_gzip, django_http_compression, django_compression_middle
 def inside() -> Any:
     name, mode = os.environ["COMPRESSOR"], os.environ["COMPRESSION"]
     builder = globals()[name]
-    return SSEMiddleware(builder() if builder in OWN else builder(plain()), compression=mode)
+    return SSEMiddleware(builder() if builder in OWN else builder(plain()), compressors=mode)
 
 
 def around() -> Any:
