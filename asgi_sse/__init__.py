@@ -1,6 +1,6 @@
 """Server-Sent Events for any ASGI app, that stay up, resume, and end cleanly."""
 
-from .broker import Access, Broker, Channel, Run, Subscription
+from .broker import Access, Broker, BrokerStatistics, Channel, Run, Subscription
 from .errors import (
     BrokerError,
     CompressionError,
@@ -15,8 +15,10 @@ from .protocol.decoder import EventDecoder
 from .protocol.event import JSONServerSentEvent, ServerSentEvent
 from .routing.cors import CORS
 from .routing.endpoint import HTTPError, Request
-from .stream.registry import DrainReport, StreamRegistry
+from .stream.observer import Observer
+from .stream.registry import DrainReport, RegistryStatistics, StreamRegistry
 from .stream.response import EventSourceResponse
+from .stream.stream import Stream
 
 __version__ = "0.1.0.dev0"
 
@@ -25,6 +27,7 @@ __all__ = [
     "Access",
     "Broker",
     "BrokerError",
+    "BrokerStatistics",
     "Channel",
     "CompressionError",
     "DrainReport",
@@ -33,12 +36,15 @@ __all__ = [
     "HTTPError",
     "InvalidEventError",
     "JSONServerSentEvent",
+    "Observer",
+    "RegistryStatistics",
     "Request",
     "Run",
     "SSEError",
     "SSEMiddleware",
     "SendTimeoutError",
     "ServerSentEvent",
+    "Stream",
     "StreamClosedError",
     "StreamRegistry",
     "Subscription",

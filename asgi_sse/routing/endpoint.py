@@ -118,7 +118,7 @@ class Request:
         scope: The ASGI scope.
     """
 
-    __slots__ = ("_draining", "_headers", "_receiver", "_query", "_server", "scope")
+    __slots__ = ("_draining", "_headers", "_query", "_receiver", "_server", "scope")
 
     def __init__(self, scope: Scope, receiver: RequestReceiver, server: Server) -> None:
         self.scope = scope

@@ -139,8 +139,17 @@ class EventSourceResponse:
     """
 
     __slots__ = (
-        "__weakref__", "_content", "_given", "_options", "_registry",
-        "encoder", "feeder", "unbuffered", "raw_headers", "status_code", "stream",
+        "__weakref__",
+        "_content",
+        "_given",
+        "_options",
+        "_registry",
+        "encoder",
+        "feeder",
+        "raw_headers",
+        "status_code",
+        "stream",
+        "unbuffered",
     )  # fmt: skip
 
     _content: AsyncIterable[Any] | Iterable[Any] | None

@@ -33,11 +33,9 @@ from asgi_sse.broker.backends import memory
 from asgi_sse.broker.dispatcher import UnavailableError
 from asgi_sse.broker.endpoint import MAX_CHANNELS, Access
 from asgi_sse.broker.patterns import MAX_NAME
-from asgi_sse.middleware import adoption as healing
-from asgi_sse.routing import endpoint as routing
-from asgi_sse.stream import buffer as feed
-from asgi_sse.stream import receiver as receiver
-from asgi_sse.stream import writer as writer
+from asgi_sse.middleware import adoption
+from asgi_sse.routing import endpoint
+from asgi_sse.stream import buffer, receiver, writer
 from asgi_sse.stream.options import StreamOptions
 from asgi_sse.stream.source import MAX_THREADS
 from asgi_sse.testing import open_stream
@@ -454,12 +452,12 @@ def default(function: Callable[..., Any], name: str) -> Any:
     ("of", "limit", "value"),
     [
         ("a request's body", "1 MiB", default(Request.body, "limit") == default(Request.json, "limit") == 2**20),
-        ("a body that nobody reads", "64 KiB", receiver._AHEAD == healing._AHEAD == 2**16),
-        ("a query", "64 KiB", routing._PARSED_BYTES == 2**16),
+        ("a body that nobody reads", "64 KiB", receiver._AHEAD == adoption._AHEAD == 2**16),
+        ("a query", "64 KiB", endpoint._PARSED_BYTES == 2**16),
         ("channels that one request names", "100", MAX_CHANNELS == 100),
         ("a channel's name", "200", MAX_NAME == 200),
         ("what is sent to one client", "64 KiB", writer.MESSAGE_BYTES == 2**16),
-        ("what a source may be ahead", "16 KiB", feed.TURN_BYTES == 2**14),
+        ("what a source may be ahead", "16 KiB", buffer.TURN_BYTES == 2**14),
         ("how long a client may take", "30 s", StreamOptions().send_timeout == 30),
         ("synchronous sources", "256", MAX_THREADS == 256),
         ("events that a channel keeps", "1,000", default(Broker, "history") == 1000),

@@ -296,7 +296,7 @@ def test_a_handler_of_a_signal_may_read_while_its_thread_does() -> None:
     code = """
 import signal
 from asgi_sse import StreamRegistry
-from asgi_sse.metrics import Collector
+from asgi_sse.metrics.prometheus import Collector
 
 collectors = [Collector(StreamRegistry()), Collector()]
 calls = 0

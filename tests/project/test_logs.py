@@ -60,7 +60,7 @@ def test_a_logger_has_the_name_of_its_module(path: Path) -> None:
         if call.func.attr == "getLogger":
             assert ast.unparse(call) == "logging.getLogger(__name__)"
         elif call.func.attr == "basicConfig":
-            assert path == PACKAGE / "cli" / "serve.py"  # a command is an application, whose log it is
+            assert path == PACKAGE / "cli" / "commands" / "serve.py"  # a command is an application, whose log it is
         else:
             assert isinstance(call.func.value, ast.Name)
             assert call.func.value.id == "logger", f"{ast.unparse(call)}: by the logger of the module"
@@ -277,7 +277,7 @@ async def test_the_streams_of_an_app_of_its_own_tell_nothing(caplog: pytest.LogC
 
     for app in (fails, compressed):
         for compression in ("bypass", "refuse"):
-            await drive(SSEMiddleware(app, compression=compression))
+            await drive(SSEMiddleware(app, compressors=compression))
     told = " ".join(record.getMessage() for record in caplog.records)
     assert "stream / ended: failed" in told
     assert "left the app gzip-encoded" in told

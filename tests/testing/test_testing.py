@@ -1167,7 +1167,7 @@ import sys
 
 def test_it():
     assert "asgi_sse.testing.pytest_plugin" in sys.modules
-    assert "asgi_sse.testing" not in sys.modules
+    assert "asgi_sse.testing.guard" not in sys.modules
     assert not {"httpx", "trio", "starlette"} & set(sys.modules)
 """
     )

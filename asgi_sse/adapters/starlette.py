@@ -1,0 +1,29 @@
+"""Deprecated: the drop-in for sse-starlette is `asgi_sse.adapters.sse_starlette`."""
+
+import warnings
+
+from .sse_starlette import (
+    AppStatus,
+    EventSourceEndpoint,
+    EventSourceResponse,
+    JSONServerSentEvent,
+    SendTimeoutError,
+    ServerSentEvent,
+    ensure_bytes,
+)
+
+__all__ = [
+    "AppStatus",
+    "EventSourceEndpoint",
+    "EventSourceResponse",
+    "JSONServerSentEvent",
+    "SendTimeoutError",
+    "ServerSentEvent",
+    "ensure_bytes",
+]
+
+warnings.warn(
+    "asgi_sse.adapters.starlette is deprecated; import from asgi_sse.adapters.sse_starlette",
+    DeprecationWarning,
+    stacklevel=2,
+)
