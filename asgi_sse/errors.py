@@ -12,7 +12,7 @@ _LINE: Final = 200
 """Characters of a client's text that a line of a log may have."""
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """A value for an error's message: short, and safe to ask for."""
     try:
         return _repr.repr(value)
@@ -20,9 +20,9 @@ def shown(value: object) -> str:
         return f"<{type(value).__name__}>"
 
 
-def shown_text(text: str) -> str:
+def printable(text: str) -> str:
     """Text of a client for a line of a log: escaped and cut, where it would forge another line or fill the log."""
-    return text if len(text) <= _LINE and text.isprintable() else shown(text)
+    return text if len(text) <= _LINE and text.isprintable() else short_repr(text)
 
 
 def missing(exc: ModuleNotFoundError, module: str, what: str, package: str) -> NoReturn:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from asgi_sse.errors import shown_text
+from asgi_sse.errors import printable
 from asgi_sse.runtime.current import current_loop
 from asgi_sse.stream.receiver import Changing
 from asgi_sse.stream.response import RESPONDER_KEY, current_scope
@@ -112,7 +112,7 @@ class Body(Changing):
             if self._disconnected and isinstance(exc, anyio.get_cancelled_exc_class()):
                 pass  # the event loop ends
             elif self._disconnected:  # then nobody asks for a chunk any more, and would get it
-                path = shown_text(scope["path"])
+                path = printable(scope["path"])
                 logger.exception("the source of %s raised when its client had left", path, extra={"sse_path": path})
             else:
                 self._error = exc

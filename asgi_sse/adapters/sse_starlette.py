@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeGuard
 
 import anyio
 
-from asgi_sse.errors import InvalidEventError, SendTimeoutError, missing, shown
+from asgi_sse.errors import InvalidEventError, SendTimeoutError, missing, short_repr
 from asgi_sse.protocol import event as core
 from asgi_sse.runtime.server import Server, server_of
 from asgi_sse.stream.draining import DrainingEvent
@@ -111,11 +111,11 @@ class ServerSentEvent:
         try:
             return (text + sep).encode()
         except UnicodeEncodeError as exc:
-            raise InvalidEventError(f"{shown(text)} is not UTF-8 ({exc})") from exc
+            raise InvalidEventError(f"{short_repr(text)} is not UTF-8 ({exc})") from exc
 
     def __repr__(self) -> str:
         names = ("data", "event", "id", "retry", "comment")
-        given = (f"{name}={shown(getattr(self, name))}" for name in names if getattr(self, name) is not None)
+        given = (f"{name}={short_repr(getattr(self, name))}" for name in names if getattr(self, name) is not None)
         return f"{type(self).__name__}({', '.join(given)})"
 
 
@@ -455,7 +455,9 @@ class EventSourceEndpoint(HTTPEndpoint):
 
     def events(self, request: Request) -> AsyncIterable[Any] | Iterable[Any]:
         """The events for a request: best as an async generator."""
-        raise NotImplementedError(f"{type(self).__name__}.events(self, {shown(request)}) is missing: yield the events")
+        raise NotImplementedError(
+            f"{type(self).__name__}.events(self, {short_repr(request)}) is missing: yield the events"
+        )
 
     async def get(self, request: Request) -> EventSourceResponse:
         """Answer the request."""

@@ -7,7 +7,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from asgi_sse.errors import BrokerError, InvalidEventError, shown
+from asgi_sse.errors import BrokerError, InvalidEventError, short_repr
 from asgi_sse.protocol.event import ServerSentEvent, as_event
 from asgi_sse.routing.endpoint import HTTPError
 from asgi_sse.runtime.current import current_loop, running_loop
@@ -36,7 +36,7 @@ def unnumbered(item: Any) -> ServerSentEvent:
     """
     event = as_event(item)
     if event.id is not None:
-        raise InvalidEventError(f"id={shown(event.id)}: a broker numbers its events itself; leave the id out")
+        raise InvalidEventError(f"id={short_repr(event.id)}: a broker numbers its events itself; leave the id out")
     return event
 
 

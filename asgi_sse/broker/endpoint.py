@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import anyio
 
-from asgi_sse.errors import shown
+from asgi_sse.errors import short_repr
 from asgi_sse.protocol.validation import check_number
 from asgi_sse.routing.endpoint import Answering, HTTPError
 from asgi_sse.stream.response import EventSourceResponse
@@ -61,7 +61,7 @@ class Access:
         names = (given,) if isinstance(given, str | Channel) else tuple(given)
         object.__setattr__(self, "channels", tuple(name_of(name) for name in names if name != ""))
         if self.expires_at is not None and not isinstance(self.expires_at, int | float):
-            raise TypeError(f"expires_at={shown(self.expires_at)}; give a Unix time in seconds, or None")
+            raise TypeError(f"expires_at={short_repr(self.expires_at)}; give a Unix time in seconds, or None")
         if self.expires_at is not None and math.isnan(self.expires_at):
             raise ValueError("expires_at=nan is no time; give a Unix time in seconds, or None")
 
@@ -102,7 +102,7 @@ class BrokerEndpoint(Answering):
     ) -> None:
         for name, value in (("authorize", authorize), ("snapshot", snapshot), ("filter", filter)):
             if value is not None and not callable(value):
-                raise TypeError(f"{name}={shown(value)} is not callable; give a function, or None")
+                raise TypeError(f"{name}={short_repr(value)} is not callable; give a function, or None")
         if recheck is not None and authorize is None:
             raise ValueError("recheck= is of no use without authorize=; give both, or neither")
         check_number("recheck", recheck, optional=True, positive=True)
@@ -181,7 +181,7 @@ class BrokerEndpoint(Answering):
             # A mapping is iterable too: {"channels": ["a"]} would grant a channel that is called channels.
             if isinstance(granted, Mapping) or not isinstance(granted, Iterable | Channel):
                 raise TypeError(
-                    f"authorize gave {shown(granted)}; give channels, an Access, True for all that is asked for, or "
+                    f"authorize gave {short_repr(granted)}; give channels, an Access, True for all that is asked for, or "
                     "None for none"
                 )
             granted = Access(granted)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Final
 
-from asgi_sse.errors import shown
+from asgi_sse.errors import short_repr
 
 MAX_NAME: Final = 200
 """Characters of a channel's name; it becomes a key of Redis and a subject of NATS."""
@@ -23,13 +23,13 @@ def check_name(name: str) -> str:
         ValueError: It has other characters, or is too long.
     """
     if not isinstance(name, str):
-        raise TypeError(f"channel {shown(name)} is {type(name).__name__}; give a str")
+        raise TypeError(f"channel {short_repr(name)} is {type(name).__name__}; give a str")
     if len(name) > MAX_NAME or not _NAME.fullmatch(name):
         wrong = ""
         if other := _OTHER.search(name):
             wrong = f"; {other[0]!r} is {'for patterns' if other[0] == '*' else 'not among them'}"
         raise ValueError(
-            f"channel {shown(name)}: give up to {MAX_NAME} of A-Z a-z 0-9 _ ~ : / @ + = , - in segments between dots"
+            f"channel {short_repr(name)}: give up to {MAX_NAME} of A-Z a-z 0-9 _ ~ : / @ + = , - in segments between dots"
             + wrong
         )
     return name
@@ -51,7 +51,7 @@ def check_pattern(name: str) -> str:
         return check_name(name)
     if len(name) > MAX_NAME or not _PATTERN.fullmatch(name):
         raise ValueError(
-            f"pattern {shown(name)}: '*' stands for one whole segment, as in 'orders.*', and '**' at the end for all "
+            f"pattern {short_repr(name)}: '*' stands for one whole segment, as in 'orders.*', and '**' at the end for all "
             "that follow, as in 'orders.**'"
         )
     return name

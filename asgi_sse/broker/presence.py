@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
-from asgi_sse.errors import shown_text
+from asgi_sse.errors import printable
 from asgi_sse.runtime.current import current_loop
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Presence:
 
 def _names(subscription: Subscription) -> str:
     # Not its repr, which has the id that its client has sent.
-    return shown_text(" ".join(subscription.names))  # which its client may have chosen, and a hundred of them
+    return printable(" ".join(subscription.names))  # which its client may have chosen, and a hundred of them
 
 
 def _about(hook: str, subscription: Subscription) -> tuple[str, str, str]:

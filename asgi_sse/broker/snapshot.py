@@ -7,7 +7,7 @@ from collections.abc import AsyncIterable, Iterable, Mapping
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, Final
 
-from asgi_sse.errors import InvalidEventError, shown
+from asgi_sse.errors import InvalidEventError, short_repr
 from asgi_sse.protocol.event import ServerSentEvent, as_event, event_with_id
 
 if TYPE_CHECKING:
@@ -104,9 +104,9 @@ async def _collect(made: Any) -> list[ServerSentEvent]:
     elif isinstance(made, Iterable):
         items = list(made)
     else:
-        raise TypeError(f"snapshot gave {shown(made)}: give an event, an iterable of events, or None")
+        raise TypeError(f"snapshot gave {short_repr(made)}: give an event, an iterable of events, or None")
     events = [as_event(item) for item in items]
     for event in events:
         if event.id is not None:
-            raise InvalidEventError(f"id={shown(event.id)} in a snapshot: its last event gets the id of its place")
+            raise InvalidEventError(f"id={short_repr(event.id)} in a snapshot: its last event gets the id of its place")
     return events

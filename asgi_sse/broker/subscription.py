@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import anyio.lowlevel
 
-from asgi_sse.errors import StreamClosedError, shown_text
+from asgi_sse.errors import StreamClosedError, printable
 from asgi_sse.protocol.event import ServerSentEvent
 from asgi_sse.runtime.current import current_loop, running_loop
 
@@ -90,7 +90,7 @@ class Subscription(Cursor):
         return self._begun_with if self._given is None else f"{self._epoch}-{self._given}"
 
     def __repr__(self) -> str:
-        return f"<Subscription {shown_text(' '.join(self.names))} at {shown_text(self.last_event_id)}>"
+        return f"<Subscription {printable(' '.join(self.names))} at {printable(self.last_event_id)}>"
 
     def unread(self, beyond: int) -> int:
         """See `dispatcher.Reader`."""

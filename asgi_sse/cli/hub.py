@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 from asgi_sse.broker import Broker
-from asgi_sse.errors import BrokerError, shown
+from asgi_sse.errors import BrokerError, short_repr
 from asgi_sse.middleware.app import create_app
 from asgi_sse.protocol.event import ServerSentEvent
 from asgi_sse.routing.cors import CORS
@@ -244,14 +244,14 @@ class _Hub:
         except (ValueError, RecursionError) as exc:
             raise HTTPError(400, f"{_CHANNEL}; else the body is a JSON object ({exc})") from None
         given: dict[str, Any] = fields if isinstance(fields, dict) else {}
-        wrong = next((f"{shown(name)} is no field; " for name in given if name not in _FIELDS), "")
+        wrong = next((f"{short_repr(name)} is no field; " for name in given if name not in _FIELDS), "")
         if wrong or "channel" not in given:
             known = ", ".join(sorted(_FIELDS))
             raise HTTPError(400, f"{wrong}give a JSON object with a channel, and of {known} no more")
         fields = {"event": event, "idempotency_key": key, **fields}
         channel, key = fields.pop("channel"), fields.pop("idempotency_key")
         if not isinstance(channel, str):
-            raise HTTPError(400, f"channel {shown(channel)} is no name; give a string")
+            raise HTTPError(400, f"channel {short_repr(channel)} is no name; give a string")
         try:
             return channel, ServerSentEvent(**fields), key
         except ValueError as exc:

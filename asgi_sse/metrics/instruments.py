@@ -7,7 +7,7 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 
 from asgi_sse.broker import Broker
 from asgi_sse.broker.backends.base import BrokerStatistics, State
-from asgi_sse.errors import shown
+from asgi_sse.errors import short_repr
 from asgi_sse.protocol.asgi import CloseReason
 from asgi_sse.stream.registry import RegistryStatistics, StreamRegistry, statistics_of_all
 
@@ -123,7 +123,7 @@ class Sampler:
         known = _numbered(registries)
         for registry in known.values():
             if not isinstance(registry, StreamRegistry):
-                raise TypeError(f"{shown(registry)} is no registry; give a StreamRegistry, such as app.registry")
+                raise TypeError(f"{short_repr(registry)} is no registry; give a StreamRegistry, such as app.registry")
         self._registries = _labelled("registry", known)
         if isinstance(brokers, Mapping):
             named = {str(name): broker for name, broker in brokers.items()}
@@ -132,7 +132,7 @@ class Sampler:
             named = _numbered(several)
         for broker in named.values():
             if not isinstance(broker, Broker):
-                raise TypeError(f"brokers: {shown(broker)} is none; give a Broker")
+                raise TypeError(f"brokers: {short_repr(broker)} is none; give a Broker")
         self._brokers = _labelled("broker", named, always=isinstance(brokers, Mapping))
         self._highest: dict[tuple[str, ...], float] = {}
         self._lock = threading.RLock()  # scrapes may come in several threads, and in a handler of a signal

@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import Final
 
 from asgi_sse.broker import Broker
-from asgi_sse.errors import missing, shown
+from asgi_sse.errors import missing, short_repr
 from asgi_sse.protocol.asgi import Receive, Scope, Send
 from asgi_sse.routing.endpoint import HTTPError, send_text
 from asgi_sse.stream.counters import DURATIONS
@@ -112,7 +112,7 @@ class MetricsEndpoint:
             raise TypeError("broker and brokers are both given; give all of them as brokers")
         if collector_registry is not None and not hasattr(collector_registry, "collect"):
             raise TypeError(
-                f"collector_registry={shown(collector_registry)} is none; give one of prometheus_client, as REGISTRY"
+                f"collector_registry={short_repr(collector_registry)} is none; give one of prometheus_client, as REGISTRY"
             )
         own = Collector(*(() if registry is None else (registry,)), brokers=brokers if broker is None else broker)
         self._source: PrometheusCollector = own if collector_registry is None else _Both(collector_registry, own)

@@ -7,7 +7,7 @@ from typing import Any, Final
 from asgiref.compatibility import guarantee_single_callable
 
 from asgi_sse.broker import Broker
-from asgi_sse.errors import shown
+from asgi_sse.errors import short_repr
 from asgi_sse.protocol.asgi import ASGIApp, Receive, Scope, Send
 from asgi_sse.routing.cors import CORS, is_preflight
 from asgi_sse.routing.endpoint import METHODS, Endpoint, RouteTable, route_path
@@ -83,7 +83,7 @@ class SSEMiddleware:
             name = unknown[0]
             hint = f"there are {', '.join((*_OWN, *_OPTIONS))}"
             if name in _OF_REGISTRY:
-                hint = f"it is of the registry: registry=StreamRegistry({name}={shown(defaults[name])})"
+                hint = f"it is of the registry: registry=StreamRegistry({name}={short_repr(defaults[name])})"
             raise TypeError(f"there is no option {name!r}; {hint}")
         if broker is not None and not isinstance(broker, Broker):
             raise TypeError(f"broker={broker!r} is none; give a Broker")

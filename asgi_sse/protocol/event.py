@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeAlias
 
-from asgi_sse.errors import InvalidEventError, shown
+from asgi_sse.errors import InvalidEventError, short_repr
 
 JSONDumps: TypeAlias = Callable[[Any], str | bytes]
 ItemEncoder: TypeAlias = Callable[[Any, str, JSONDumps | None], bytes]
@@ -64,7 +64,7 @@ class ServerSentEvent:
                 data = _text(_data_text(data), "data")
         elif event:
             raise InvalidEventError(
-                f"event={shown(event)} without data: a client dispatches nothing for it; "
+                f"event={short_repr(event)} without data: a client dispatches nothing for it; "
                 "give data, data='' if there is nothing to say"
             )
         elif id is None and retry is None and comment is None:
@@ -141,7 +141,9 @@ class ServerSentEvent:
     def __repr__(self) -> str:
         names = ("data", "event", "id", "retry", "comment")
         given = (
-            f"{name}={shown(value)}" for name, value in zip(names, self._fields(), strict=True) if value is not None
+            f"{name}={short_repr(value)}"
+            for name, value in zip(names, self._fields(), strict=True)
+            if value is not None
         )
         return f"{type(self).__name__}({', '.join(given)})"
 
@@ -202,7 +204,7 @@ def as_event(item: Any) -> ServerSentEvent:
     if isinstance(item, _PLAIN):
         return ServerSentEvent(item)
     raise InvalidEventError(
-        f"{shown(item)} is no event: give a ServerSentEvent, a dict of its arguments, str, int or float"
+        f"{short_repr(item)} is no event: give a ServerSentEvent, a dict of its arguments, str, int or float"
     )
 
 
@@ -231,7 +233,7 @@ def encode_item(item: Any, sep: str = "\n", json_dumps: JSONDumps | None = None)
     if isinstance(item, Mapping):
         return _event_of(item, json_dumps).encode(sep)
     raise InvalidEventError(
-        f"a source yielded {shown(item)}: yield a ServerSentEvent, a dict of its arguments, str, int, float "
+        f"a source yielded {short_repr(item)}: yield a ServerSentEvent, a dict of its arguments, str, int, float "
         "or encoded bytes; for a JSON value yield ServerSentEvent(value)"
     )
 
@@ -272,7 +274,7 @@ def json_text(value: Any, dumps: JSONDumps | None = None) -> str:
         return text if isinstance(text, str) else str(text, "utf-8")
     except (TypeError, ValueError, RecursionError) as exc:
         raise InvalidEventError(
-            f"data={shown(value)} is not a JSON value ({exc}); convert it first, or yield a dict and give "
+            f"data={short_repr(value)} is not a JSON value ({exc}); convert it first, or yield a dict and give "
             "the response a json_dumps that knows its types"
         ) from exc
 
@@ -296,7 +298,7 @@ def _event_of(item: Mapping[str, Any], json_dumps: JSONDumps | None) -> ServerSe
         if not unknown:
             raise
         raise InvalidEventError(
-            f"unknown key {unknown[0]!r} in {shown(item)}: an event has data, event, id, retry and comment; "
+            f"unknown key {unknown[0]!r} in {short_repr(item)}: an event has data, event, id, retry and comment; "
             "to send a dict as JSON, yield ServerSentEvent(the_dict) or {'data': the_dict}"
         ) from None
 
@@ -308,7 +310,9 @@ def _data_text(data: Any) -> str:
         try:
             return str(data, "utf-8")
         except UnicodeDecodeError as exc:
-            raise InvalidEventError(f"data={shown(data)} is not UTF-8 ({exc}); encode binary data, as base64") from exc
+            raise InvalidEventError(
+                f"data={short_repr(data)} is not UTF-8 ({exc}); encode binary data, as base64"
+            ) from exc
     if isinstance(data, float) and not math.isfinite(data):
         raise InvalidEventError(f"data={data!r} is no number that JSON knows; send it as text, or something else")
     return json_text(data)
@@ -321,7 +325,7 @@ def id_text(value: str | int) -> str:
     text = one_line(value, "id")
     if "\0" in text:
         raise InvalidEventError(
-            f"id={shown(value)} has a NUL: clients ignore such an id, and could not resume; remove it"
+            f"id={short_repr(value)} has a NUL: clients ignore such an id, and could not resume; remove it"
         )
     return text
 
@@ -330,16 +334,16 @@ def one_line(value: object, name: str) -> str:
     """The text of the field `name` without line ends, or `InvalidEventError`."""
     if not isinstance(value, str):
         raise InvalidEventError(
-            f"{name}={shown(value)} is {type(value).__name__}; give a str{' or int' * (name == 'id')}"
+            f"{name}={short_repr(value)} is {type(value).__name__}; give a str{' or int' * (name == 'id')}"
         )
     if "\n" in value or "\r" in value:
-        raise InvalidEventError(f"{name}={shown(value)} has a line end, which would inject fields; remove it")
+        raise InvalidEventError(f"{name}={short_repr(value)} has a line end, which would inject fields; remove it")
     return _text(value, name)
 
 
 def _text(value: str, name: str) -> str:
     if not isinstance(value, str):
-        raise InvalidEventError(f"{name}={shown(value)} is {type(value).__name__}; give a str")
+        raise InvalidEventError(f"{name}={short_repr(value)} is {type(value).__name__}; give a str")
     if "\r" in value:
         value = value.replace("\r\n", "\n").replace("\r", "\n")
     if not value.isascii():  # O(1): CPython keeps it with the string
@@ -347,7 +351,7 @@ def _text(value: str, name: str) -> str:
             value.encode()
         except UnicodeEncodeError as exc:
             raise InvalidEventError(
-                f"{name}={shown(value)} has a lone surrogate at {exc.start}, which UTF-8 cannot carry; "
+                f"{name}={short_repr(value)} has a lone surrogate at {exc.start}, which UTF-8 cannot carry; "
                 "decode its source with errors='replace'"
             ) from exc
     return str.__str__(value)
@@ -356,7 +360,9 @@ def _text(value: str, name: str) -> str:
 def milliseconds(value: int) -> int:
     """A reconnection time, or `InvalidEventError`."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _LARGE:
-        raise InvalidEventError(f"retry={shown(value)} is no reconnection time; give whole milliseconds of at least 0")
+        raise InvalidEventError(
+            f"retry={short_repr(value)} is no reconnection time; give whole milliseconds of at least 0"
+        )
     return int(value)
 
 

@@ -1,6 +1,6 @@
 """`check_number`: seconds, sizes and counts, looked at where they are given."""
 
-from asgi_sse.errors import shown
+from asgi_sse.errors import short_repr
 
 
 def check_number(name: str, value: object, *, optional: bool = False, positive: bool = False) -> None:
@@ -19,6 +19,8 @@ def check_number(name: str, value: object, *, optional: bool = False, positive: 
     if value is None and optional:
         return
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{name}={shown(value)} is {type(value).__name__}; give a number{', or None' * optional}")
+        raise TypeError(f"{name}={short_repr(value)} is {type(value).__name__}; give a number{', or None' * optional}")
     if not value >= 0 or (positive and value == 0):
-        raise ValueError(f"{name}={shown(value)} is out of range; give {'more than' if positive else 'at least'} 0")
+        raise ValueError(
+            f"{name}={short_repr(value)} is out of range; give {'more than' if positive else 'at least'} 0"
+        )

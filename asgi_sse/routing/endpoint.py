@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl, unquote
 
 from asgiref.compatibility import double_to_single_callable
 
-from asgi_sse.errors import StreamClosedError, shown, shown_text
+from asgi_sse.errors import StreamClosedError, printable, short_repr
 from asgi_sse.protocol.asgi import ASGIApp, Receive, Scope, Send
 from asgi_sse.runtime.server import Server, server_of
 from asgi_sse.stream.draining import DrainingEvent
@@ -61,12 +61,12 @@ class HTTPError(Exception):
         if not detail and status in _PHRASES:
             detail = _PHRASES[status]
         if not isinstance(detail, str):
-            raise TypeError(f"detail={shown(detail)} is {type(detail).__name__}; give a str")
+            raise TypeError(f"detail={short_repr(detail)} is {type(detail).__name__}; give a str")
         super().__init__(status, detail)
         self.status = int(status)
         self.detail = detail
         if not isinstance(headers or {}, Mapping):
-            raise TypeError(f"headers={shown(headers)}: give a mapping")
+            raise TypeError(f"headers={short_repr(headers)}: give a mapping")
         self.headers = [encode_header(name, value) for name, value in (headers or {}).items()]
         for name, _ in self.headers:
             if name in (b"content-length", b"transfer-encoding"):
@@ -129,7 +129,7 @@ class Request:
         self._query: Values | None = None
 
     def __repr__(self) -> str:
-        return f"<Request {self.method} {shown_text(self.path)}>"
+        return f"<Request {self.method} {printable(self.path)}>"
 
     @property
     def method(self) -> str:
@@ -295,7 +295,7 @@ class RouteTable:
 
     def __init__(self, routes: Mapping[str, Any]) -> None:
         if not isinstance(routes, Mapping):
-            raise TypeError(f"routes={shown(routes)} is no mapping; give {{'/path': endpoint}}")
+            raise TypeError(f"routes={short_repr(routes)} is no mapping; give {{'/path': endpoint}}")
         shapes: dict[tuple[str, ...], str] = {}
         table: list[tuple[tuple[str | None, ...], tuple[str, ...], ASGIApp]] = []
         for pattern, target in routes.items():
@@ -371,7 +371,7 @@ def make_endpoint(pattern: str, target: Any) -> ASGIApp:
             target.close()
         if inspect.iscoroutine(target) or inspect.isasyncgen(target) or inspect.isgenerator(target):
             hint = "; give the function itself, it is called for each request"
-        raise TypeError(f"route {pattern!r}: {shown(target)} is no endpoint{hint}")
+        raise TypeError(f"route {pattern!r}: {short_repr(target)} is no endpoint{hint}")
     if isinstance(target, type):
         if _arity(target) == 1 and _arity(getattr(target, "__call__", None)) == 3:  # noqa: B004 (self, receive, send)
             return cast("ASGIApp", double_to_single_callable(target))  # type: ignore[no-untyped-call]  # of ASGI 2

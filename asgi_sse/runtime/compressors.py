@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, Final
 
-from asgi_sse.errors import shown_text
+from asgi_sse.errors import printable
 from asgi_sse.protocol.asgi import Send
 
 from .base import EventLoop
@@ -177,7 +177,7 @@ class Guard:
             "held": "has sent its head, which has not left the app: something waits for the first event",
         }[kind]
         level = logging.INFO if kind == "held" else logging.WARNING  # our opening comment sets it free at once
-        path = shown_text(path)
+        path = printable(path)
         extra = {"sse_path": path, "sse_compression": kind}
         logger.log(level, "the event stream %s %s. %s", path, what, self._advice(), extra=extra)
 
@@ -212,7 +212,7 @@ def _look_at_head(headers: list[tuple[bytes, bytes]], send: Send, path: str, cou
     if name in _warned_outside:
         return
     _warned_outside.add(name)
-    path = shown_text(path)
+    path = printable(path)
     logger.warning(
         "the event stream %s was %s-encoded on its way out. %s, around the app, does that, which delays events: put "
         "SSEMiddleware around it, or send the stream with the header 'content-encoding: identity'",

@@ -9,7 +9,7 @@ from typing import Final
 
 from anyio.lowlevel import RunVar
 
-from asgi_sse.errors import shown_text
+from asgi_sse.errors import printable
 from asgi_sse.stream.stream import Stream
 
 from .base import EventLoop
@@ -80,7 +80,7 @@ class Heartbeat:
                 logger.exception(
                     "the heartbeat of %r failed; the stream goes on without one",
                     stream,
-                    extra={"sse_path": shown_text(stream.path)},
+                    extra={"sse_path": printable(stream.path)},
                 )
         self._set_timer()
 

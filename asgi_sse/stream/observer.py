@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from typing import Final, Literal
 
-from asgi_sse.errors import shown_text
+from asgi_sse.errors import printable
 
 from .stream import Stream
 
@@ -67,7 +67,7 @@ class Observers:
             try:
                 getattr(observer, what)(stream)
             except Exception:
-                logger.exception("%r raised, of %r", observer, stream, extra={"sse_path": shown_text(stream.path)})
+                logger.exception("%r raised, of %r", observer, stream, extra={"sse_path": printable(stream.path)})
 
 
 class Told(Observer):

@@ -12,7 +12,7 @@ from typing import Final
 import anyio
 from anyio.lowlevel import RunVar
 
-from asgi_sse.errors import shown, shown_text
+from asgi_sse.errors import printable, short_repr
 from asgi_sse.protocol.asgi import CloseReason
 from asgi_sse.protocol.validation import check_number
 from asgi_sse.runtime.base import EventLoop
@@ -126,7 +126,7 @@ class StreamRegistry:
                 self._drain_retry = (low, high)
             case _:
                 raise ValueError(
-                    f"drain_retry={shown(drain_retry)} is no range; give two whole milliseconds, the lower first, as "
+                    f"drain_retry={short_repr(drain_retry)} is no range; give two whole milliseconds, the lower first, as "
                     "(1000, 5000)"
                 )
         check_number("drain_timeout", drain_timeout)
@@ -396,7 +396,7 @@ class StreamRegistry:
 
 
 def _log_end(stream: Stream, reason: CloseReason, seconds: float) -> None:
-    path = shown_text(stream.path)
+    path = printable(stream.path)
     logger.debug(
         "stream %s ended: %s after %.1f s, %d events, %d bytes",
         path, reason, seconds, stream.events, stream.bytes_sent,
@@ -448,7 +448,7 @@ def check_registry(registry: object) -> None:
         TypeError: It is none.
     """
     if not isinstance(registry, StreamRegistry):
-        raise TypeError(f"registry={shown(registry)} is {type(registry).__name__}; give a StreamRegistry")
+        raise TypeError(f"registry={short_repr(registry)} is {type(registry).__name__}; give a StreamRegistry")
 
 
 _default: RunVar[StreamRegistry] = RunVar("asgi_sse default registry")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, TypedDict, ca
 
 import anyio
 
-from asgi_sse.errors import SendTimeoutError, StreamClosedError, shown
+from asgi_sse.errors import SendTimeoutError, StreamClosedError, short_repr
 from asgi_sse.protocol.asgi import CloseReason, Message, Receive, Scope, Send
 from asgi_sse.protocol.event import ItemEncoder, JSONDumps, ServerSentEvent, encode_item
 from asgi_sse.runtime.compressors import watch_head
@@ -339,7 +339,7 @@ def _pairs(headers: Headers) -> Iterable[tuple[str, str]]:
         return cast("Mapping[str, str]", headers).items()
     pairs = list(headers) if isinstance(headers, Iterable) else [headers]
     if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):  # "ab" would be one too
-        raise TypeError(f"headers={shown(headers)}: give a mapping, or pairs (name, value)")
+        raise TypeError(f"headers={short_repr(headers)}: give a mapping, or pairs (name, value)")
     return pairs
 
 
@@ -350,15 +350,17 @@ def encode_header(name: str, value: str) -> tuple[bytes, bytes]:
         ValueError: It cannot be sent, or would inject another one.
     """
     if not isinstance(name, str) or not isinstance(value, str):
-        raise TypeError(f"headers: {shown(name)}: {shown(value)}; give two str")
+        raise TypeError(f"headers: {short_repr(name)}: {short_repr(value)}; give two str")
     try:
         encoded = name.lower().encode("ascii"), value.strip(" \t").encode("latin-1")
     except UnicodeEncodeError as exc:
-        raise ValueError(f"headers: {shown(name)}: {shown(value)} has characters that no header carries") from exc
+        raise ValueError(
+            f"headers: {short_repr(name)}: {short_repr(value)} has characters that no header carries"
+        ) from exc
     if not _TOKEN.fullmatch(encoded[0]):
-        raise ValueError(f"headers: {shown(name)} is no header's name")
+        raise ValueError(f"headers: {short_repr(name)} is no header's name")
     if any(char in value for char in "\r\n\0"):
         raise ValueError(
-            f"headers: {shown(name)}: {shown(value)} has a CR, LF or NUL, which would inject headers; remove it"
+            f"headers: {short_repr(name)}: {short_repr(value)} has a CR, LF or NUL, which would inject headers; remove it"
         )
     return encoded

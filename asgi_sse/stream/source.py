@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
-from asgi_sse.errors import SSEError, shown
+from asgi_sse.errors import SSEError, short_repr
 from asgi_sse.runtime.current import current_loop
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def check_content(content: Any) -> None:
         raise TypeError(f"content is the function {content.__qualname__} itself; call it: {content.__qualname__}(...)")
     if isinstance(content, str | bytes | bytearray | memoryview | Mapping):
         raise TypeError(
-            f"content={shown(content)} is a single {type(content).__name__}, not a series of events; put it in a list"
+            f"content={short_repr(content)} is a single {type(content).__name__}, not a series of events; put it in a list"
         )
     if not isinstance(content, AsyncIterable | Iterable):
         hint = "give an async generator, any async iterable, or an iterable"
@@ -53,7 +53,7 @@ def check_content(content: Any) -> None:
             hint = "raise HTTPError(204) if there is nothing to say"
         if isinstance(content, Exception):
             hint = f"raise the {type(content).__name__}, in place of returning it"
-        raise TypeError(f"content={shown(content)} is not iterable; {hint}")
+        raise TypeError(f"content={short_repr(content)} is not iterable; {hint}")
 
 
 def iterate(content: AsyncIterable[Any] | Iterable[Any]) -> AsyncIterator[Any]:

@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol, TypeAlias
 
 import anyio
 
-from asgi_sse.errors import SendTimeoutError, StreamClosedError, shown_text
+from asgi_sse.errors import SendTimeoutError, StreamClosedError, printable
 from asgi_sse.protocol.asgi import CloseReason, Message, Send
 from asgi_sse.protocol.event import ItemEncoder, ServerSentEvent, encode_item
 from asgi_sse.runtime.base import Child, EventLoop, Wait
@@ -311,12 +311,12 @@ class Stream:
         self._around_watch = scope
 
     def __repr__(self) -> str:
-        return f"<Stream {shown_text(self.path)} {self.reason or self.state}>"
+        return f"<Stream {printable(self.path)} {self.reason or self.state}>"
 
     @property
     def _extra(self) -> dict[str, object]:
         """Of its log records."""
-        return {"sse_path": shown_text(self.path)}
+        return {"sse_path": printable(self.path)}
 
     # The request's task
 
@@ -400,7 +400,7 @@ class Stream:
         left = "was left behind" if self._has_tasks else "obeyed when it was cancelled once more"
         logger.warning(
             "the source of %s was not cleaned up %s and %s: %r",
-            shown_text(self.path),
+            printable(self.path),
             time,
             left,
             source,
@@ -544,7 +544,7 @@ class Stream:
         if self._state is _State.CLOSED:
             logger.error(
                 "the source of %s raised after it was left behind",
-                shown_text(self.path),
+                printable(self.path),
                 exc_info=exc,
                 extra=self._extra,
             )
@@ -553,7 +553,7 @@ class Stream:
         elif self._error is not exc:  # the first one is raised
             logger.error(
                 "the source of %s raised once more, in its clean-up",
-                shown_text(self.path),
+                printable(self.path),
                 exc_info=exc,
                 extra=self._extra,
             )
@@ -637,7 +637,7 @@ class Stream:
             event = on_error(error)
             return b"" if event is None else self._encode(event, self._options.sep, self._options.json_dumps)
         except Exception:
-            logger.exception("on_error of %s raised", shown_text(self.path), extra=self._extra)
+            logger.exception("on_error of %s raised", printable(self.path), extra=self._extra)
             return b""
 
     def _over(self, reason: CloseReason) -> None:
@@ -756,7 +756,7 @@ class Stream:
         if reason == "timed_out":  # then an error is the one way to tell the server that it must cut the connection
             self._fail(
                 SendTimeoutError(
-                    f"the client of {shown_text(self.path)} took nothing for {self._options.send_timeout} s"
+                    f"the client of {printable(self.path)} took nothing for {self._options.send_timeout} s"
                 )
             )
 

@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar, overload
 
 import anyio
 
-from asgi_sse.errors import shown
+from asgi_sse.errors import short_repr
 from asgi_sse.runtime.current import current_loop
 
 _P = ParamSpec("_P")
@@ -85,7 +85,7 @@ def virtual_time(test: Callable[..., Awaitable[Any]] | None = None, /, *, backen
 
 def _synchronous(test: Callable[..., Awaitable[Any]], *, backend: str) -> Callable[..., Any]:
     if not iscoroutinefunction(test):
-        raise TypeError(f"{shown(test)} is no coroutine function; write virtual_time right above an async def")
+        raise TypeError(f"{short_repr(test)} is no coroutine function; write virtual_time right above an async def")
 
     @wraps(test)
     def run(*args: Any, **kwargs: Any) -> Any:

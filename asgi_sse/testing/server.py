@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
-from asgi_sse.errors import shown
+from asgi_sse.errors import short_repr
 from asgi_sse.protocol.asgi import ASGIApp, Message, Receive, Scope, Send
 from asgi_sse.runtime import lifespan
 from asgi_sse.runtime.current import current_loop
@@ -73,7 +73,7 @@ class RunningApp:
             await self._until(lambda: bool(self._sent) or self._returned)
         if not (self._sent or self._returned):
             raise TimeoutError(
-                f"the start-up of {shown(self._app)} has not completed within {timeout:g} s; give running() another "
+                f"the start-up of {short_repr(self._app)} has not completed within {timeout:g} s; give running() another "
                 "timeout if it may take longer"
             )
         await self._check("startup")
@@ -114,7 +114,7 @@ class RunningApp:
                 "answer with an EventSourceResponse, or put SSEMiddleware around the app, which ends its streams"
             )
         if not (len(self._sent) > 1 or self._returned):
-            raise TimeoutError(f"the shutdown of {shown(self._app)} has not completed within {timeout:g} s")
+            raise TimeoutError(f"the shutdown of {short_repr(self._app)} has not completed within {timeout:g} s")
         await self._check("shutdown")
 
     async def leave(self) -> None:
@@ -215,7 +215,7 @@ async def running(app: ASGIApp, *, timeout: float = 15.0) -> AsyncIterator[Runni
         Exception: What the app raised in its start-up or shutdown.
     """
     if not callable(app):
-        raise TypeError(f"app={shown(app)} is not an ASGI app; give what a server is given")
+        raise TypeError(f"app={short_repr(app)} is not an ASGI app; give what a server is given")
     server = RunningApp(app)
     try:
         await server.start(timeout)

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import anyio
 import anyio.lowlevel
 
-from asgi_sse.errors import StreamClosedError, shown
+from asgi_sse.errors import StreamClosedError, short_repr
 from asgi_sse.protocol.asgi import ASGIApp, Message, Scope
 from asgi_sse.protocol.decoder import EventDecoder
 from asgi_sse.protocol.event import ServerSentEvent
@@ -519,7 +519,7 @@ async def open_stream(
     raw_path, _, query = path.partition("?")
     pairs = list(cast("Mapping[str, str]", headers).items() if isinstance(headers, Mapping) else headers)
     if not callable(app):
-        raise TypeError(f"app={shown(app)} is not an ASGI app; give what a server is given")
+        raise TypeError(f"app={short_repr(app)} is not an ASGI app; give what a server is given")
     if not path.startswith("/"):
         raise ValueError(f"path={path!r} is none; give a path that begins with '/', without a scheme and a host")
     if capacity < 1:
@@ -528,7 +528,7 @@ async def open_stream(
         body = _json_body(json)
         pairs.append(("content-type", "application/json"))
     if not isinstance(body, bytes):
-        raise TypeError(f"body={shown(body)} is {type(body).__name__}; give bytes, or json=")
+        raise TypeError(f"body={short_repr(body)} is {type(body).__name__}; give bytes, or json=")
     full_scope: Scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.4"},
@@ -570,7 +570,7 @@ def _header(name: str, value: str) -> tuple[bytes, bytes]:
         return name.lower().encode("latin-1"), value.encode("latin-1")
     except (AttributeError, UnicodeEncodeError):
         raise ValueError(
-            f"headers: {shown(name)}: {shown(value)} is none; give text, each character of which is a byte. As "
+            f"headers: {short_repr(name)}: {short_repr(value)} is none; give text, each character of which is a byte. As "
             "UTF-8, which browsers send in Last-Event-ID, it is value.encode().decode('latin-1')"
         ) from None
 
@@ -581,7 +581,7 @@ def _json_body(value: Any) -> bytes:
 
 def _expected(data: Any, event: Any, last_id: Any) -> str:
     given = (("data", data), ("event", event), ("id", last_id))
-    return ", ".join(f"{name}={shown(value)}" for name, value in given if value is not ...) or "an event"
+    return ", ".join(f"{name}={short_repr(value)}" for name, value in given if value is not ...) or "an event"
 
 
 def _differing(received: ServerSentEvent, data: Any, event: Any, last_id: Any) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 
-from asgi_sse.errors import shown
+from asgi_sse.errors import short_repr
 from asgi_sse.protocol.asgi import ASGIApp, Scope
 
 from .stream import OpenStream
@@ -49,7 +49,7 @@ class StreamingASGITransport(_Base):
         capacity: int = 16,
     ) -> None:
         if not callable(app):
-            raise TypeError(f"app={shown(app)} is not an ASGI app; give what a server is given")
+            raise TypeError(f"app={short_repr(app)} is not an ASGI app; give what a server is given")
         self._app = app
         self._raise = raise_app_exceptions
         self._root_path = root_path

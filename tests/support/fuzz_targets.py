@@ -14,7 +14,7 @@ from asgi_sse.broker.checks import check_key
 from asgi_sse.broker.endpoint import Access
 from asgi_sse.broker.log import EventLog
 from asgi_sse.broker.patterns import check_name, check_pattern, is_pattern, pattern_test
-from asgi_sse.errors import shown, shown_text
+from asgi_sse.errors import printable, short_repr
 from asgi_sse.middleware.responder import _without_accept_encoding
 from asgi_sse.protocol.event import encode_item
 from asgi_sse.routing.cors import CORS, is_preflight
@@ -261,7 +261,12 @@ def accept(data: bytes) -> None:
 
 def logged(data: bytes) -> None:
     """What is shown of a client's text is one short line."""
-    for line in (shown_text(text(data)), shown(text(data)), shown(data), shown({text(data): [text(data)] * 9})):
+    for line in (
+        printable(text(data)),
+        short_repr(text(data)),
+        short_repr(data),
+        short_repr({text(data): [text(data)] * 9}),
+    ):
         assert line.isprintable()
         assert len(line) < 2000
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from asgi_sse.errors import missing, shown
+from asgi_sse.errors import missing, short_repr
 
 from .memory import MemoryBackend
 
@@ -28,9 +28,9 @@ def backend_of(url: str, dispatcher: Dispatcher, *, prefix: str, **options: Any)
         ValueError: `url` or `prefix` is none.
     """
     if not isinstance(url, str):
-        raise TypeError(f"url={shown(url)} is {type(url).__name__}; give a str, as 'redis://localhost:6379/0'")
+        raise TypeError(f"url={short_repr(url)} is {type(url).__name__}; give a str, as 'redis://localhost:6379/0'")
     if not isinstance(prefix, str) or not _PREFIX.fullmatch(prefix):
-        raise ValueError(f"prefix={shown(prefix)}; give up to 64 of A-Z a-z 0-9 _ -")
+        raise ValueError(f"prefix={short_repr(prefix)}; give up to 64 of A-Z a-z 0-9 _ -")
     scheme, separator, _ = url.partition("://")
     if url == "memory://":
         return MemoryBackend(dispatcher)
@@ -47,4 +47,6 @@ def backend_of(url: str, dispatcher: Dispatcher, *, prefix: str, **options: Any)
             missing(exc, "nats", "the client of nats", "asgi-sse[nats]")
         return NatsBackend(dispatcher, url, prefix=prefix, **options)
     known = "memory://, redis://HOST:PORT/DB or nats://HOST:PORT"
-    raise ValueError(f"url={shown(scheme + separator if separator else url)} is no broker that is known; give {known}")
+    raise ValueError(
+        f"url={short_repr(scheme + separator if separator else url)} is no broker that is known; give {known}"
+    )
