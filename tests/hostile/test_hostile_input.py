@@ -451,29 +451,33 @@ def default(function: Callable[..., Any], name: str) -> Any:
 @pytest.mark.parametrize(
     ("of", "limit", "value"),
     [
-        ("a request's body", "1 MiB", default(Request.body, "limit") == default(Request.json, "limit") == 2**20),
-        ("a body that nobody reads", "64 KiB", receiver._AHEAD == adoption._AHEAD == 2**16),
+        ("a request body read", "1 MiB", default(Request.body, "limit") == default(Request.json, "limit") == 2**20),
+        ("a request body that nobody reads", "64 KiB", receiver._AHEAD == adoption._AHEAD == 2**16),
         ("a query", "64 KiB", endpoint._PARSED_BYTES == 2**16),
-        ("channels that one request names", "100", MAX_CHANNELS == 100),
-        ("a channel's name", "200", MAX_NAME == 200),
-        ("what is sent to one client", "64 KiB", writer.MESSAGE_BYTES == 2**16),
-        ("what a source may be ahead", "16 KiB", buffer.TURN_BYTES == 2**14),
-        ("how long a client may take", "30 s", StreamOptions().send_timeout == 30),
-        ("synchronous sources", "256", MAX_THREADS == 256),
-        ("events that a channel keeps", "1,000", default(Broker, "history") == 1000),
-        ("memory that they take", "16 MiB", default(Broker, "max_bytes") == 2**24),
-        ("channels that are kept", "10,000", default(Broker, "max_channels") == 10_000),
-        ("runs that go on", "1,000", default(Broker, "max_runs") == 1000),
+        ("channels named in one request", "100", MAX_CHANNELS == 100),
+        ("a channel name", "200", MAX_NAME == 200),
+        ("bytes in one message", "64 KiB", writer.MESSAGE_BYTES == 2**16),
+        ("bytes that a source may run ahead", "16 KiB", buffer.TURN_BYTES == 2**14),
+        ("time for a client to take one message", "30 s", StreamOptions().send_timeout == 30),
+        ("sync sources", "256", MAX_THREADS == 256),
+        ("events kept in a channel", "1,000", default(Broker, "history") == 1000),
+        ("memory for the events", "16 MiB", default(Broker, "max_bytes") == 2**24),
+        ("channels kept", "10,000", default(Broker, "max_channels") == 10_000),
+        ("active runs", "1,000", default(Broker, "max_runs") == 1000),
         ("an idempotency key", "200", checks._LONGEST_KEY == 200),
-        ("such keys", "1,000,000 in 120 s", (memory._IDEMPOTENCY_KEYS, memory._IDEMPOTENCY_WINDOW) == (10**6, 120)),
-        ("readers of a channel", "none", default(Broker, "max_subscribers") is None),
-        ("how long a stream lasts", "none", StreamOptions().max_lifetime is None),
-        ("what an `EventDecoder` holds", "none", default(EventDecoder, "max_event_bytes") is None),
-        ("how long `authorize` has", "10 s", broker_endpoint._PATIENCE == 10),
+        (
+            "idempotency keys",
+            "1,000,000 in 120 s",
+            (memory._IDEMPOTENCY_KEYS, memory._IDEMPOTENCY_WINDOW) == (10**6, 120),
+        ),
+        ("subscribers of one channel", "none", default(Broker, "max_subscribers") is None),
+        ("lifetime of a stream", "none", StreamOptions().max_lifetime is None),
+        ("bytes that an `EventDecoder` holds", "none", default(EventDecoder, "max_event_bytes") is None),
+        ("time for a repeated `authorize`", "10 s", broker_endpoint._PATIENCE == 10),
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) > 12 else "",
 )
-def test_the_numbers_of_security_md(of: str, limit: str, value: bool) -> None:
+def test_security_md_states_the_limits_of_the_code(of: str, limit: str, value: bool) -> None:
     text = Path(__file__).parents[2].joinpath("SECURITY.md").read_text()
     (row,) = [line.split(" | ") for line in text.splitlines() if line.startswith(f"| {of}")]
     assert limit in row[1]
