@@ -1,4 +1,7 @@
-"""The errors that asgi_sse raises, each naming the value, what is wrong with it and what to do."""
+"""The exceptions of asgi_sse, and helpers for the texts of errors and log records.
+
+Each message names the argument, the value that it got, and what to do about it.
+"""
 
 import reprlib
 import sys
@@ -7,54 +10,54 @@ from typing import Final, NoReturn
 _repr: Final = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 80
 
-
-_LINE: Final = 200
-"""Characters of a client's text that a line of a log may have."""
+_MAX_LOG_CHARS: Final = 200
+"""The most characters of a client's text that go into a line of a log."""
 
 
 def short_repr(value: object) -> str:
-    """A value for an error's message: short, and safe to ask for."""
+    """Return a short ``repr`` of `value` for an error message. Never raises."""
     try:
         return _repr.repr(value)
-    except Exception:  # reprlib guards a repr that raises, but not that of an int of over 4,300 digits
+    except Exception:  # reprlib guards against a repr that raises, but not against an int of over 4,300 digits
         return f"<{type(value).__name__}>"
 
 
 def printable(text: str) -> str:
-    """Text of a client for a line of a log: escaped and cut, where it would forge another line or fill the log."""
-    return text if len(text) <= _LINE and text.isprintable() else short_repr(text)
+    """Return `text`, which a client sent, so that it can neither forge a line of a log nor fill the log."""
+    return text if len(text) <= _MAX_LOG_CHARS and text.isprintable() else short_repr(text)
 
 
-def missing(exc: ModuleNotFoundError, module: str, what: str, package: str) -> NoReturn:
-    """Raise `exc` again; if it is `module` that was not found, saying what is to be installed.
+def raise_missing_extra(exc: ModuleNotFoundError, module: str, what: str, package: str) -> NoReturn:
+    """Raise an error that says what to install if `module` is missing; otherwise raise `exc` again.
 
     Args:
-        exc: What an import has raised.
-        module: The top name of what was imported.
-        what: Who that is.
-        package: What pip installs.
+        exc: The error of an import.
+        module: The top-level name of the module that was imported.
+        what: The name of the missing software, for the message.
+        package: The requirement to install with pip.
 
     Raises:
         ModuleNotFoundError: Always.
     """
-    if not not_installed(exc, module):
+    if not missing_module(exc, module):
         raise exc
     raise ModuleNotFoundError(f'{what} is not installed: pip install "{package}"', name=exc.name) from exc
 
 
-def not_installed(exc: ModuleNotFoundError, *modules: str) -> str:
-    """Which of `modules`, top names, is not installed; empty if something else was not found."""
+def missing_module(exc: ModuleNotFoundError, *modules: str) -> str:
+    """Return which of `modules`, top-level names, is not installed; ``""`` if `exc` is about another module."""
     name = (exc.name or "").partition(".")[0]
-    # What is there, but without such a part, is too old, or a file of the user's that is called so.
+    # If the top-level module was imported and only a submodule is missing, then the package is too old, or a file of
+    # the user has the same name. Installing it would not help.
     return name if name in modules and sys.modules.get(name) is None else ""
 
 
 class SSEError(Exception):
-    """Base of every error that asgi_sse raises on its own account."""
+    """The base class of the errors that asgi_sse defines."""
 
 
 class InvalidEventError(SSEError, ValueError):
-    """An event that no client could read as meant: refused when it is built, or too large to decode."""
+    """An event that cannot be sent so that clients read it as meant, or that is too large to decode."""
 
 
 class SendTimeoutError(SSEError, TimeoutError):
@@ -62,12 +65,12 @@ class SendTimeoutError(SSEError, TimeoutError):
 
 
 class StreamClosedError(SSEError):
-    """The stream, or the request that it answers, is over."""
+    """The stream, or the request that it answers, has ended."""
 
 
 class CompressionError(SSEError):
-    """A middleware would compress, hold or buffer the stream."""
+    """A middleware would compress, hold back or buffer the stream."""
 
 
 class BrokerError(SSEError):
-    """A broker could not do what was asked of it."""
+    """A broker could not do what it was asked to do."""

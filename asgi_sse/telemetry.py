@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from asgi_sse import __version__
 
-from .errors import missing
+from .errors import raise_missing_extra
 from .metrics.instruments import DURATION, FIGURES, OF_STREAMS, Brokers, Instrument, Labels, Sampler
 from .stream.counters import DURATIONS
 from .stream.observer import EVERYWHERE, Observer
@@ -19,7 +19,7 @@ from .stream.observer import EVERYWHERE, Observer
 try:
     from opentelemetry import context, metrics, trace
 except ModuleNotFoundError as exc:
-    missing(exc, "opentelemetry", "opentelemetry-api", "asgi-sse[opentelemetry]")
+    raise_missing_extra(exc, "opentelemetry", "opentelemetry-api", "asgi-sse[opentelemetry]")
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

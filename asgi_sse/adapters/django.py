@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from asgiref.sync import ThreadSensitiveContext
 
-from asgi_sse.errors import missing
+from asgi_sse.errors import raise_missing_extra
 from asgi_sse.routing.endpoint import make_endpoint
 from asgi_sse.stream.response import EventSourceResponse as PlainResponse
-from asgi_sse.stream.response import Headers, StreamArguments
+from asgi_sse.stream.response import StreamArguments
 from asgi_sse.stream.source import check_content
 
 from .body import Body
@@ -23,12 +23,13 @@ try:
     from django.db import connections
     from django.http import StreamingHttpResponse
 except ModuleNotFoundError as exc:
-    missing(exc, "django", "Django", "django")
+    raise_missing_extra(exc, "django", "Django", "django")
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from asgi_sse.protocol.asgi import ASGIApp, Receive, Scope, Send
+    from asgi_sse.protocol.headers import Headers
 
 __all__ = ["EventSourceResponse", "endpoint"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
-from asgi_sse.errors import missing
+from asgi_sse.errors import raise_missing_extra
 from asgi_sse.stream.response import EventSourceResponse as PlainResponse
-from asgi_sse.stream.response import Headers, StreamArguments
+from asgi_sse.stream.response import StreamArguments
 
 try:
     from litestar import asgi
@@ -14,7 +14,7 @@ try:
     from litestar.response.base import ASGIResponse
     from litestar.types import Receive, Scope, Send  # noqa: TC002 (Litestar looks at the annotations)
 except ModuleNotFoundError as exc:
-    missing(exc, "litestar", "Litestar", "litestar")
+    raise_missing_extra(exc, "litestar", "Litestar", "litestar")
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Iterable
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from litestar.types import ResponseCookies
 
     from asgi_sse.protocol.asgi import ASGIApp
+    from asgi_sse.protocol.headers import Headers
 
 __all__ = ["EventSourceResponse", "mount"]
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 import contextvars
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
-from asgi_sse.errors import missing
+from asgi_sse.errors import raise_missing_extra
 from asgi_sse.stream.response import EventSourceResponse as PlainResponse
-from asgi_sse.stream.response import Headers, StreamArguments
+from asgi_sse.stream.response import StreamArguments
 
 from .body import Body
 
 try:
     from quart import Response, has_request_context, request
 except ModuleNotFoundError as exc:
-    missing(exc, "quart", "Quart", "quart")
+    raise_missing_extra(exc, "quart", "Quart", "quart")
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Iterable
 
     from asgi_sse.protocol.asgi import Scope
+    from asgi_sse.protocol.headers import Headers
 
 __all__ = ["EventSourceResponse"]
 

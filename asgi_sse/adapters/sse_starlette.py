@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeGuard
 
 import anyio
 
-from asgi_sse.errors import InvalidEventError, SendTimeoutError, missing, short_repr
+from asgi_sse.errors import InvalidEventError, SendTimeoutError, raise_missing_extra, short_repr
 from asgi_sse.protocol import event as core
+from asgi_sse.protocol.headers import encode_header
 from asgi_sse.runtime.server import Server, server_of
 from asgi_sse.stream.draining import DrainingEvent
 from asgi_sse.stream.options import StreamOptions
 from asgi_sse.stream.receiver import RequestReceiver
 from asgi_sse.stream.registry import StreamRegistry, check_registry
-from asgi_sse.stream.response import RESPONDER_KEY, encode_header, registry_of
+from asgi_sse.stream.response import RESPONDER_KEY, registry_of
 from asgi_sse.stream.response import EventSourceResponse as PlainResponse
 from asgi_sse.stream.source import ThreadedIterator
 
@@ -30,7 +31,7 @@ try:
     from starlette.endpoints import HTTPEndpoint
     from starlette.responses import Response
 except ModuleNotFoundError as exc:
-    missing(exc, "starlette", "Starlette", "starlette")
+    raise_missing_extra(exc, "starlette", "Starlette", "starlette")
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

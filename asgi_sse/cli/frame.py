@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Final
 from urllib.parse import urlsplit
 
-from asgi_sse.errors import not_installed
+from asgi_sse.errors import missing_module
 
 NAME: Final = "asgi-sse"
 WRONG_ARGUMENTS: Final = 2  # as argparse has it
@@ -92,7 +92,7 @@ def missing(exc: ModuleNotFoundError, what: str, extra: str, *modules: str) -> i
     Raises:
         ModuleNotFoundError: It is another one that was not found.
     """
-    module = not_installed(exc, *modules)
+    module = missing_module(exc, *modules)
     if not module:
         raise exc
     return fail(f'{what} needs {module}, which is not installed: pip install "asgi-sse[{extra}]"')

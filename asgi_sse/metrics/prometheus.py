@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import Final
 
 from asgi_sse.broker import Broker
-from asgi_sse.errors import missing, short_repr
+from asgi_sse.errors import raise_missing_extra, short_repr
 from asgi_sse.protocol.asgi import Receive, Scope, Send
 from asgi_sse.routing.endpoint import HTTPError, send_text
 from asgi_sse.stream.counters import DURATIONS
@@ -22,7 +22,7 @@ try:
     from prometheus_client.exposition import choose_encoder
     from prometheus_client.registry import Collector as PrometheusCollector
 except ModuleNotFoundError as exc:
-    missing(exc, "prometheus_client", "prometheus-client", "asgi-sse[metrics]")
+    raise_missing_extra(exc, "prometheus_client", "prometheus-client", "asgi-sse[metrics]")
 
 _UNITS: Final = {"s": "seconds", "By": "bytes"}
 

@@ -12,13 +12,13 @@ import anyio
 import anyio.lowlevel
 
 from asgi_sse.protocol.asgi import Message, Receive, Scope, Send
+from asgi_sse.protocol.headers import EVENT_STREAM_HEADERS
 from asgi_sse.runtime.base import Child, Wait
 from asgi_sse.runtime.server import Server
 from asgi_sse.stream.draining import DrainingEvent
 from asgi_sse.stream.options import StreamOptions
 from asgi_sse.stream.receiver import Changing
 from asgi_sse.stream.registry import StreamRegistry
-from asgi_sse.stream.response import EVENT_STREAM_HEADERS
 from asgi_sse.stream.stream import Stream
 
 PATIENCE: Final = 0.5

@@ -13,10 +13,11 @@ from asgiref.compatibility import double_to_single_callable
 
 from asgi_sse.errors import StreamClosedError, printable, short_repr
 from asgi_sse.protocol.asgi import ASGIApp, Receive, Scope, Send
+from asgi_sse.protocol.headers import encode_header
 from asgi_sse.runtime.server import Server, server_of
 from asgi_sse.stream.draining import DrainingEvent
 from asgi_sse.stream.receiver import RequestReceiver
-from asgi_sse.stream.response import RESPONDER_KEY, SCOPE_KEY, AppContext, EventSourceResponse, encode_header
+from asgi_sse.stream.response import RESPONDER_KEY, SCOPE_KEY, AppContext, EventSourceResponse
 
 METHODS: Final = ("GET", "HEAD", "POST")  # POST since prompts are too large for a URL
 _PARSED_BYTES: Final = 65_536

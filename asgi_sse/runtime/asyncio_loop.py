@@ -16,7 +16,8 @@ _EAGER: Final[dict[str, Any]] = {"eager_start": True} if sys.version_info >= (3,
 
 class AsyncioLoop(EventLoop):
     def __init__(self) -> None:
-        # Weak, since anyio keeps a RunVar's value as long as its loop lives.
+        super().__init__()
+        # Weak: `current` keeps this object for as long as the loop lives.
         self._ref = weakref.ref(asyncio.get_running_loop())
         # For callbacks that serve many streams: in the context of the one that asked, they would see its variables and
         # keep them.

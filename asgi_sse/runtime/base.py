@@ -83,7 +83,14 @@ class Wait(ABC):
 
 
 class EventLoop(ABC):
-    """The event loop, or trio run, that the caller is in."""
+    """An event loop of asyncio, or a run of trio.
+
+    Attributes:
+        locals: The values of this loop, for `current.LoopLocal`.
+    """
+
+    def __init__(self) -> None:
+        self.locals: dict[Any, Any] = {}
 
     @abstractmethod
     def time(self) -> float:

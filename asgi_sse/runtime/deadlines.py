@@ -1,69 +1,105 @@
-"""`Heartbeat`: looks at each stream of an event loop when something of it is due."""
+"""`DeadlineQueue`: wakes streams, and calls back for runs, when something of theirs is due."""
 
 import heapq
 import logging
 import math
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import count
-from typing import Final
-
-from anyio.lowlevel import RunVar
-
-from asgi_sse.errors import printable
-from asgi_sse.stream.stream import Stream
+from typing import Any, Final, Protocol
 
 from .base import EventLoop
-from .current import current_loop
+from .current import LoopLocal
 
 logger = logging.getLogger(__name__)
 
-_VOID: Final = 64
-"""Void entries from which on it is worth to look whether they are the most."""
+_MIN_VOID_ENTRIES: Final = 64
+"""The queue looks for void entries to remove only when it has more than this many."""
 
 
-class Heartbeat:
-    """Looks at each stream of one event loop when the stream has asked for it.
+class Deadlined(Protocol):
+    """An object that a `DeadlineQueue` wakes.
 
-    One timer serves all streams: it is set for the earliest time that any of them asked for (a later one
-    that was set before goes off as well, and finds what it finds). A stream has one valid entry; what
-    became void is left in the heap until its time comes, since a busy stream moves its next ping with
-    every send.
+    Attributes:
+        check_at: The loop's time at which the queue wakes the object; ``inf`` while it is not armed.
+            The queue sets it. Start with ``inf``.
+        deadline_entry: The queue's entry for the object. The queue sets it. Start with an empty list.
     """
+
+    check_at: float
+    deadline_entry: list[Any]
+
+    @property
+    def log_fields(self) -> Mapping[str, object]:
+        """The ``extra`` of the log record if `tick` raises."""
+        ...
+
+    def tick(self) -> float:
+        """Do what is due; return the loop's time at which to be woken again, ``inf`` for never."""
+        ...
+
+
+class DeadlineQueue:
+    """Wakes many objects of one event loop, each when it asked to be woken.
+
+    One timer serves all objects. It is set for the earliest time that any of them asked for. A timer that
+    was set for a later time fires too, and may find nothing to do.
+
+    An object has one valid entry. An entry that became void stays in the heap until its time comes,
+    because a busy stream moves its next keep-alive with every send.
+
+    Args:
+        loop: The event loop. Call every method in it.
+    """
+
+    __slots__ = ("_entries", "_loop", "_sequence", "_timers", "_void")
 
     def __init__(self, loop: EventLoop) -> None:
         self._loop = loop
-        self._entries: list[tuple[float, int, list[Stream]]] = []
+        self._entries: list[tuple[float, int, list[Deadlined]]] = []
         self._void = 0
-        self._numbers = count()
-        self._timers: list[float] = []  # when those go off that are set
+        self._sequence = count()
+        self._timers: list[float] = []  # when each timer that is set fires
 
-    def arm(self, stream: Stream, when: float) -> None:
-        """Look at `stream` at `when`, or before."""
-        if when < stream.check_at:
-            self.forget(stream)
-            stream.check_at = when
-            stream.entry = [stream]
-            heapq.heappush(self._entries, (when, next(self._numbers), stream.entry))
+    def arm(self, item: Deadlined, when: float) -> None:
+        """Wake `item` at `when`, in the loop's time; a time asked for earlier and still valid wins if it is sooner."""
+        if when < item.check_at:
+            self.forget(item)
+            item.check_at = when
+            item.deadline_entry = [item]
+            heapq.heappush(self._entries, (when, next(self._sequence), item.deadline_entry))
             self._set_timer()
 
-    def forget(self, stream: Stream) -> None:
-        """Let go of `stream`; its entry stays behind, empty."""
-        if stream.entry:
-            stream.entry.clear()
+    def forget(self, item: Deadlined) -> None:
+        """Do not wake `item` any more. Its entry stays in the heap, empty."""
+        if item.deadline_entry:
+            item.deadline_entry.clear()
             self._void += 1
-            if self._void > _VOID and self._void > len(self._entries) // 2:
+            if self._void > _MIN_VOID_ENTRIES and self._void > len(self._entries) // 2:
                 self._entries = [entry for entry in self._entries if entry[2]]
                 heapq.heapify(self._entries)
                 self._void = 0
-        stream.check_at = math.inf
+        item.check_at = math.inf
+
+    def call_later(self, seconds: float, callback: Callable[[], None], **log_fields: object) -> None:
+        """Call `callback` once, `seconds` from now.
+
+        Unlike a timer of the loop, this costs no task on trio and no timer of its own.
+
+        Args:
+            seconds: The delay.
+            callback: The function. An exception that it raises is logged.
+            **log_fields: The ``extra`` of that log record.
+        """
+        self.arm(_Call(callback, log_fields), self._loop.time() + seconds)
 
     def _set_timer(self) -> None:
         if self._entries and self._entries[0][0] < min(self._timers, default=math.inf):
             when = self._entries[0][0]
             self._timers.append(when)
-            self._loop.call_at(when, partial(self._beat, when))
+            self._loop.call_at(when, partial(self._wake_due, when))
 
-    def _beat(self, when: float) -> None:
+    def _wake_due(self, when: float) -> None:
         self._timers.remove(when)
         now = max(when, self._loop.time())  # asyncio may call early by the resolution of its clock
         due = []
@@ -71,28 +107,40 @@ class Heartbeat:
             entry = heapq.heappop(self._entries)[2]
             self._void -= not entry
             due += entry
-        for stream in due:
-            stream.entry = []
-            stream.check_at = math.inf
+        for item in due:
+            item.deadline_entry = []
+            item.check_at = math.inf
             try:
-                self.arm(stream, stream.tick())
+                self.arm(item, item.tick())
             except Exception:
                 logger.exception(
-                    "the heartbeat of %r failed; the stream goes on without one",
-                    stream,
-                    extra={"sse_path": printable(stream.path)},
+                    "a deadline of %r failed; it goes on without deadlines", item, extra=dict(item.log_fields)
                 )
         self._set_timer()
 
 
-_heartbeat: RunVar[Heartbeat] = RunVar("asgi_sse heartbeat")
+class _Call:
+    """A callback that a `DeadlineQueue` calls once."""
+
+    __slots__ = ("_callback", "check_at", "deadline_entry", "log_fields")
+
+    def __init__(self, callback: Callable[[], None], log_fields: Mapping[str, object]) -> None:
+        self._callback = callback
+        self.log_fields = log_fields
+        self.check_at = math.inf
+        self.deadline_entry: list[Any] = []
+
+    def tick(self) -> float:
+        self._callback()
+        return math.inf
+
+    def __repr__(self) -> str:
+        return f"<call of {self._callback!r}>"
 
 
-def current_heartbeat() -> Heartbeat:
-    """The heartbeat of the event loop that the caller runs in."""
-    try:
-        return _heartbeat.get()
-    except LookupError:
-        heartbeat = Heartbeat(current_loop())
-        _heartbeat.set(heartbeat)
-        return heartbeat
+_queues: Final = LoopLocal(DeadlineQueue)
+
+
+def current_deadlines() -> DeadlineQueue:
+    """Return the deadline queue of the event loop that the caller runs in."""
+    return _queues.get()

@@ -9,14 +9,12 @@ import logging
 import weakref
 from collections.abc import Iterator
 from types import FunctionType
-from typing import Any, Final
-
-from anyio.lowlevel import RunVar
+from typing import Any, Final, TypeAlias
 
 from asgi_sse.protocol.asgi import Send
 
 from .base import EventLoop
-from .current import current_loop
+from .current import LoopLocal, current_loop
 
 logger = logging.getLogger(__name__)
 
@@ -69,21 +67,25 @@ def _unknown() -> None:
     """In place of a weak reference to what is not known."""
 
 
-_servers: "RunVar[weakref.WeakValueDictionary[tuple[int, int], Server]]" = RunVar("asgi_sse servers")
+_ServersByIds: TypeAlias = "weakref.WeakValueDictionary[tuple[int, int], Server]"
+
+
+def _no_servers(_loop: EventLoop) -> _ServersByIds:
+    return weakref.WeakValueDictionary()
+
+
+_servers: Final = LoopLocal(_no_servers)
 
 
 def server_of(send: Send) -> Server:
     """The server behind the ``send`` of a request, or of a lifespan."""
-    try:
-        servers = _servers.get()
-    except LookupError:
-        servers = weakref.WeakValueDictionary()
-        _servers.set(servers)
+    loop = current_loop()
+    servers = _servers.of(loop)
     config, instance = _identify(send)
     key = (id(config), id(instance))
     server = servers.get(key)
     if server is None or server.config is not config or server.instance is not instance:
-        server = servers[key] = Server(current_loop(), config, instance)
+        server = servers[key] = Server(loop, config, instance)
     return server
 
 

@@ -3,7 +3,7 @@
 import contextvars
 import types
 from collections.abc import Callable, Coroutine, Generator, Iterable
-from typing import Any
+from typing import Any, Final
 
 import trio
 
@@ -16,6 +16,7 @@ class TrioLoop(EventLoop):
     # System tasks, not a nursery of the request's: a source that ignores its cancellation must be left behind, and
     # no nursery lets go of a child.
     def __init__(self) -> None:
+        super().__init__()
         self._token = trio.lowlevel.current_trio_token()
         self._clock = trio.lowlevel.current_clock()  # which other threads can ask too
 
@@ -60,6 +61,19 @@ class TrioLoop(EventLoop):
 
     def sender(self, send: Send, sent: Callable[[BaseException | None], None], context: contextvars.Context) -> Sender:
         return TrioSender(send, sent, context)
+
+
+_current: Final[trio.lowlevel.RunVar[TrioLoop]] = trio.lowlevel.RunVar("asgi_sse event loop")
+
+
+def current_trio_loop() -> TrioLoop:
+    """Return the loop of the trio run that the caller is in."""
+    try:
+        return _current.get()
+    except LookupError:
+        loop = TrioLoop()
+        _current.set(loop)
+        return loop
 
 
 class TrioChild(Child):

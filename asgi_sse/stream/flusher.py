@@ -4,10 +4,9 @@ from collections import deque
 from typing import Final, Protocol
 
 import anyio
-from anyio.lowlevel import RunVar
 
 from asgi_sse.runtime.base import EventLoop
-from asgi_sse.runtime.current import current_loop
+from asgi_sse.runtime.current import LoopLocal
 
 _TURN_SOURCES: Final = 4
 """How many waiting sources go on in one loop turn. uvloop accepts one connection a turn: without a
@@ -83,14 +82,9 @@ class Flusher:
             self._schedule()
 
 
-_flusher: RunVar[Flusher] = RunVar("asgi_sse flusher")
+_flushers: Final = LoopLocal(Flusher)
 
 
 def current_flusher() -> Flusher:
     """The flusher of the event loop that the caller runs in."""
-    try:
-        return _flusher.get()
-    except LookupError:
-        flusher = Flusher(current_loop())
-        _flusher.set(flusher)
-        return flusher
+    return _flushers.get()

@@ -10,14 +10,13 @@ from functools import partial
 from typing import Final
 
 import anyio
-from anyio.lowlevel import RunVar
 
 from asgi_sse.errors import printable, short_repr
 from asgi_sse.protocol.asgi import CloseReason
 from asgi_sse.protocol.validation import check_number
 from asgi_sse.runtime.base import EventLoop
-from asgi_sse.runtime.current import current_loop
-from asgi_sse.runtime.deadlines import Heartbeat, current_heartbeat
+from asgi_sse.runtime.current import LoopLocal, current_loop
+from asgi_sse.runtime.deadlines import DeadlineQueue, current_deadlines
 from asgi_sse.runtime.server import Server
 from asgi_sse.runtime.shutdown import ShutdownWatch
 
@@ -131,7 +130,7 @@ class StreamRegistry:
                 )
         check_number("drain_timeout", drain_timeout)
         self._drain_timeout = drain_timeout
-        self._streams: dict[Stream, Heartbeat] = {}
+        self._streams: dict[Stream, DeadlineQueue] = {}
         self._abandoned: set[Stream] = set()  # kept, or asyncio could collect a task that still runs
         self._draining = False  # as a whole
         # Servers that stop, each with the time of its loop from when on it does not any more.
@@ -358,7 +357,7 @@ class StreamRegistry:
 
     def add(self, stream: Stream) -> None:
         """See `stream.StreamObserverHost`."""
-        self._streams[stream] = current_heartbeat()
+        self._streams[stream] = current_deadlines()
         self._counters.began()
         self._observers.tell("begun", stream)
         if self.is_draining(stream.server):  # by another thread, since the response looked
@@ -366,9 +365,9 @@ class StreamRegistry:
 
     def arm(self, stream: Stream, when: float) -> None:
         """See `stream.StreamObserverHost`."""
-        heartbeat = self._streams.get(stream)
-        if heartbeat is not None:
-            heartbeat.arm(stream, when)
+        deadlines = self._streams.get(stream)
+        if deadlines is not None:
+            deadlines.arm(stream, when)
 
     def ending(self, stream: Stream) -> None:
         """See `stream.StreamObserverHost`."""
@@ -380,10 +379,10 @@ class StreamRegistry:
             self._abandoned.add(stream)
         else:
             self._abandoned.discard(stream)
-        heartbeat = self._streams.pop(stream, None)
-        if heartbeat is None:
+        deadlines = self._streams.pop(stream, None)
+        if deadlines is None:
             return
-        heartbeat.forget(stream)
+        deadlines.forget(stream)
         if stream.reason is None:  # its event loop was closed under it
             stream.reason = "disconnected"
         reason, seconds = stream.reason, stream.age
@@ -451,14 +450,9 @@ def check_registry(registry: object) -> None:
         raise TypeError(f"registry={short_repr(registry)} is {type(registry).__name__}; give a StreamRegistry")
 
 
-_default: RunVar[StreamRegistry] = RunVar("asgi_sse default registry")
+_defaults: Final = LoopLocal(lambda _loop: StreamRegistry())
 
 
 def default_registry() -> StreamRegistry:
     """The registry of streams that were given none, in the running event loop."""
-    try:
-        return _default.get()
-    except LookupError:
-        registry = StreamRegistry()
-        _default.set(registry)
-        return registry
+    return _defaults.get()

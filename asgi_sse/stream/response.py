@@ -1,19 +1,19 @@
 """`EventSourceResponse`: a stream of events as a plain ASGI callable."""
 
 import logging
-import re
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypedDict
 
 import anyio
 
-from asgi_sse.errors import SendTimeoutError, StreamClosedError, short_repr
+from asgi_sse.errors import SendTimeoutError, StreamClosedError
 from asgi_sse.protocol.asgi import CloseReason, Message, Receive, Scope, Send
 from asgi_sse.protocol.event import ItemEncoder, JSONDumps, ServerSentEvent, encode_item
+from asgi_sse.protocol.headers import Headers, event_stream_headers
 from asgi_sse.runtime.compressors import watch_head
 from asgi_sse.runtime.server import Server, server_of
 
@@ -26,12 +26,9 @@ from .stream import Stream
 
 logger = logging.getLogger(__name__)
 
-Headers: TypeAlias = Mapping[str, str] | Iterable[tuple[str, str]]
-
 SCOPE_KEY: Final = "asgi_sse"
 """Where a request's scope holds the `AppContext` of the app around it."""
 
-_TOKEN: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
 _NO_BODY: Final = frozenset({204, 205, 304})
 
 RESPONDER_KEY: Final = "asgi_sse.middleware.responder"
@@ -39,14 +36,6 @@ RESPONDER_KEY: Final = "asgi_sse.middleware.responder"
 
 current_scope: Final[ContextVar[Scope | None]] = ContextVar("asgi_sse scope", default=None)
 """The request that is on its way through an app which is wrapped, for frameworks that hide it from their responses."""
-
-# no-transform asks proxies not to compress; X-Accel-Buffering turns off nginx's buffering. No Connection header:
-# HTTP/2 forbids it.
-EVENT_STREAM_HEADERS: Final = (
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-store, no-transform"),
-    (b"x-accel-buffering", b"no"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +189,7 @@ class EventSourceResponse:
         if registry is not None:
             check_registry(registry)
         self.status_code = _check_status(status_code)
-        self.raw_headers: Sequence[tuple[bytes, bytes]] = _merge_headers(headers)
+        self.raw_headers: Sequence[tuple[bytes, bytes]] = event_stream_headers(headers)
         self.encoder: ItemEncoder = encode_item
         self.unbuffered = False
         self.feeder: Callable[[], Awaitable[None]] | None = None
@@ -317,50 +306,3 @@ def _check_status(status: int) -> int:
     if not isinstance(status, int) or isinstance(status, bool) or not 200 <= status <= 599 or status in _NO_BODY:
         raise ValueError(f"status_code={status!r} cannot carry a stream; give 200, the one that browsers accept")
     return int(status)
-
-
-def _merge_headers(headers: Headers | None) -> tuple[tuple[bytes, bytes], ...]:
-    if not headers:
-        return EVENT_STREAM_HEADERS
-    given = tuple(encode_header(name, value) for name, value in _pairs(headers))
-    for name, value in given:
-        if name in (b"content-length", b"transfer-encoding"):
-            raise ValueError(
-                f"headers: {name.decode()!r} would end or frame the stream; the server does that, remove it"
-            )
-        if name == b"content-type" and not value.lower().startswith(b"text/event-stream"):
-            raise ValueError(f"headers: content-type {value.decode('latin-1')!r}: clients read text/event-stream alone")
-    names = {name for name, _ in given}
-    return tuple(pair for pair in EVENT_STREAM_HEADERS if pair[0] not in names) + given
-
-
-def _pairs(headers: Headers) -> Iterable[tuple[str, str]]:
-    if isinstance(headers, Mapping):
-        return cast("Mapping[str, str]", headers).items()
-    pairs = list(headers) if isinstance(headers, Iterable) else [headers]
-    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):  # "ab" would be one too
-        raise TypeError(f"headers={short_repr(headers)}: give a mapping, or pairs (name, value)")
-    return pairs
-
-
-def encode_header(name: str, value: str) -> tuple[bytes, bytes]:
-    """A header as ASGI takes it.
-
-    Raises:
-        ValueError: It cannot be sent, or would inject another one.
-    """
-    if not isinstance(name, str) or not isinstance(value, str):
-        raise TypeError(f"headers: {short_repr(name)}: {short_repr(value)}; give two str")
-    try:
-        encoded = name.lower().encode("ascii"), value.strip(" \t").encode("latin-1")
-    except UnicodeEncodeError as exc:
-        raise ValueError(
-            f"headers: {short_repr(name)}: {short_repr(value)} has characters that no header carries"
-        ) from exc
-    if not _TOKEN.fullmatch(encoded[0]):
-        raise ValueError(f"headers: {short_repr(name)} is no header's name")
-    if any(char in value for char in "\r\n\0"):
-        raise ValueError(
-            f"headers: {short_repr(name)}: {short_repr(value)} has a CR, LF or NUL, which would inject headers; remove it"
-        )
-    return encoded

@@ -183,8 +183,8 @@ class Stream:
         "buffer",
         "check_at",
         "client",
+        "deadline_entry",
         "ended_itself",
-        "entry",
         "forced",
         "path",
         "reason",
@@ -249,7 +249,7 @@ class Stream:
         self._expires_at = math.inf
         self._deadline = math.inf  # of the closing
         self._grace_ends = math.inf  # of the source, while draining
-        self.entry: list[Stream] = []  # the heartbeat's
+        self.deadline_entry: list[Stream] = []
         self.check_at = math.inf
         self.reason: CloseReason | None = None
         self.send_error: BaseException | None = None
@@ -314,8 +314,8 @@ class Stream:
         return f"<Stream {printable(self.path)} {self.reason or self.state}>"
 
     @property
-    def _extra(self) -> dict[str, object]:
-        """Of its log records."""
+    def log_fields(self) -> dict[str, object]:
+        """The fields of log records about the stream."""
         return {"sse_path": printable(self.path)}
 
     # The request's task
@@ -404,7 +404,7 @@ class Stream:
             time,
             left,
             source,
-            extra=self._extra,
+            extra=self.log_fields,
         )
 
     async def _tell_reason(self) -> None:
@@ -546,7 +546,7 @@ class Stream:
                 "the source of %s raised after it was left behind",
                 printable(self.path),
                 exc_info=exc,
-                extra=self._extra,
+                extra=self.log_fields,
             )
         elif self._error is None:
             self._error = exc
@@ -555,7 +555,7 @@ class Stream:
                 "the source of %s raised once more, in its clean-up",
                 printable(self.path),
                 exc_info=exc,
-                extra=self._extra,
+                extra=self.log_fields,
             )
 
     # Transitions
@@ -637,7 +637,7 @@ class Stream:
             event = on_error(error)
             return b"" if event is None else self._encode(event, self._options.sep, self._options.json_dumps)
         except Exception:
-            logger.exception("on_error of %s raised", printable(self.path), extra=self._extra)
+            logger.exception("on_error of %s raised", printable(self.path), extra=self.log_fields)
             return b""
 
     def _over(self, reason: CloseReason) -> None:
@@ -671,7 +671,7 @@ class Stream:
         if self._options.send_timeout:
             self._host.arm(self, self._loop.time() + self._options.send_timeout)
 
-    # The heartbeat
+    # As the `Deadlined` of a `DeadlineQueue`
 
     def tick(self) -> float:
         """Do what is due. Gives when to look again, in the loop's time; ``inf`` for never."""
@@ -733,7 +733,7 @@ class Stream:
         chunk = b"" if self._pull_source is None else self._pull_source.keep_alive()
         try:
             if not chunk:
-                # In the request's context: the heartbeat serves others too, and has none.
+                # In the request's context: the deadline queue serves other streams too, and has no context.
                 item = ServerSentEvent(comment="ping") if factory is None else self._context.run(factory)
                 chunk = self._encode(item, self._options.sep, self._options.json_dumps)
         except Exception as exc:

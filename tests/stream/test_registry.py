@@ -13,7 +13,7 @@ import anyio
 import pytest
 
 from asgi_sse import DrainReport, EventDecoder, EventSourceResponse, Request, StreamRegistry, create_app
-from asgi_sse.runtime.deadlines import current_heartbeat
+from asgi_sse.runtime.deadlines import current_deadlines
 from asgi_sse.stream.counters import StreamCounters
 from asgi_sse.stream.observer import Observer
 from asgi_sse.stream.registry import default_registry
@@ -389,23 +389,23 @@ async def test_no_farewell_in_the_middle_of_an_event() -> None:
         assert stream.complete
 
 
-async def test_what_finished_streams_leave_in_the_heartbeat_is_bounded() -> None:
+async def test_deadline_entries_of_finished_streams_are_bounded() -> None:
     registry = StreamRegistry()
     for _ in range(500):
         response = EventSourceResponse(idle(), registry=registry, ping=0, max_lifetime=86_400)
         async with open_stream(response) as stream:
             await stream.receive()
-    assert len(current_heartbeat()._entries) < 150
+    assert len(current_deadlines()._entries) < 150
 
 
-async def test_the_heartbeat_rests_while_an_expired_stream_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_deadline_queue_rests_while_an_expired_stream_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = 0
     tick = Stream.tick
 
     def counting(stream: Stream) -> float:
         nonlocal ticks
         ticks += 1
-        assert ticks < 20, "the heartbeat spins"
+        assert ticks < 20, "the deadline queue spins"
         return tick(stream)
 
     async def fast() -> AsyncIterator[str]:
@@ -475,7 +475,7 @@ async def test_streams_that_are_given_no_registry_share_one_in_their_loop() -> N
         assert len(default_registry()) == 2
 
 
-async def test_the_heartbeat_serves_many_streams() -> None:
+async def test_deadline_queue_serves_many_streams() -> None:
     registry = StreamRegistry()
     pings = []
     async with anyio.create_task_group() as tasks:

@@ -859,11 +859,27 @@ async def a_generator() -> AsyncIterator[str]:
         (lambda: EventSourceResponse([], headers={"x": 1}), TypeError, "two str"),  # type: ignore[arg-type]
         (lambda: EventSourceResponse([], headers={"Content-Length": "5"}), ValueError, "content-length"),
         (lambda: EventSourceResponse([], headers={"Content-Type": "text/html"}), ValueError, "text/html"),
-        (lambda: EventSourceResponse([], headers="X-A: b"), TypeError, "headers='X-A: b': give a mapping, or pairs"),  # type: ignore[arg-type]
-        (lambda: EventSourceResponse([], headers=["a: b"]), TypeError, "headers=['a: b']: give a mapping, or pairs"),  # type: ignore[list-item]
-        (lambda: EventSourceResponse([], headers=["ab"]), TypeError, "headers=['ab']: give a mapping, or pairs"),  # type: ignore[list-item]
+        (
+            lambda: EventSourceResponse([], headers="X-A: b"),  # type: ignore[arg-type]
+            TypeError,
+            "headers must be a mapping or pairs (name, value), got 'X-A: b'",
+        ),
+        (
+            lambda: EventSourceResponse([], headers=["a: b"]),  # type: ignore[list-item]
+            TypeError,
+            "headers must be a mapping or pairs (name, value), got ['a: b']",
+        ),
+        (
+            lambda: EventSourceResponse([], headers=["ab"]),  # type: ignore[list-item]
+            TypeError,
+            "headers must be a mapping or pairs (name, value), got ['ab']",
+        ),
         (lambda: EventSourceResponse([], headers=[("a",)]), TypeError, "pairs (name, value)"),  # type: ignore[list-item]
-        (lambda: EventSourceResponse([], headers=5), TypeError, "headers=5: give a mapping"),  # type: ignore[arg-type]
+        (
+            lambda: EventSourceResponse([], headers=5),  # type: ignore[arg-type]
+            TypeError,
+            "headers must be a mapping or pairs (name, value), got 5",
+        ),
         (lambda: EventSourceResponse([], registry=True), TypeError, "registry=True is bool; give a StreamRegistry"),  # type: ignore[arg-type]
         (lambda: EventSourceResponse(HTTPError(404)), TypeError, "raise the HTTPError, in place of returning it"),  # type: ignore[arg-type]
         (lambda: EventSourceResponse([], status_code=204), ValueError, "status_code=204"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from asgi_sse.errors import missing, short_repr
+from asgi_sse.errors import raise_missing_extra, short_repr
 
 from .memory import MemoryBackend
 
@@ -38,13 +38,13 @@ def backend_of(url: str, dispatcher: Dispatcher, *, prefix: str, **options: Any)
         try:
             from .redis import RedisBackend  # noqa: PLC0415 (an extra)
         except ModuleNotFoundError as exc:
-            missing(exc, "redis", "the client of redis", "asgi-sse[redis]")
+            raise_missing_extra(exc, "redis", "the client of redis", "asgi-sse[redis]")
         return RedisBackend(dispatcher, url, prefix=prefix, **options)
     if separator and scheme in _NATS:
         try:
             from .nats import NatsBackend  # noqa: PLC0415 (an extra)
         except ModuleNotFoundError as exc:
-            missing(exc, "nats", "the client of nats", "asgi-sse[nats]")
+            raise_missing_extra(exc, "nats", "the client of nats", "asgi-sse[nats]")
         return NatsBackend(dispatcher, url, prefix=prefix, **options)
     known = "memory://, redis://HOST:PORT/DB or nats://HOST:PORT"
     raise ValueError(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import heapq
 import logging
-import math
 import weakref
 from collections.abc import Mapping
 from functools import partial
-from itertools import count
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import anyio
@@ -16,6 +13,7 @@ import anyio
 from asgi_sse.broker.dispatcher import clock
 from asgi_sse.errors import BrokerError
 from asgi_sse.runtime.current import current_loop
+from asgi_sse.runtime.deadlines import current_deadlines
 from asgi_sse.stream.source import iterate
 
 from .publisher import Outcome, RunPublisher, final_event
@@ -38,35 +36,6 @@ _CLOSING: Final = 11.0
 """Seconds that runs which were told to stop have to come to their end: their clean-up, and being left behind."""
 
 
-class _Alarms:
-    """Deadlines of many runs, with one timer of their event loop at a time: none of those can be cancelled."""
-
-    def __init__(self, loop: EventLoop) -> None:
-        self._loop = loop
-        self._calls: list[tuple[float, int, Callable[[], None]]] = []
-        self._offsets = count()
-        self._next = math.inf
-
-    def set(self, seconds: float, call: Callable[[], None]) -> None:
-        """Call in so many seconds. Called in the event loop."""
-        heapq.heappush(self._calls, (self._loop.time() + seconds, next(self._offsets), call))
-        self._set_timer()
-
-    def _set_timer(self) -> None:
-        if self._calls and self._calls[0][0] < self._next:
-            self._next = self._calls[0][0]
-            self._loop.call_at(self._next, partial(self._ring, self._next))
-
-    def _ring(self, when: float) -> None:
-        if when == self._next:
-            self._next = math.inf
-        try:
-            while self._calls and self._calls[0][0] <= max(when, self._loop.time()):
-                heapq.heappop(self._calls)[2]()
-        finally:
-            self._set_timer()
-
-
 class Runs(Mapping[str, Run]):
     """The runs by name: those that go on, and those that ended less than their ``ttl`` ago, as far as is known here.
 
@@ -83,7 +52,6 @@ class Runs(Mapping[str, Run]):
         # With the dispatcher's lock held:
         self._all: dict[str, Run] = {}
         self._over: dict[str, None] = {}  # those that have ended, the first one first
-        self._alarms: dict[EventLoop, _Alarms] = {}
         self._closed = False
         self._watch: Child | None = None
         self._watch_loop: EventLoop | None = None
@@ -133,7 +101,7 @@ class Runs(Mapping[str, Run]):
                     self._add(run)
                 run.publisher.begin()
                 if max_lifetime is not None:
-                    self._alarms_of(run.loop).set(max_lifetime, partial(_stop, weakref.ref(run), "expired"))
+                    _call_later(run, max_lifetime, partial(_stop, weakref.ref(run), "expired"))
                 return run
             known = self._found(name, lease, make)
         if not join:
@@ -218,12 +186,9 @@ class Runs(Mapping[str, Run]):
         while len(self._over) > self._max_runs:
             self._release(next(iter(self._over)))
         forget = partial(_forget, weakref.ref(self), weakref.ref(run))
-        run.loop.call_threadsafe(partial(self._set_alarm, run.loop, run.lease.ttl, forget))
+        run.loop.call_threadsafe(partial(_call_later, run, run.lease.ttl, forget))
         if run.publisher is not None:  # if it was another process that has ended it: else it has stopped already
             run.loop.call_threadsafe(partial(_stop, weakref.ref(run), "lost"))
-
-    def _set_alarm(self, loop: EventLoop, seconds: float, call: Callable[[], None]) -> None:
-        self._alarms_of(loop).set(seconds, call)
 
     def _release(self, name: str) -> None:
         self._over.pop(name, None)
@@ -419,14 +384,7 @@ class Runs(Mapping[str, Run]):
         return [run for run in list(self._all.values()) if run.outcome is None and run.publisher is not None]
 
     def _stop_in(self, seconds: float, run: Run) -> None:
-        self._alarms_of(run.loop).set(seconds, partial(_stop, weakref.ref(run), "drained"))
-
-    def _alarms_of(self, loop: EventLoop) -> _Alarms:
-        alarms = self._alarms.get(loop)
-        if alarms is None:
-            self._alarms = {known: other for known, other in self._alarms.items() if not known.closed}
-            alarms = self._alarms[loop] = _Alarms(loop)
-        return alarms
+        _call_later(run, seconds, partial(_stop, weakref.ref(run), "drained"))
 
     def _end_those_of_closed_loops(self) -> None:
         for run in list(self._all.values()):
@@ -434,6 +392,11 @@ class Runs(Mapping[str, Run]):
                 if run.outcome is None and run.publisher is not None:
                     run.stop("cancelled")
                 self.forget(run)
+
+
+def _call_later(run: Run, seconds: float, callback: Callable[[], None]) -> None:
+    """Call `callback` in the event loop of `run`, which is the caller's. Nothing holds `run` until then."""
+    current_deadlines().call_later(seconds, callback, sse_run=run.name)
 
 
 def _stop(run: weakref.ref[Run], outcome: Outcome) -> None:
