@@ -14,7 +14,7 @@ from .middleware.middleware import SSEMiddleware
 from .protocol.decoder import EventDecoder
 from .protocol.event import JSONServerSentEvent, ServerSentEvent
 from .routing.cors import CORS
-from .routing.endpoint import HTTPError, Request
+from .routing.request import HTTPError, Request
 from .stream.observer import Observer
 from .stream.registry import DrainReport, RegistryStatistics, StreamRegistry
 from .stream.response import EventSourceResponse

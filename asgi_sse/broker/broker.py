@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from asgi_sse.protocol.event import ServerSentEvent
-    from asgi_sse.routing.endpoint import Request
+    from asgi_sse.routing.request import Request
     from asgi_sse.runtime.base import EventLoop
 
     from .backends.base import BrokerStatistics, RunLease

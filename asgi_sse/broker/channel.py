@@ -6,14 +6,14 @@ import random
 from typing import TYPE_CHECKING, Any, Final
 
 from asgi_sse.protocol.event import ServerSentEvent
-from asgi_sse.routing.endpoint import Answering
+from asgi_sse.routing.endpoint import RequestHandler
 
 from .dispatcher import UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from asgi_sse.routing.endpoint import Request
+    from asgi_sse.routing.request import Request
 
     from .broker import Broker
     from .dispatcher import Dispatcher
@@ -24,7 +24,7 @@ _COME_BACK: Final = (2000, 8000)
 """Milliseconds after which a client comes back that could not be answered: at random, so that not all do at once."""
 
 
-class Channel(Answering):
+class Channel(RequestHandler):
     """One channel of a broker; and an ASGI app that streams it: a route of `create_app`, `SSEMiddleware` or Starlette.
 
     Attributes:

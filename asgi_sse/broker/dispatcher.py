@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from asgi_sse.errors import BrokerError, InvalidEventError, short_repr
 from asgi_sse.protocol.event import ServerSentEvent, as_event
-from asgi_sse.routing.endpoint import HTTPError
+from asgi_sse.routing.request import HTTPError
 from asgi_sse.runtime.current import current_loop, running_loop
 
 from .patterns import is_pattern, pattern_test

@@ -14,7 +14,8 @@ import anyio
 
 from asgi_sse.errors import short_repr
 from asgi_sse.protocol.validation import check_number
-from asgi_sse.routing.endpoint import Answering, HTTPError
+from asgi_sse.routing.endpoint import RequestHandler
+from asgi_sse.routing.request import HTTPError
 from asgi_sse.stream.response import EventSourceResponse
 
 from .channel import Channel, come_back
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from asgi_sse.protocol.asgi import Scope, Send
     from asgi_sse.protocol.event import ServerSentEvent
-    from asgi_sse.routing.endpoint import Request
+    from asgi_sse.routing.request import Request
     from asgi_sse.runtime.server import Server
     from asgi_sse.stream.draining import DrainingEvent
     from asgi_sse.stream.receiver import RequestReceiver
@@ -85,7 +86,7 @@ Granted: TypeAlias = "Access | Iterable[str | Channel] | str | Channel | bool | 
 Authorize: TypeAlias = "Callable[[Request], Granted | Awaitable[Granted]]"
 
 
-class BrokerEndpoint(Answering):
+class BrokerEndpoint(RequestHandler):
     """An endpoint for a route such as ``"/events/{channel}"``. Made by `Broker.endpoint`, which says what it takes."""
 
     def __init__(

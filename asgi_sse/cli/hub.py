@@ -12,7 +12,8 @@ from asgi_sse.errors import BrokerError, short_repr
 from asgi_sse.middleware.app import create_app
 from asgi_sse.protocol.event import ServerSentEvent
 from asgi_sse.routing.cors import CORS
-from asgi_sse.routing.endpoint import HTTPError, Request, send_text
+from asgi_sse.routing.endpoint import send_text
+from asgi_sse.routing.request import HTTPError, Request
 from asgi_sse.stream.registry import StreamRegistry
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from typing import Final
 from asgi_sse.broker import Broker
 from asgi_sse.errors import raise_missing_extra, short_repr
 from asgi_sse.protocol.asgi import Receive, Scope, Send
-from asgi_sse.routing.endpoint import HTTPError, send_text
+from asgi_sse.routing.endpoint import send_text
+from asgi_sse.routing.request import HTTPError
 from asgi_sse.stream.counters import DURATIONS
 from asgi_sse.stream.registry import StreamRegistry
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from asgi_sse.protocol.asgi import Receive, Scope, Send
-from asgi_sse.routing.endpoint import HTTPError, send_text
+from asgi_sse.routing.endpoint import send_text
+from asgi_sse.routing.request import HTTPError
 
 from .middleware import SSEMiddleware
 

@@ -10,7 +10,8 @@ from asgi_sse.broker import Broker
 from asgi_sse.errors import short_repr
 from asgi_sse.protocol.asgi import ASGIApp, Receive, Scope, Send
 from asgi_sse.routing.cors import CORS, is_preflight
-from asgi_sse.routing.endpoint import METHODS, Endpoint, RouteTable, route_path
+from asgi_sse.routing.endpoint import METHODS, Endpoint, make_route_table
+from asgi_sse.routing.routes import route_path
 from asgi_sse.runtime import lifespan
 from asgi_sse.runtime.compressors import Guard
 from asgi_sse.runtime.server import Server, server_of
@@ -95,7 +96,7 @@ class SSEMiddleware:
         defaults.setdefault("open_timeout", 1.0)
         self.app: ASGIApp = guarantee_single_callable(app)  # type: ignore[no-untyped-call]
         self.registry = StreamRegistry() if registry is None else registry
-        self._routes = RouteTable(routes or {})
+        self._routes = make_route_table(routes or {})
         options = StreamOptions(**defaults)
         guarded = compressors != "off"
         self._defaults = AppContext(self.registry, options, watch=signals, guard=guarded)

@@ -7,7 +7,8 @@ from functools import partial
 import anyio.lowlevel
 
 from asgi_sse.protocol.asgi import ASGIApp, Message, Receive, Scope, Send
-from asgi_sse.routing.endpoint import HTTPError, send_text
+from asgi_sse.routing.endpoint import send_text
+from asgi_sse.routing.request import HTTPError
 from asgi_sse.runtime.compressors import LOOK_AFTER, Guard, encoding_of, watch_head
 from asgi_sse.runtime.current import current_loop
 from asgi_sse.runtime.server import Server, server_of

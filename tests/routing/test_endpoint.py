@@ -572,7 +572,7 @@ async def test_an_endpoint_that_returns_nothing_is_told_so() -> None:
     async def nothing() -> None:
         pass
 
-    with pytest.raises(TypeError, match="'/' returned no events"):
+    with pytest.raises(TypeError, match="the endpoint of '/' must return events, a response or an ASGI app"):
         async with open_stream(create_app({"/": nothing})):
             pass
 
@@ -581,8 +581,11 @@ async def test_an_endpoint_that_returns_an_error_is_told_to_raise_it() -> None:
     async def gone() -> HTTPError:
         return HTTPError(410)
 
-    told = "'/' returned no events: content=HTTPError(410, 'Gone') is not iterable; raise the HTTPError, in place of "
-    with pytest.raises(TypeError, match=re.escape(told)):
+    expected = (
+        "the endpoint of '/' must return events, a response or an ASGI app: "
+        "content=HTTPError(410, 'Gone') is not iterable; raise the HTTPError, in place of "
+    )
+    with pytest.raises(TypeError, match=re.escape(expected)):
         async with open_stream(create_app({"/": gone})):
             pass
 
@@ -650,18 +653,18 @@ async def a_coroutine() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "named"),
     [
-        (lambda: create_app({"events": ticks}), ValueError, "'events' does not start with '/'"),
-        (lambda: create_app({5: ticks}), ValueError, "5 does not start"),  # type: ignore[dict-item]
-        (lambda: create_app({"/a{b}": ticks}), ValueError, "'a{b}'"),
-        (lambda: create_app({"/{a": ticks}), ValueError, "'{a'"),
-        (lambda: create_app({"/a}": ticks}), ValueError, "'a}'"),
-        (lambda: create_app({"/{}": ticks}), ValueError, "{}"),
-        (lambda: create_app({"/{a-b}": ticks}), ValueError, "{a-b}"),
-        (lambda: create_app({"/{a}/{a}": ticks}), ValueError, "{a}"),
+        (lambda: create_app({"events": ticks}), ValueError, "a route must start with '/', got 'events'"),
+        (lambda: create_app({5: ticks}), ValueError, "must start with '/', got 5"),  # type: ignore[dict-item]
+        (lambda: create_app({"/a{b}": ticks}), ValueError, "'a{b}' in route '/a{b}'"),
+        (lambda: create_app({"/{a": ticks}), ValueError, "'{a' in route '/{a'"),
+        (lambda: create_app({"/a}": ticks}), ValueError, "'a}' in route '/a}'"),
+        (lambda: create_app({"/{}": ticks}), ValueError, "got '{}'"),
+        (lambda: create_app({"/{a-b}": ticks}), ValueError, "got '{a-b}'"),
+        (lambda: create_app({"/{a}/{a}": ticks}), ValueError, "got '{a}' in route '/{a}/{a}'"),
         (lambda: create_app({"/{a}": ticks, "/{b}": ticks}), ValueError, "'/{a}' and '/{b}'"),
-        (lambda: create_app({"/": None}), TypeError, "None is no endpoint"),
-        (lambda: create_app({"/": ticks()}), TypeError, "give the function itself"),
-        (lambda: create_app({"/": a_coroutine()}), TypeError, "give the function itself"),
+        (lambda: create_app({"/": None}), TypeError, "the endpoint of '/' must be callable, got None"),
+        (lambda: create_app({"/": ticks()}), TypeError, "pass the function itself"),
+        (lambda: create_app({"/": a_coroutine()}), TypeError, "pass the function itself"),
         (lambda: create_app({"/": AnApp}), TypeError, "is a class"),
         (lambda: create_app({"/": EventSourceResponse([])}), TypeError, "one request"),
         (lambda: create_app({"/": lambda a, b: None}), TypeError, "2 arguments"),
@@ -670,13 +673,13 @@ async def a_coroutine() -> None:
         (lambda: create_app({}, drain_timeout=3), TypeError, "registry=StreamRegistry(drain_timeout=3)"),
         (lambda: create_app({}, drain_retry=(1, 2)), TypeError, "registry=StreamRegistry(drain_retry=(1, 2))"),
         (lambda: create_app({}, registry=True), TypeError, "registry=True is bool; give a StreamRegistry"),
-        (lambda: create_app({"/a/<int:id>": ticks}), ValueError, "such as '/{name}', not '<int:id>'"),
-        (lambda: create_app([("/", ticks)]), TypeError, "no mapping"),  # type: ignore[arg-type]
-        (lambda: create_app({"/{id:int}": ticks}), ValueError, "no converters"),
+        (lambda: create_app({"/a/<int:id>": ticks}), ValueError, "such as '/{name}', got '<int:id>'"),
+        (lambda: create_app([("/", ticks)]), TypeError, "routes must be a mapping, got [('/', "),  # type: ignore[arg-type]
+        (lambda: create_app({"/{id:int}": ticks}), ValueError, "there are no converters"),
         (lambda: create_app({"/a?b=1": ticks}), ValueError, "query"),
-        (lambda: HTTPError(404, b"x"), TypeError, "detail=b'x'"),  # type: ignore[arg-type]
-        (lambda: HTTPError(99), ValueError, "status=99"),
-        (lambda: HTTPError("403"), ValueError, "status='403'"),  # type: ignore[arg-type]
+        (lambda: HTTPError(404, b"x"), TypeError, "detail must be a str, got b'x'"),  # type: ignore[arg-type]
+        (lambda: HTTPError(99), ValueError, "status must be an int from 200 to 599, got 99"),
+        (lambda: HTTPError("403"), ValueError, "status must be an int from 200 to 599, got '403'"),  # type: ignore[arg-type]
         (lambda: HTTPError(403, headers={"x": "a\nb"}), ValueError, "inject"),
     ],
 )
@@ -689,6 +692,6 @@ async def test_bad_limit() -> None:
     async def endpoint(request: Request) -> AsyncIterator[bytes]:
         yield await request.body(limit=-1)
 
-    with pytest.raises(ValueError, match="limit=-1"):
+    with pytest.raises(ValueError, match="limit must be an int of at least 0 bytes, got -1"):
         async with open_stream(create_app({"/": endpoint})):
             pass

@@ -18,9 +18,10 @@ from asgi_sse.errors import printable, short_repr
 from asgi_sse.middleware.responder import _without_accept_encoding
 from asgi_sse.protocol.event import encode_item
 from asgi_sse.routing.cors import CORS, is_preflight
-from asgi_sse.routing.endpoint import RouteTable
+from asgi_sse.routing.routes import RouteTable
 from asgi_sse.runtime.compressors import encoding_of
 from asgi_sse.stream.buffer import SendBuffer
+from asgi_sse.stream.draining import DrainingEvent
 from asgi_sse.stream.receiver import RequestReceiver
 
 SEPARATORS: Final = ("\n", "\r\n", "\r")
@@ -143,7 +144,7 @@ def request(data: bytes) -> None:
         "query_string": second,
         "headers": [(b"cookie", third), (b"last-event-id", first), (b"content-length", second), (third, b"")],
     }
-    made = Request(scope, RequestReceiver(_nothing), None)  # type: ignore[arg-type]
+    made = Request(scope, RequestReceiver(_nothing), None, DrainingEvent())  # type: ignore[arg-type]
     assert made.path
     assert all(isinstance(value, str) for value in (*made.query.values(), *made.cookies.values()))
     assert all(made.headers[name] is not None for name in made.headers)

@@ -9,7 +9,7 @@ import anyio
 from asgi_sse.broker.backends.base import Backend, Publication
 from asgi_sse.broker.channel import Channel
 from asgi_sse.errors import BrokerError
-from asgi_sse.routing.endpoint import HTTPError
+from asgi_sse.routing.request import HTTPError
 from asgi_sse.runtime.current import current_loop
 
 from .publisher import Outcome, RunPublisher
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from asgi_sse.broker.ring import Entry
     from asgi_sse.broker.subscription import Subscription
     from asgi_sse.protocol.event import ServerSentEvent
-    from asgi_sse.routing.endpoint import Request
+    from asgi_sse.routing.request import Request
     from asgi_sse.runtime.base import EventLoop
 
 __all__ = ["Outcome", "Run"]

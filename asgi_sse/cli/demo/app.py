@@ -8,7 +8,7 @@ from typing import Any, Final
 from asgi_sse.broker import Broker, Subscription
 from asgi_sse.middleware.app import create_app
 from asgi_sse.middleware.middleware import SSEMiddleware
-from asgi_sse.routing.endpoint import HTTPError, Request
+from asgi_sse.routing.request import HTTPError, Request
 from asgi_sse.stream.registry import StreamRegistry
 
 from .limits import command

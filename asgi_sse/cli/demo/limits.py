@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from math import ceil
 from typing import Any
 
-from asgi_sse.routing.endpoint import HTTPError, Request
+from asgi_sse.routing.request import HTTPError, Request
 
 
 class Allowance:

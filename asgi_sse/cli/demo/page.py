@@ -4,7 +4,8 @@ from importlib.resources import files
 from typing import Final
 
 from asgi_sse.protocol.asgi import Receive, Scope, Send
-from asgi_sse.routing.endpoint import HTTPError, send_text
+from asgi_sse.routing.endpoint import send_text
+from asgi_sse.routing.request import HTTPError
 
 _TYPES: Final = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 

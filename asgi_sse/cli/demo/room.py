@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from asgi_sse.broker import Broker
-from asgi_sse.routing.endpoint import HTTPError
+from asgi_sse.routing.request import HTTPError
 
 from .limits import Allowance
 

@@ -13,7 +13,7 @@ from anyio.streams.memory import MemoryObjectSendStream
 from asgi_sse.broker import Broker
 from asgi_sse.protocol.decoder import EventDecoder
 from asgi_sse.protocol.event import ServerSentEvent
-from asgi_sse.routing.endpoint import HTTPError, Request
+from asgi_sse.routing.request import HTTPError, Request
 
 from .limits import Allowance
 from .ticks import now
