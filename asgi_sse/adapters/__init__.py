@@ -1,1 +1,4 @@
-"""Responses that frameworks take for their own, one room for each; each imports its framework alone."""
+"""Response classes that web frameworks accept as their own, one module per framework.
+
+Each module imports its own framework and no other.
+"""

@@ -1,4 +1,4 @@
-"""The body of a response as an iterator, for frameworks that send the head themselves and then ask for chunks."""
+"""A response body as an async iterator, for frameworks that send the response start and then ask for chunks."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ logger = logging.getLogger(__name__)
 
 
 class Body(Changing):
-    """Runs a response, and gives what it sends, one chunk at a time.
+    """Runs a response in a task of its own and yields the chunks of its body.
 
-    Its ``send`` waits until the next chunk is asked for, which is when the framework's own send of this one has
-    ended: so a slow client holds the stream up, and a stuck one is found, as if there were no framework between.
+    The ``send`` of that response waits until the framework asks for the next chunk, which is when the framework's own
+    send of the previous one has ended. A slow client therefore delays the stream, and a stuck one is detected, as if
+    there were no framework in between.
 
     Args:
-        response: The response. Its head is dropped.
-        scope: The request's scope, if it is known.
-        context: In which its source runs. ``None``: that in which the first chunk is asked for.
+        response: The response. Its response start is dropped, because the framework sends one.
+        scope: The request's scope. Default: the scope that the middleware remembered, if any.
+        context: The context in which the source runs. Default: a copy of the context of the first ``__anext__``.
     """
 
     __slots__ = ("_chunk", "_context", "_disconnected", "_ended", "_error", "_loop", "_response", "_scope", "_wanted")
@@ -42,7 +43,7 @@ class Body(Changing):
         self._response = response
         self._scope = current_scope.get() if scope is None else scope
         if self._scope is not None and RESPONDER_KEY in self._scope:
-            self._scope[RESPONDER_KEY].belongs_to_us()  # before the framework sends its head
+            self._scope[RESPONDER_KEY].belongs_to_us()  # before the framework sends the response start
         self._context = context
         self._loop: EventLoop | None = None
         self._chunk: bytes | None = None
@@ -51,8 +52,8 @@ class Body(Changing):
         self._ended = False
         self._error: BaseException | None = None
 
-    def begin(self, scope: Scope) -> None:
-        """The request is known now."""
+    def set_scope(self, scope: Scope) -> None:
+        """Set the request's scope, for a framework that reveals it only after the body was made."""
         self._scope = scope
 
     def __aiter__(self) -> Body:
@@ -70,27 +71,27 @@ class Body(Changing):
                     self._raise_error()
                     raise StopAsyncIteration
                 await self._change()
-        except GeneratorExit:  # its event loop was closed under it
+        except GeneratorExit:  # the event loop was closed under this task
             raise
         except anyio.get_cancelled_exc_class():
-            self._leave()  # who is cancelled here does not ask again
+            self._disconnect()  # a cancelled framework does not ask for another chunk
             raise
         chunk, self._chunk = self._chunk, None
         return chunk
 
     async def aclose(self) -> None:
-        """The client has left, or wants no more: end the stream, and wait until its source is cleaned up."""
-        self._leave()
+        """End the stream and wait until its source has cleaned up."""
+        self._disconnect()
         with anyio.CancelScope(shield=True):
             while self._loop is not None and not self._ended:
                 await self._change()
 
     def close(self) -> None:
-        """As `aclose`, without waiting; from any thread."""
+        """End the stream without waiting. Safe to call from any thread."""
         if self._loop is not None:
-            self._loop.call_threadsafe(self._leave)
+            self._loop.call_threadsafe(self._disconnect)
 
-    def _leave(self) -> None:
+    def _disconnect(self) -> None:
         self._disconnected = True
         self._notify()
 
@@ -100,20 +101,20 @@ class Body(Changing):
             try:
                 raise error
             finally:
-                del error  # or its traceback would hold this frame, and this frame it
+                del error  # its traceback holds this frame, so the frame must not hold the error
 
     async def _run(self) -> None:
         scope: Scope = self._scope or {"type": "http", "method": "GET", "path": "", "headers": []}
         try:
             await self._response(scope, self._receive, self._send)
-        except GeneratorExit:  # as above
+        except GeneratorExit:  # the event loop was closed under this task
             raise
         except BaseException as exc:
             if self._disconnected and isinstance(exc, anyio.get_cancelled_exc_class()):
-                pass  # the event loop ends
-            elif self._disconnected:  # then nobody asks for a chunk any more, and would get it
+                pass  # the event loop is ending
+            elif self._disconnected:  # no later __anext__ could raise the error
                 path = printable(scope["path"])
-                logger.exception("the source of %s raised when its client had left", path, extra={"sse_path": path})
+                logger.exception("the source of %s raised after its client had left", path, extra={"sse_path": path})
             else:
                 self._error = exc
         finally:

@@ -1,4 +1,4 @@
-"""For Django, served by ASGI: a response of its own that streams events, and endpoints beside it that use its ORM."""
+"""The adapter for Django on ASGI: a response for its views, and endpoints that use its ORM outside of its URLconf."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ __all__ = ["EventSourceResponse", "endpoint"]
 
 
 class EventSourceResponse(StreamingHttpResponse):
-    """Return it from a view, async or not.
+    """An event stream to return from a Django view, async or sync.
 
-    Put `asgi_sse.SSEMiddleware` around the app in ``asgi.py``: without it, ``GZipMiddleware`` holds the events back,
-    and a stuck client cannot be dropped, since Django waits in its own send.
+    Wrap the app of ``asgi.py`` in `asgi_sse.SSEMiddleware`. Without it, Django's ``GZipMiddleware`` holds the events
+    back, and a stuck client cannot be dropped, because Django waits in its own send.
 
     Args:
-        content: Where the events come from, as in `asgi_sse.EventSourceResponse`. The database connections of a
-            synchronous one are closed at its end; those of an async one as at the end of any request.
-        status_code: The status.
-        headers: More headers.
-        **options: What `asgi_sse.EventSourceResponse` takes about the stream.
+        content: The source of the events, as for `asgi_sse.EventSourceResponse`. Database connections of a synchronous
+            source are closed when it ends; those of an async source are closed like those of any request.
+        status_code: The status. Default: 200.
+        headers: More response headers, or other values for the headers of an event stream.
+        **options: The stream arguments of `asgi_sse.EventSourceResponse`, such as ``ping`` and ``send_timeout``.
 
     Raises:
-        TypeError: As there; or it is sent by WSGI.
-        ValueError: As there.
+        TypeError: `content` is not a source of events, an argument has a wrong type, or the app is served by WSGI.
+        ValueError: An argument is out of range, or a header is invalid.
     """
 
     def __init__(
@@ -62,26 +62,30 @@ class EventSourceResponse(StreamingHttpResponse):
     ) -> None:
         check_content(content)
         if not isinstance(content, AsyncIterable):
-            content = closing_connections(content)
+            content = _closing_connections(content)
         response = PlainResponse(content, status_code=status_code, headers=headers, **options)
         self._body = Body(response)
         pairs = {name.decode(): value.decode("latin-1") for name, value in response.raw_headers}
         super().__init__(self._body, status=status_code, headers=pairs)
 
     def __iter__(self) -> Iterator[bytes]:
-        raise TypeError("an event stream needs ASGI: serve the app of asgi.py, by uvicorn or hypercorn, not by WSGI")
+        raise TypeError(
+            "an event stream needs ASGI, but Django serves this request by WSGI; serve the app of asgi.py with uvicorn "
+            "or hypercorn"
+        )
 
-    def __aiter__(self) -> Any:  # Django's is a generator; what uses it needs an async iterator with an ``aclose``
-        for closer in self._resource_closers:  # the request is not handed to its response, but to be closed with it
+    def __aiter__(self) -> Any:
+        # Django does not pass the request to a response, but it does pass the request's close method.
+        for closer in self._resource_closers:
             scope = getattr(getattr(closer, "__self__", None), "scope", None)
             if scope is not None:
-                self._body.begin(scope)
-        # Django would wrap it in generators, of which only the outermost is closed when the client leaves.
+                self._body.set_scope(scope)
+        # Django would wrap the body in generators, and closes only the outermost one when the client leaves.
         return self._body if self._iterator is self._body else super().__aiter__()
 
 
-def closing_connections(content: Iterable[Any]) -> Iterator[Any]:
-    """The items, run in a thread whose database connections are closed with it: they belong to that thread."""
+def _closing_connections(content: Iterable[Any]) -> Iterator[Any]:
+    """Yield the events of a synchronous source, then close the database connections of the thread that it ran in."""
     try:
         yield from content
     finally:
@@ -89,15 +93,15 @@ def closing_connections(content: Iterable[Any]) -> Iterator[Any]:
 
 
 class endpoint:  # noqa: N801 (a decorator)
-    """Makes an endpoint of `asgi_sse.SSEMiddleware` one that may use Django's ORM and its signals, as a view does.
+    """A decorator for endpoints of `asgi_sse.SSEMiddleware` that use Django's ORM and signals as a view does.
 
-    Without, all endpoints share one thread for ``sync_to_async``, and nobody closes their database connections.
+    Without it, all endpoints share one thread for ``sync_to_async``, and their database connections stay open.
 
     Args:
         function: The endpoint: an async or sync generator function, or a coroutine function.
 
     Raises:
-        TypeError: It is no endpoint.
+        TypeError: `function` is not an endpoint.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -105,7 +109,7 @@ class endpoint:  # noqa: N801 (a decorator)
         self._app: ASGIApp = make_endpoint(getattr(function, "__qualname__", repr(function)), _in_own_thread(function))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Answer one request between Django's signals ``request_started`` and ``request_finished``."""
         async with ThreadSensitiveContext():
             await request_started.asend(sender=ASGIHandler, scope=scope)
             try:
@@ -120,6 +124,6 @@ def _in_own_thread(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def generate(*args: Any) -> Iterator[Any]:
-        return closing_connections(function(*args))
+        return _closing_connections(function(*args))
 
     return generate

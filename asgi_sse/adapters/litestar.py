@@ -1,4 +1,4 @@
-"""For Litestar: a response of its own that streams events."""
+"""The adapter for Litestar: a response for its route handlers, and `mount` for apps of this library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ try:
     from litestar import asgi
     from litestar.response import Response
     from litestar.response.base import ASGIResponse
-    from litestar.types import Receive, Scope, Send  # noqa: TC002 (Litestar looks at the annotations)
+    from litestar.types import Receive, Scope, Send  # noqa: TC002 (Litestar reads the annotations at run time)
 except ModuleNotFoundError as exc:
     raise_missing_extra(exc, "litestar", "Litestar", "litestar")
 
@@ -31,39 +31,42 @@ __all__ = ["EventSourceResponse", "mount"]
 
 
 def mount(path: str, app: ASGIApp) -> ASGIRouteHandler:
-    """A route handler that mounts an app of this library, as `asgi_sse.create_app` makes them.
+    """Return a route handler that mounts an app of this library, such as one from `asgi_sse.create_app`.
 
-    Litestar puts a slash behind the path that a mounted app sees, and tells it nothing of what went before.
+    Litestar adds a slash to the path that a mounted app sees; the handler removes it again.
 
     Args:
-        path: Where to mount it.
+        path: The path to mount the app at.
         app: The app.
+
+    Returns:
+        A handler for the ``route_handlers`` of a Litestar app.
     """
 
     async def mounted(scope: Scope, receive: Receive, send: Send) -> None:
-        inside = cast("dict[str, Any]", scope)
-        raw_path = inside.get("raw_path") or b"/"
-        if inside["path"] != "/" and not raw_path.endswith(b"/"):
-            inside["path"] = inside["path"].removesuffix("/")
-        await app(inside, receive, send)  # type: ignore[arg-type]  # TypedDicts there, mappings here
+        app_scope = cast("dict[str, Any]", scope)
+        raw_path = app_scope.get("raw_path") or b"/"
+        if app_scope["path"] != "/" and not raw_path.endswith(b"/"):
+            app_scope["path"] = app_scope["path"].removesuffix("/")
+        await app(app_scope, receive, send)  # type: ignore[arg-type]  # Litestar has TypedDicts, this library mappings
 
     return asgi(path, is_mount=True, copy_scope=True)(mounted)
 
 
 class EventSourceResponse(Response[Any]):
-    """Return it from a route handler, annotated ``-> EventSourceResponse``. Its status is 200, for POST too.
+    """An event stream to return from a Litestar route handler, annotated ``-> EventSourceResponse``.
 
     Args:
-        content: Where the events come from, as in `asgi_sse.EventSourceResponse`.
-        status_code: The status.
-        headers: More headers.
+        content: The source of the events, as for `asgi_sse.EventSourceResponse`.
+        status_code: The status. Default: 200, for POST as well.
+        headers: More response headers, or other values for the headers of an event stream.
         cookies: Cookies to set.
-        background: Run when the stream has ended, unless that was by an error.
-        **options: What `asgi_sse.EventSourceResponse` takes about the stream.
+        background: A task to run when the stream has ended, unless it ended by an error.
+        **options: The stream arguments of `asgi_sse.EventSourceResponse`, such as ``ping`` and ``send_timeout``.
 
     Raises:
-        TypeError: As there.
-        ValueError: As there.
+        TypeError: `content` is not a source of events, or an argument has a wrong type.
+        ValueError: An argument is out of range, or a header is invalid.
     """
 
     def __init__(
@@ -87,27 +90,27 @@ class EventSourceResponse(Response[Any]):
             status_code=status_code,
         )
 
-    def to_asgi_response(  # noqa: D102 (Litestar's)
+    def to_asgi_response(  # noqa: D102 (Litestar's method)
         self, app: Litestar | None, request: Request[Any, Any, Any], **options: Any
     ) -> ASGIResponse:
-        return _Streamed(self._response, super().to_asgi_response(app, request, **options))
+        return _StreamedResponse(self._response, super().to_asgi_response(app, request, **options))
 
-    def render(self, content: Any, media_type: str, enc_hook: Any = None) -> bytes:  # noqa: ARG002, D102 (Litestar's)
+    def render(self, content: Any, media_type: str, enc_hook: Any = None) -> bytes:  # noqa: ARG002, D102 (Litestar's method)
         return b""
 
 
-class _Streamed(ASGIResponse):
-    """A head as Litestar makes it, and the stream behind it."""
+class _StreamedResponse(ASGIResponse):
+    """An event stream with the status, headers and cookies of Litestar's own ASGI response."""
 
     __slots__ = ("_response",)
 
-    def __init__(self, response: PlainResponse, head: ASGIResponse) -> None:
+    def __init__(self, response: PlainResponse, litestar_response: ASGIResponse) -> None:
         for name in ASGIResponse.__slots__:
-            setattr(self, name, getattr(head, name))
+            setattr(self, name, getattr(litestar_response, name))
         self._response = response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._response.status_code = self.status_code
         self._response.raw_headers = [pair for pair in self.encode_headers() if pair[0] != b"content-length"]
-        await self._response(scope, receive, send)  # type: ignore[arg-type]  # TypedDicts there, mappings here
+        await self._response(scope, receive, send)  # type: ignore[arg-type]  # as in `mount`
         await self.after_response()

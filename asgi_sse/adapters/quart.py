@@ -1,4 +1,4 @@
-"""For Quart: a response of its own that streams events."""
+"""The adapter for Quart: a response that its views can return."""
 
 from __future__ import annotations
 
@@ -26,23 +26,25 @@ __all__ = ["EventSourceResponse"]
 
 
 class EventSourceResponse(Response):
-    """Return it from a view. ``RESPONSE_TIMEOUT`` does not end it; the source may use ``quart.request``.
+    """An event stream to return from a Quart view.
 
-    Put `asgi_sse.SSEMiddleware` around the app (``app.asgi_app = SSEMiddleware(app.asgi_app)``): without it, a
-    stuck client cannot be dropped, since Quart waits in its own send.
+    The source may use ``quart.request``. Quart's ``RESPONSE_TIMEOUT`` does not end the stream.
+
+    Wrap the app in `asgi_sse.SSEMiddleware` (``app.asgi_app = SSEMiddleware(app.asgi_app)``). Without it, a stuck
+    client cannot be dropped, because Quart waits in its own send.
 
     Args:
-        content: Where the events come from, as in `asgi_sse.EventSourceResponse`.
-        status_code: The status.
-        headers: More headers.
-        **options: What `asgi_sse.EventSourceResponse` takes about the stream.
+        content: The source of the events, as for `asgi_sse.EventSourceResponse`.
+        status_code: The status. Default: 200.
+        headers: More response headers, or other values for the headers of an event stream.
+        **options: The stream arguments of `asgi_sse.EventSourceResponse`, such as ``ping`` and ``send_timeout``.
 
     Raises:
-        TypeError: As there.
-        ValueError: As there.
+        TypeError: `content` is not a source of events, or an argument has a wrong type.
+        ValueError: An argument is out of range, or a header is invalid.
     """
 
-    implicit_sequence_conversion = False  # or a look at the data would wait for an endless stream
+    implicit_sequence_conversion = False  # otherwise reading the data would wait for an endless stream
     automatically_set_content_length = False
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Deprecated: the drop-in for sse-starlette is `asgi_sse.adapters.sse_starlette`."""
+"""A deprecated name of `asgi_sse.adapters.sse_starlette`, the drop-in for sse-starlette."""
 
 import warnings
 
