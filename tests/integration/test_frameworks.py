@@ -50,7 +50,7 @@ def test_around_a_framework(app: str, server: str, runs: Callable[[Row], Run]) -
         < bytes(leaves.body).index(b"data: 1")
     )
     assert body
-    leaves.leave()
+    leaves.disconnect()
     run.wait_until(
         lambda: run.noted("finally of the app's stream") == 1, 20, "the disconnect did not reach its generator"
     )

@@ -1,6 +1,6 @@
-"""Every server stops at once, with streams that have no end: real processes, real signals, a row each.
+"""Every server stops at once while endless streams are open: real processes, real signals, one row each.
 
-A sample of the rows unless ``ASGI_SSE_MATRIX`` is ``full``.
+``ASGI_SSE_MATRIX=full`` runs all rows; otherwise a sample runs.
 """
 
 import re
@@ -62,13 +62,13 @@ ROWS = {
     "hypercorn uvloop -w 0 TERM": hypercorn("--worker-class=uvloop", "--workers=0"),
     "hypercorn asyncio -w 0 INT": hypercorn("--worker-class=asyncio", "--workers=0", trigger=INT),
     "hypercorn asyncio TERM h2": hypercorn("--worker-class=asyncio", "h2"),
-    # hypercorn 0.18 sends its GOAWAY as soon as the last data is taken, and on trio often before the END_STREAM, which
-    # h2 then refuses to send: the client has everything but the end, until graceful_timeout cuts the connection.
+    # hypercorn 0.18 sends its GOAWAY as soon as the last data is taken. On trio that is often before the END_STREAM,
+    # which h2 then refuses to send. The client has everything but the end until graceful_timeout cuts the connection.
     "hypercorn trio TERM h2": hypercorn("--worker-class=trio", "h2", end_may_be_lost=True, within=4, exits=5),
     "hypercorn embedded": Row(["shutdown_apps.py", "hypercorn", "{port}"], Line(), python=True),
     "granian TERM": granian(),
     "granian INT": granian(trigger=INT),
-    # Its process ends when the last body has: without our lifespan, nothing waits for a clean-up.
+    # granian exits after the last body. Without our lifespan nothing waits for the source's clean-up.
     "granian bare response TERM": granian(app="shutdown_apps:bare", finals=None),
     "granian TERM h2": granian("h2"),
     "daphne TERM": Row(["daphne"], TERM, bind=["--bind=127.0.0.1", "--port={port}"], lifespan=False),
@@ -93,7 +93,7 @@ def runs(tmp_path: Path) -> Iterator[Callable[[Row], Run]]:
 
 
 @pytest.mark.parametrize("name", list(ROWS) if FULL else SAMPLE)
-def test_every_server_stops(name: str, runs: Callable[[Row], Run]) -> None:
+def test_server_stops_with_open_streams(name: str, runs: Callable[[Row], Run]) -> None:
     row = ROWS[name]
     run = runs(row)
     clients = [Client(run.port, row.path, http2=row.http2) for _ in range(row.clients)]
@@ -109,39 +109,39 @@ SERVERS = {
 HOSTILE: dict[str, dict[str, Any]] = {
     "never suspends": {"path": "/flat-out"},
     "swallows its cancellation once": {"path": "/swallows-once"},
-    "cleans up for 5 s, with 1 s to go": {"path": "/slow-clean-up", "exits": 3.0},
-    "is a thread that is blocked": {"path": "/blocked-thread", "finals": None},
-    "says farewell": {"path": "/farewell", "tail": b"event: farewell\ndata: farewell"},
-    "swallows it for ever": {"path": "/swallows-for-ever", "finals": None, "status": None},
+    "cleans up for 5 s, with 1 s left": {"path": "/slow-clean-up", "exits": 3.0},
+    "blocks its thread": {"path": "/blocked-thread", "finals": None},
+    "sends a last event": {"path": "/farewell", "tail": b"event: farewell\ndata: farewell"},
+    "swallows every cancellation": {"path": "/swallows-for-ever", "finals": None, "status": None},
 }
-HOSTILE_SAMPLE = [("uvicorn", "cleans up for 5 s, with 1 s to go"), ("hypercorn", "says farewell")]
+HOSTILE_SAMPLE = [("uvicorn", "cleans up for 5 s, with 1 s left"), ("hypercorn", "sends a last event")]
 
 
 @pytest.mark.parametrize(
     ("server", "source"), [(server, source) for server in SERVERS for source in HOSTILE] if FULL else HOSTILE_SAMPLE
 )
-def test_whatever_the_source_does(server: str, source: str, runs: Callable[[Row], Run]) -> None:
+def test_server_stops_despite_a_hostile_source(server: str, source: str, runs: Callable[[Row], Run]) -> None:
     row = replace(SERVERS[server], app="shutdown_apps:hasty", **HOSTILE[source])
     run = runs(row)
     check(f"{server}: a source that {source}", row, run, [Client(run.port, row.path)])
 
 
 @pytest.mark.parametrize("server", ["uvicorn", "hypercorn"] if FULL else ["uvicorn"])
-def test_a_client_that_does_not_read(server: str, runs: Callable[[Row], Run]) -> None:
+def test_server_stops_despite_a_client_that_does_not_read(server: str, runs: Callable[[Row], Run]) -> None:
     row = replace(SERVERS[server], app="shutdown_apps:hasty", exits=3.0, finals=None)
     run = runs(row)
     with socket.create_connection(("127.0.0.1", run.port)) as stuck:
         stuck.sendall(b"GET /flat-out HTTP/1.1\r\nHost: x\r\n\r\n")
         client = Client(run.port, row.path)
-        stuck.recv(1)  # its stream has begun
-        time.sleep(1)  # until the socket's buffers are full; there is nothing to wait for
+        stuck.recv(1)  # its stream has started
+        time.sleep(1)  # let the socket buffers fill; no event marks that moment
         check(f"{server}: a client that does not read", row, run, [client])
         assert run.noted("finally") == 2
 
 
 @pytest.mark.parametrize("app", ["shutdown_apps:app", "shutdown_apps:sse_starlette"] if FULL else ["shutdown_apps:app"])
-def test_a_thousand_streams(app: str, runs: Callable[[Row], Run]) -> None:
-    """Beside sse-starlette, in the same run."""
+def test_server_stops_with_a_thousand_streams(app: str, runs: Callable[[Row], Run]) -> None:
+    """In full, sse-starlette runs beside it."""
     count = 1000
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -179,19 +179,21 @@ def test_a_thousand_streams(app: str, runs: Callable[[Row], Run]) -> None:
     if ours:
         assert (complete, status) == (count, STATUS_TERM)
         retries = {match[1] for body in bodies.values() if (match := re.search(rb"retry: (\d+)\n\n\r\n0\r", body))}
-        assert len(retries) > count / 4  # spread, so that they do not all return at once
+        assert len(retries) > count / 4  # spread, so that clients do not all reconnect at once
         assert run.noted("finally") == count
 
 
-def test_a_second_interrupt_forces_the_server_out(runs: Callable[[Row], Run]) -> None:
-    run = runs(uvicorn(app="shutdown_apps:patient"))
+def test_second_interrupt_forces_the_server_to_exit(runs: Callable[[Row], Run]) -> None:
+    run = runs(uvicorn(app="shutdown_apps:long_drain"))
     client = Client(run.port, "/long-farewell")
     run.process.send_signal(signal.SIGINT)
-    run.wait_until(lambda: "Waiting for" in run.log.read_text(), 60, "uvicorn does not wait")
-    time.sleep(0.5)  # uvicorn 0.54 hangs, with any app, if the second one comes in the very turn of its wait
+    run.wait_until(lambda: "Waiting for" in run.log.read_text(), 60, "uvicorn is not waiting")
+    time.sleep(
+        0.5
+    )  # uvicorn 0.54 hangs with any app if the second signal arrives in the turn in which it starts to wait
     began = time.monotonic()
     run.process.send_signal(signal.SIGINT)
     run.process.wait(60)
-    assert time.monotonic() - began < 30  # of the 60 s of its farewell
+    assert time.monotonic() - began < 30  # of the 60 s that its source would take
     client.wait(60)
     assert not client.complete

@@ -1,4 +1,4 @@
-"""Real servers, real clients, real sockets: what is encoded is what arrives."""
+"""What is encoded is what arrives: real servers, real clients, real sockets."""
 
 import json
 import socket
@@ -29,17 +29,17 @@ class Server:
         self.client = self.connect()
 
     def connect(self) -> httpx.Client:
-        """A client with connections of its own."""
+        """Make a client with its own connections."""
         return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", http1=not self.h2, http2=self.h2, timeout=60)
 
     def closed(self) -> list[str]:
-        """The names of the sources whose clean-up has run."""
+        """Name the sources whose clean-up has run."""
         (event,) = EventDecoder().feed(self.client.get("/closed").content)
         names: list[str] = json.loads(str(event.data))
         return names
 
     def timed_out(self) -> int:
-        """How many streams have ended so."""
+        """Count the streams that ended as timed out."""
         (event,) = EventDecoder().feed(self.client.get("/reasons").content)
         number: int = json.loads(str(event.data)).get("timed_out", 0)
         return number
@@ -62,7 +62,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize(("path", "sep"), [("/numbers", "\n"), ("/crlf", "\r\n"), ("/threaded", "\n")])
-def test_the_stream_arrives_byte_for_byte(server: Server, path: str, sep: str) -> None:
+def test_stream_arrives_byte_for_byte(server: Server, path: str, sep: str) -> None:
     with server.client.stream("GET", path) as response:
         assert response.status_code == 200
         assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
@@ -73,16 +73,16 @@ def test_the_stream_arrives_byte_for_byte(server: Server, path: str, sep: str) -
 
 
 @pytest.mark.parametrize("path", ["/idle", "/flat-out"])
-def test_a_disconnect_reaches_the_source(server: Server, path: str) -> None:
+def test_disconnect_reaches_the_source(server: Server, path: str) -> None:
     name, before = f"{path}-disconnects", server.timed_out()
     with server.connect() as client, client.stream("GET", path, params={"name": name}) as response:
         assert next(response.iter_raw())
-    server.wait_until_closed(name, 12)  # the next ping, at which it would be seen anyway, comes after 15 s
+    server.wait_until_closed(name, 12)  # a keep-alive would reveal it anyway, but only after 15 s
     assert server.timed_out() == before
 
 
-def test_a_stream_that_is_reset_leaves_its_connection_alone(server: Server) -> None:
-    """HTTP/2: browsers close one EventSource of several by RST_STREAM."""
+def test_reset_stream_leaves_its_connection_open(server: Server) -> None:
+    """Browsers close one of several HTTP/2 EventSources with RST_STREAM."""
     if not server.h2:
         pytest.skip("HTTP/1.1 has one stream a connection")
     authority = f"127.0.0.1:{server.port}"
@@ -108,26 +108,26 @@ def test_a_stream_that_is_reset_leaves_its_connection_alone(server: Server) -> N
         assert f"stays-by-{server.name}" not in server.closed()
 
 
-def test_pings_keep_an_idle_stream_alive(server: Server) -> None:
+def test_keep_alives_are_sent_on_an_idle_stream(server: Server) -> None:
     body = b""
     with server.connect() as client, client.stream("GET", "/pings") as response:
         for chunk in response.iter_raw():
             body += chunk
-            if (pings := body.count(b": ping\n\n")) >= 3:  # one server may send two in one piece
+            if (pings := body.count(b": ping\n\n")) >= 3:  # a server may send two in one piece
                 break
     assert body == OPENING + b"data: first\n\n" + b": ping\n\n" * pings
 
 
-def test_requests(server: Server) -> None:
+def test_requests_are_answered(server: Server) -> None:
     prompt = "ü" * 20_000
     (event,) = EventDecoder().feed(server.client.post("/echo", content=prompt.encode()).content)
     assert event.data == prompt
     if not (server.h2 and server.name.startswith("hypercorn")):
-        # hypercorn 0.18 breaks the connection, on trio the whole worker, when an app answers before it has read the
-        # body of an HTTP/2 request (KeyError in protocol/h2.py).
-        # Over HTTP/1.1 on a connection of its own: granian 2.8 closes it after such an answer, one time in four without
-        # a "connection: close" that would keep the client from using it again. Over HTTP/2 on one that knows the
-        # server's window already: httpx fails where a body still waits for it when the answer comes.
+        # hypercorn 0.18 breaks the connection, and on trio the worker, when an app answers before it has read the body
+        # of an HTTP/2 request (KeyError in protocol/h2.py).
+        # HTTP/1.1 uses a new connection: granian 2.8 closes it after such an answer, and one time in four without the
+        # "connection: close" that would keep the client from using it again. HTTP/2 uses a connection that knows the
+        # server's window: httpx fails if the body still waits for the window when the answer arrives.
         with nullcontext(server.client) if server.h2 else server.connect() as client:
             too_large = client.post("/echo", content=b"x" * 100_001)
         assert (too_large.status_code, too_large.text) == (413, "the body has more than 100000 bytes")
@@ -140,9 +140,9 @@ def test_requests(server: Server) -> None:
     assert head.headers["content-type"].startswith("text/event-stream")
 
 
-def test_a_source_that_breaks_does_not_look_complete(server: Server) -> None:
+def test_failed_source_cuts_the_body(server: Server) -> None:
     if server.name == "daphne":
-        pytest.skip("daphne leaves the connection of any app that failed after the head open")
+        pytest.skip("daphne leaves the connection open when an app fails after the response start")
     body = b""
     with (
         pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)),
@@ -152,16 +152,16 @@ def test_a_source_that_breaks_does_not_look_complete(server: Server) -> None:
         for chunk in response.iter_raw():
             body += chunk
     assert body == OPENING + b"data: just before\n\n"
-    assert "late" in server.log.read_text() or server.name.startswith("granian")  # granian runs without its log
+    assert "late" in server.log.read_text() or server.name.startswith("granian")  # granian runs with --no-log
 
 
-def test_a_client_that_does_not_read_is_dropped(server: Server) -> None:
+def test_client_that_does_not_read_is_dropped(server: Server) -> None:
     if server.name in ("hypercorn-asyncio-h2", "hypercorn-trio-h2", "uvicorn-zttp-h2", "daphne"):
-        pytest.skip("this server's send takes everything and never waits")
+        pytest.skip("this server's send never waits")
     name, authority = "stuck", f"127.0.0.1:{server.port}"
     with socket.create_connection(("127.0.0.1", server.port)) as sock:
         if server.h2:
-            http = h2.connection.H2Connection()  # its window is never opened again
+            http = h2.connection.H2Connection()  # never open its window again
             http.initiate_connection()
             path = f"/flat-out?name={name}"
             headers = [(":method", "GET"), (":path", path), (":scheme", "http"), (":authority", authority)]

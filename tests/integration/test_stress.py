@@ -1,6 +1,6 @@
-"""Streams under stress, on real servers: what comes goes, and what does not read costs nothing.
+"""Streams under stress on real servers: connections leave nothing behind, and stuck clients cost little memory.
 
-A sample of it unless ``ASGI_SSE_STRESS`` is ``full``.
+``ASGI_SSE_STRESS=full`` runs the full size; otherwise a sample runs.
 """
 
 import json
@@ -41,10 +41,10 @@ def figures(port: int) -> Any:
     return json.loads(str(event.data))
 
 
-def wait_until(seconds: float, condition: Any, told: Any = lambda: "it takes too long") -> float:
+def wait_until(seconds: float, condition: Any, message: Any = lambda: "it takes too long") -> float:
     began = time.monotonic()
     while not condition():
-        assert time.monotonic() - began < seconds, told()
+        assert time.monotonic() - began < seconds, message()
         time.sleep(0.05)
     return time.monotonic() - began
 
@@ -61,7 +61,7 @@ def test_connections_leave_nothing_behind(server: str) -> None:
             sock = request(port, "/threaded-idle" if number % 10 == 0 else f"/idle?name={number}")
             if number % 3:
                 read_until(sock, b"data: first")
-            if number % 2:  # a reset, as of a client that is killed
+            if number % 2:  # a reset, as from a killed client
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             sock.close()
         seconds = time.monotonic() - began
@@ -83,22 +83,22 @@ def clients() -> Iterator[ExitStack]:
 
 
 @pytest.mark.parametrize("server", SERVERS[:2] if FULL else SERVERS[:1])
-def test_clients_that_stop_reading(server: str, clients: ExitStack) -> None:
-    """50 of them, each with 20 MB to come, and each of them still connected when the server is to stop."""
+def test_clients_that_stop_reading_are_dropped(server: str, clients: ExitStack) -> None:
+    """50 clients, each with 20 MB to read. All are still connected when the server stops."""
     with process(server) as (port, running_process):
         about = psutil.Process(running_process.pid)
-        with request(port, "/backlog") as sock:  # what the first of all costs is not theirs
+        with request(port, "/backlog") as sock:  # the first request of a process costs extra memory
             read_until(sock, b"data: x")
         wait_until(60, lambda: figures(port)["streams"] == 1)
         before = about.memory_info().rss
         for _ in range(50):
             clients.enter_context(request(port, "/backlog"))
 
-        def all_came() -> bool:  # on a slow machine, some are dropped before the last one is there
+        def all_connected() -> bool:  # on a slow machine, some are dropped before the last one connects
             now = figures(port)
             return bool(now["streams"] - 1 + now["closed"].get("timed_out", 0) == 50)
 
-        wait_until(60, all_came)
+        wait_until(60, all_connected)
         peak = 0
 
         def all_dropped() -> bool:
@@ -118,4 +118,4 @@ def test_clients_that_stop_reading(server: str, clients: ExitStack) -> None:
     )
     assert growth < 20
     assert closed["timed_out"] == 50
-    assert ended < (2 if FULL else 8)  # nobody is waited for; a drain would wait for 10 s
+    assert ended < (2 if FULL else 8)  # no client holds it up; a drain would take 10 s

@@ -14,7 +14,7 @@ import asgi_sse
 REFERENCE = ROOT / "docs" / "pages" / "reference"
 PAGES = [ROOT / "README.md", ROOT / "MIGRATING.md", *sorted((ROOT / "docs" / "pages").rglob("*.md"))]
 
-# Every public name, by the module to import it from. Removing or renaming one needs an entry in CHANGELOG and MIGRATING.
+# Every public name, by the module to import it from. A change here needs an entry in CHANGELOG and MIGRATING.
 SURFACE = {
     "asgi_sse": {
         "Access", "Broker", "BrokerError", "BrokerStatistics", "CORS", "Channel", "CompressionError", "DrainReport",

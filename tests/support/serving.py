@@ -1,4 +1,4 @@
-"""Starts real servers on loopback, each in a process group of its own."""
+"""Start real servers on loopback, each in a process group of its own."""
 
 import os
 import random
@@ -36,27 +36,27 @@ SERVERS: dict[str, list[str]] = {
 
 _WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 10
 _PORTS = cycle(random.sample(range(10_000 + _WORKER * 2_000, 12_000 + _WORKER * 2_000), 2_000))
-"""Below those that systems give by themselves, and another range for each worker of pytest-xdist: a port that is free
-here is still free when its server has started, and when it starts again."""
+"""Ports below the range that the kernel assigns, and a separate range for each pytest-xdist worker. A port that is free
+now is therefore still free when its server starts, and when it starts again."""
 
 
 def free_port() -> int:
     while True:
         port = next(_PORTS)
         with socket.socket() as sock, suppress(OSError):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # servers set it too
             sock.bind(("127.0.0.1", port))
             return port
 
 
 def command(server: str, app: str, port: int) -> list[str]:
-    """The command line that serves `app` (``module:name``)."""
+    """Return the command line that serves `app` (``module:name``)."""
     module, *options = SERVERS[server]
     return [sys.executable, "-m", module, *options, *address(module, port), app]
 
 
 def address(module: str, port: int) -> list[str]:
-    """The options by which a server's command listens on `port`."""
+    """Return the options that make a server listen on `port`."""
     addresses = {"hypercorn": [f"--bind=127.0.0.1:{port}"], "daphne": ["--bind=127.0.0.1", f"--port={port}"]}
     return addresses.get(module, ["--host=127.0.0.1", f"--port={port}"])
 
@@ -75,7 +75,7 @@ def wait_until_open(port: int, process: subprocess.Popen[bytes], seconds: float 
 
 
 def read_until(sock: socket.socket, what: bytes) -> bytes:
-    """What comes until `what` has come."""
+    """Read until `what` has arrived, and return everything read."""
     data = b""
     while what not in data:
         chunk = sock.recv(65_536)
@@ -86,7 +86,7 @@ def read_until(sock: socket.socket, what: bytes) -> bytes:
 
 @contextmanager
 def running(server: str, app: str = "apps:app", log: Path | None = None) -> Iterator[int]:
-    """Serve `app` until the block is left; gives the port."""
+    """Serve `app` inside the block; yields the port."""
     with process(server, app, log) as (port, _):
         yield port
 
@@ -95,7 +95,7 @@ def running(server: str, app: str = "apps:app", log: Path | None = None) -> Iter
 def process(
     server: str, app: str = "apps:app", log: Path | None = None
 ) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
-    """Serve `app` until the block is left; gives the port and the process."""
+    """Serve `app` inside the block; yields the port and the process."""
     port = free_port()
     with serving(command(server, app, port), port, log) as server_process:
         yield port, server_process
@@ -113,7 +113,7 @@ def serving(
     directory: Path | None = None,
     variables: Mapping[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server's command, in `directory` and with these `variables`, until the block is left."""
+    """Run a server's command inside the block, in `directory` and with extra environment `variables`."""
     env = {**environment(), **(variables or {})}
     with (log or Path(os.devnull)).open("ab") as output:
         server_process = subprocess.Popen(

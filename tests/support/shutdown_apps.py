@@ -1,4 +1,4 @@
-"""Apps whose streams have no end, for the tests of shutdown; each writes what happens to it into a file."""
+"""Apps with endless streams for the shutdown tests. Each writes what happens to it into a file."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from asgi_sse import EventSourceResponse, Request, ServerSentEvent, SSEMiddleware, StreamRegistry
 
-# Of uvicorn's reload, a supervisor that imports nothing; of workers, one file for all.
+# uvicorn's reload supervisor does not import this module. All workers write to one file.
 _LOG = os.environ.get("SHUTDOWN_LOG", os.devnull)
 
 
@@ -105,7 +105,7 @@ SOURCES: dict[str, Any] = {
 
 
 async def with_a_lifespan(scope: Any, receive: Any, send: Any) -> None:
-    """An app as any: it answers ``/ticks`` by a bare response, and writes down that it is shut down."""
+    """Answer ``/ticks`` with a bare response, and note the lifespan's shutdown."""
     if scope["type"] == "lifespan":
         await receive()
         await send({"type": "lifespan.startup.complete"})
@@ -120,7 +120,7 @@ async def with_a_lifespan(scope: Any, receive: Any, send: Any) -> None:
 
 
 async def raises_on_lifespan(scope: Any, receive: Any, send: Any) -> None:
-    """As Django does."""
+    """Raise on the lifespan scope, like Django."""
     if scope["type"] == "lifespan":
         raise ValueError("this app can only handle HTTP")
     await with_a_lifespan(scope, receive, send)
@@ -136,7 +136,9 @@ async def long_farewell(request: Request) -> AsyncIterator[str]:
     await anyio.sleep(60)
 
 
-patient = SSEMiddleware(with_a_lifespan, {"/long-farewell": long_farewell}, registry=StreamRegistry(drain_timeout=60))
+long_drain = SSEMiddleware(
+    with_a_lifespan, {"/long-farewell": long_farewell}, registry=StreamRegistry(drain_timeout=60)
+)
 bare = with_a_lifespan
 no_lifespan = raises_on_lifespan
 starlette = Starlette(routes=[Route("/ticks", _starlette_ticks)])
@@ -145,7 +147,7 @@ hasty = SSEMiddleware(with_a_lifespan, SOURCES, registry=StreamRegistry(drain_ti
 
 
 def __getattr__(name: str) -> Any:
-    """The same stream of sse-starlette, which is not needed otherwise."""
+    """Make the same stream with sse-starlette, which only the full matrix installs."""
     if name != "sse_starlette":
         raise AttributeError(name)
     from sse_starlette import EventSourceResponse as Peer
@@ -157,7 +159,7 @@ def __getattr__(name: str) -> Any:
 
 
 def embedded(how: str, port: int) -> None:
-    """Serves `app` from a program of one's own, until it reads a line."""
+    """Serve `app` from inside a program until a line arrives on the standard input."""
     import uvicorn
 
     if how == "hypercorn":

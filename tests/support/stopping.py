@@ -1,4 +1,4 @@
-"""A real server with endless streams, stopped: what its clients, its sources and its log have seen."""
+"""Stop a real server with endless streams, and check what its clients, sources and log saw."""
 
 import os
 import re
@@ -23,16 +23,16 @@ from serving import HERE, ROOT, free_port, wait_until_open
 STATUS_TERM, STATUS_INT = -signal.SIGTERM, 0
 FULL = os.environ.get("ASGI_SSE_MATRIX") == "full"
 SLOWNESS = 1 if FULL else 4
-"""By how much a machine on which other tests run may be slower than the times of a row allow. Still less than the
-``drain_timeout`` of the apps, but for a ``hasty`` one, of which the notes tell what was waited for."""
+"""How many times slower than a row allows the machine may be while other tests run. The result stays below the
+``drain_timeout`` of the apps. For a ``hasty`` app, the notes show what was waited for."""
 RETRY = re.compile(rb"retry: (\d+)\n\n\Z")
 
 
 class Client:
-    """Reads one stream to its end, in a thread."""
+    """Reads one stream to its end in a thread."""
 
     def __init__(self, port: int, path: str, *, http2: bool = False, raw: bool = False) -> None:
-        self._raw = raw  # leave the head and the chunks as they came
+        self._raw = raw  # keep the response headers and the chunk framing
         self.body = bytearray()
         self.complete = False
         self.ended = 0.0
@@ -41,7 +41,7 @@ class Client:
         read = self._read_http2 if http2 else self._read_http1
         self._thread = threading.Thread(target=self._read, args=(read, f"127.0.0.1:{port}", path), daemon=True)
         self._thread.start()
-        assert self._first.wait(60), "no event came"
+        assert self._first.wait(60), "no event arrived"
 
     def _read(self, read: Callable[[str, str], Iterator[bytes]], authority: str, path: str) -> None:
         with self._sock, suppress(OSError):
@@ -55,7 +55,7 @@ class Client:
         self._sock.sendall(f"GET {path} HTTP/1.1\r\nHost: {authority}\r\n\r\n".encode())
         while chunk := self._sock.recv(262_144):
             yield chunk
-            if self.body.endswith(b"0\r\n\r\n"):  # no event of ours ends so
+            if self.body.endswith(b"0\r\n\r\n"):  # no event in these tests ends like that
                 self.complete = True
                 break
         if self._raw:
@@ -64,7 +64,7 @@ class Client:
         self.body = bytearray(b"".join(chunks[1::2]))
 
     def _read_http2(self, authority: str, path: str) -> Iterator[bytes]:
-        # Frames read by hand: to h2, a connection is closed as soon as a GOAWAY has come.
+        # Read the frames by hand, since h2 closes the connection at the first GOAWAY.
         http = h2.connection.H2Connection()
         http.initiate_connection()
         http.send_headers(
@@ -81,16 +81,16 @@ class Client:
                         self.complete = True
                         return
 
-    def leave(self) -> None:
+    def disconnect(self) -> None:
         self._sock.shutdown(socket.SHUT_RDWR)
 
     def wait(self, seconds: float) -> None:
         self._thread.join(seconds)
-        assert not self._thread.is_alive(), "the stream goes on"
+        assert not self._thread.is_alive(), "the stream is still open"
 
 
 class Trigger(ABC):
-    """Makes a server stop; `restarts` if its process goes on with new workers."""
+    """Makes a server stop. `restarts` says that its process continues with new workers."""
 
     restarts = False
 
@@ -118,11 +118,11 @@ class FileChange(Trigger):
     restarts = True
 
     def __call__(self, run: "Run") -> None:
-        def noticed() -> bool:  # not before the watch of the files has begun, of which uvicorn says nothing
+        def noticed() -> bool:  # write until uvicorn watches, since it does not say when it starts watching
             (run.directory / "reloaded.py").write_text(f"changed = {time.monotonic()}\n")
             return "Reloading" in run.log.read_text()
 
-        run.wait_until(noticed, 60, "the change was not noticed")
+        run.wait_until(noticed, 60, "uvicorn did not notice the change")
 
 
 class OneMoreRequest(Trigger):
@@ -137,18 +137,18 @@ TERM, INT, HUP = Signal(signal.SIGTERM), Signal(signal.SIGINT), Signal(signal.SI
 class Row:
     command: list[str]
     trigger: Trigger
-    status: int | None = 0  # None: it may hang
+    status: int | None = 0  # None: the server may hang
     path: str = "/ticks"
     app: str = "shutdown_apps:app"
     clients: int = 1
     lifespan: bool = True
-    finals: int | None = 1  # a client
-    tail: bytes = b""  # what the body ends with, before the retry
+    finals: int | None = 1  # per client
+    tail: bytes = b""  # the body ends with this, before the reconnection time
     end_may_be_lost: bool = False
     within: float = 1.0
     exits: float = 2.0
     bind: list[str] = field(default_factory=lambda: ["--host=127.0.0.1", "--port={port}"])
-    python: bool = False  # the command is a program of its own
+    python: bool = False  # the command is a Python file
 
     @property
     def http2(self) -> bool:
@@ -178,7 +178,7 @@ def gunicorn(trigger: Trigger, **more: Any) -> Row:
 
 
 class Run:
-    """One server process, with one endless stream for each of its clients."""
+    """One server process with one endless stream per client."""
 
     def __init__(self, row: Row, directory: Path, *, stuck: int = 0) -> None:
         self.row = row
@@ -228,14 +228,14 @@ class Run:
 
 
 def check(name: str, row: Row, run: Run, clients: list[Client]) -> None:
-    """Stop the server, and look at all that is promised of it."""
+    """Stop the server and check everything that the library promises about a stop."""
     began = time.monotonic()
     row.trigger(run)
     for client in clients:
         client.wait(row.within + 60)
     seen = max(client.ended for client in clients) - began
     within, exits = row.within * SLOWNESS, row.exits * SLOWNESS
-    status: Any = "goes on"
+    status: Any = "running"
     exited = 0.0
     if not row.trigger.restarts:
         try:
@@ -247,7 +247,7 @@ def check(name: str, row: Row, run: Run, clients: list[Client]) -> None:
     complete = sum(client.complete for client in clients)
     retries = [RETRY.search(client.body) for client in clients]
     if row.finals is not None:
-        run.wait_until(lambda: run.noted("finally") >= row.finals * len(clients), 60, "no finally ran")  # type: ignore[operator]
+        run.wait_until(lambda: run.noted("finally") >= row.finals * len(clients), 60, "no finally block ran")  # type: ignore[operator]
     print(
         f"{name:56} {complete}/{len(clients)} complete in {seen:4.2f} s; exit {exited:4.2f} s, status {status!s:>7}; "
         f"finally {run.noted('finally')} x; lifespan.shutdown {run.noted('lifespan.shutdown')} x"
@@ -259,7 +259,7 @@ def check(name: str, row: Row, run: Run, clients: list[Client]) -> None:
         assert client.body[: retry.start()].endswith(row.tail + b"\n\n")
     assert seen < within
     if row.trigger.restarts:
-        run.wait_until(lambda: run.noted("lifespan.shutdown") > 0, 60, "no lifespan.shutdown came")
+        run.wait_until(lambda: run.noted("lifespan.shutdown") > 0, 60, "lifespan.shutdown did not arrive")
     elif row.status is not None:
         assert status == row.status, log[-3000:]
         assert exited < exits
@@ -273,7 +273,7 @@ def check(name: str, row: Row, run: Run, clients: list[Client]) -> None:
 
 @contextmanager
 def starting(directory: Path) -> Iterator[Callable[[Row], Run]]:
-    """Gives what starts the server of a row; all of them are ended with the block."""
+    """Yield a function that starts the server of a row. All servers end with the block."""
     with ExitStack() as stack:
 
         def start(row: Row) -> Run:
