@@ -1,4 +1,4 @@
-"""Run the command ``asgi-sse`` by ``python -m asgi_sse``."""
+"""Run ``asgi-sse`` as ``python -m asgi_sse``."""
 
 import sys
 

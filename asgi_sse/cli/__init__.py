@@ -1,1 +1,1 @@
-"""The command ``asgi-sse``: its demo, its hub and its tools for streams of any server."""
+"""The command ``asgi-sse``: a demo, a hub, and tools for event streams of any server."""

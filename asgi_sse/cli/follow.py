@@ -1,6 +1,6 @@
-"""`Follower`: reads a stream of any server as an EventSource does, over as many connections as it takes.
+"""Read an event stream of any server as EventSource does, across as many connections as it takes.
 
-Rules: WHATWG HTML, 9.2.3 "Processing model". The reconnection time grows after failures, which that leaves to clients.
+Rules: WHATWG HTML, 9.2.3 "Processing model". After failures, the standard lets a client wait longer each time.
 """
 
 import random
@@ -14,53 +14,53 @@ from asgi_sse.errors import InvalidEventError, SSEError
 from asgi_sse.protocol.decoder import EventDecoder
 from asgi_sse.protocol.event import ServerSentEvent
 
-_RETRY: Final = 3.0
-"""Seconds until it reconnects, where the stream does not say: what this library's streams say, and browsers have."""
+_RETRY_S: Final = 3.0
+"""Reconnection time of a stream that gives none: the default of browsers and of this library's streams."""
 
-_LONGEST_RETRY: Final = 86_400_000  # of milliseconds: a day, beyond which a stream hardly means what it says
-_LEAST_PAUSE: Final = 0.1  # a stream that says "retry: 0", and ends, would be asked for 500 times a second
-_LONGEST_PAUSE: Final = 60.0
-"""Seconds, behind many failures; a stream may ask for more."""
+_LONGEST_RETRY_MS: Final = 86_400_000  # a day; a stream that asks for more has hardly meant it
+_SHORTEST_PAUSE_S: Final = 0.1  # a stream that sends "retry: 0" and ends would get 500 requests per second
+_LONGEST_PAUSE_S: Final = 60.0
+"""Longest pause after repeated failures, unless the stream asks for a longer one."""
 
-_CONNECT_TIMEOUT: Final = 10.0
-_REASON_TIMEOUT: Final = 2.0
-"""Seconds for what an answer that is no stream says, which may never come."""
+_CONNECT_TIMEOUT_S: Final = 10.0
+_REASON_TIMEOUT_S: Final = 2.0
+"""How long to wait for the body of an error response, which may never arrive."""
 
-_MAX_EVENT: Final = 64 * 1024 * 1024
-_MAX_SHOWN: Final = 500
-_WHITESPACE: Final = " \t\r\n"  # of HTTP
+_MAX_EVENT_BYTES: Final = 64 * 1024 * 1024
+_MAX_SHOWN_BYTES: Final = 500
+_HTTP_WHITESPACE: Final = " \t\r\n"
 
-
-_FOR_GOOD: Final = (httpx.LocalProtocolError, httpx.UnsupportedProtocol, httpx.TooManyRedirects)
+_PERMANENT: Final = (httpx.LocalProtocolError, httpx.UnsupportedProtocol, httpx.TooManyRedirects)
+"""Errors that a new attempt would meet again."""
 
 
 def ignore(_: str) -> None:
-    """Nobody is to know."""
+    """Drop a message."""
 
 
 class StoppedError(SSEError):
-    """The stream will not go on, and why."""
+    """The stream cannot continue; the message says why."""
 
 
 class Follower:
-    """The events of one URL, until the server says that there are no more. To be entered.
+    """The events of one URL, until the server answers 204. Use it as a context manager.
 
     Args:
-        url: The URL.
-        method: Of its requests.
-        headers: Of its requests.
-        body: Of its requests; it may not be with GET.
-        last_event_id: Where to begin: behind the event of that id.
-        reconnect: Whether to go on when a connection has ended.
-        silence: Seconds without a byte after which a connection is taken to be dead; ``None``: never.
-        told: Called with why a connection has ended, for people.
-        detailed: Called with what is connected, and with each line that is a comment or a ``retry``.
+        url: The URL of the stream.
+        method: The method of the requests.
+        headers: Headers of the requests.
+        body: Body of the requests.
+        last_event_id: The id of the event to start after.
+        reconnect: Whether to reconnect when a connection ends or fails.
+        read_timeout: Seconds without a byte after which a connection counts as failed; ``None``: no limit.
+        on_status: Called with a message for people when a connection ends.
+        on_detail: Called with a message for each connection, and with each comment and ``retry`` line.
 
     Attributes:
-        last_event_id: That of the last event.
+        last_event_id: The id of the last event.
 
     Raises:
-        StoppedError: The environment names a proxy, or certificates, that cannot be used.
+        StoppedError: The environment names an invalid proxy or certificate file.
     """
 
     def __init__(
@@ -72,30 +72,30 @@ class Follower:
         body: bytes | None = None,
         last_event_id: str = "",
         reconnect: bool = True,
-        silence: float | None = None,
-        told: Callable[[str], None] = ignore,
-        detailed: Callable[[str], None] = ignore,
+        read_timeout: float | None = None,
+        on_status: Callable[[str], None] = ignore,
+        on_detail: Callable[[str], None] = ignore,
     ) -> None:
         self.last_event_id = last_event_id
         self._url = url
         self._method = method
-        # identity: a compressor on the way could hold events back.
+        # identity: a proxy that compresses could hold events back.
         self._headers = httpx.Headers(
             {"Accept": "text/event-stream", "Cache-Control": "no-store", "Accept-Encoding": "identity"}
         )
         self._headers.update(list(headers))
         self._body = body
         self._reconnect = reconnect
-        self._told = told
-        self._detailed = detailed
-        self._retry = _RETRY
+        self._on_status = on_status
+        self._on_detail = on_detail
+        self._retry_s = _RETRY_S
         self._failures = 0
-        connecting = _CONNECT_TIMEOUT if silence is None else min(silence, _CONNECT_TIMEOUT)
-        self._timeout = httpx.Timeout(connecting, read=silence)
+        connect_timeout = _CONNECT_TIMEOUT_S if read_timeout is None else min(read_timeout, _CONNECT_TIMEOUT_S)
+        self._timeout = httpx.Timeout(connect_timeout, read=read_timeout)
         try:
             self._client = httpx.Client(follow_redirects=True)
-        except (ImportError, OSError, ValueError) as exc:  # of a proxy, or certificates, that the environment names
-            raise StoppedError(f"the request cannot be made: {exc}") from None
+        except (ImportError, OSError, ValueError) as exc:  # a proxy or certificate file from the environment
+            raise StoppedError(f"cannot send the request: {exc}") from None
 
     def __enter__(self) -> Self:
         return self
@@ -104,10 +104,10 @@ class Follower:
         self._client.close()
 
     def __iter__(self) -> Iterator[ServerSentEvent]:
-        """The events as they come.
+        """Yield the events as they arrive.
 
         Raises:
-            StoppedError: The server's answer is none that goes on, or the connection failed and may not be made again.
+            StoppedError: The response is not an event stream, or the connection failed and `reconnect` is off.
         """
         while True:
             try:
@@ -119,95 +119,98 @@ class Follower:
                     extensions={"timeout": self._timeout.as_dict()},
                 ) as response:
                     if response.status_code == 204:
-                        self._told("the server says that there is no more (204)")
+                        self._on_status("the server answered 204: the stream is finished")
                         return
                     _check(response)
                     self._failures = 0
-                    self._detailed(f"connected to {response.url}")
+                    self._on_detail(f"connected to {response.url}")
                     yield from self._events(response)
-                ended = "the stream has ended"
-            except (httpx.InvalidURL, UnicodeError, *_FOR_GOOD) as exc:  # UnicodeError: of a host's name
-                raise StoppedError(f"the request cannot be made: {exc}") from None
+                ended = "the stream ended"
+            except (httpx.InvalidURL, UnicodeError, *_PERMANENT) as exc:  # UnicodeError: an invalid host name
+                raise StoppedError(f"cannot send the request: {exc}") from None
             except httpx.RequestError as exc:
                 ended = f"the connection failed: {str(exc) or type(exc).__name__}"
                 if not self._reconnect:
                     raise StoppedError(ended) from None
                 self._failures += 1
             if not self._reconnect:
-                self._detailed(ended)
+                self._on_detail(ended)
                 return
-            pause = self._pause()
-            self._told(f"{ended}; again in {pause:.1f} s")
+            pause = self._pause_s()
+            self._on_status(f"{ended}; reconnecting in {pause:.1f} s")
             time.sleep(pause)
 
     def _request_headers(self) -> httpx.Headers:
-        # As UTF-8, and as Fetch normalises a header's value.
-        last = self.last_event_id.strip(_WHITESPACE).encode("utf-8", "surrogateescape")
+        # The id is sent as UTF-8, without the whitespace that Fetch strips from a header value.
+        last = self.last_event_id.strip(_HTTP_WHITESPACE).encode("utf-8", "surrogateescape")
         if not last:
             return self._headers
-        given = [(name, value) for name, value in self._headers.raw if name.lower() != b"last-event-id"]
-        return httpx.Headers([*given, (b"last-event-id", last)])
+        others = [(name, value) for name, value in self._headers.raw if name.lower() != b"last-event-id"]
+        return httpx.Headers([*others, (b"last-event-id", last)])
 
     def _events(self, response: httpx.Response) -> Iterator[ServerSentEvent]:
-        decoder = EventDecoder(max_event_bytes=_MAX_EVENT)
+        decoder = EventDecoder(max_event_bytes=_MAX_EVENT_BYTES)
         decoder.last_event_id = self.last_event_id
-        details = _Details(self._detailed)
+        details = _Details(self._on_detail)
         try:
             for chunk in response.iter_bytes():
                 details.feed(chunk)
                 events = decoder.feed(chunk)
                 if decoder.retry is not None:
-                    self._retry = min(decoder.retry, _LONGEST_RETRY) / 1000
+                    self._retry_s = min(decoder.retry, _LONGEST_RETRY_MS) / 1000
                 for event in events:
                     self.last_event_id = event.id or ""
                     yield event
-                self.last_event_id = decoder.last_event_id  # a block without data has one as well
+                self.last_event_id = decoder.last_event_id  # a block without data can set the id too
         except InvalidEventError as exc:
             raise StoppedError(str(exc)) from None
 
-    def _pause(self) -> float:
+    def _pause_s(self) -> float:
+        """Return the seconds to wait before the next connection."""
+        retry = max(self._retry_s, _SHORTEST_PAUSE_S)
         if not self._failures:
-            return max(self._retry, _LEAST_PAUSE)
-        growing = max(self._retry, _LEAST_PAUSE) * 2.0 ** min(self._failures - 1, 20)
-        pause = min(growing, max(self._retry, _LONGEST_PAUSE))
-        return pause * random.uniform(0.5, 1)  # noqa: S311 (it spreads those who were cut at the same time)
+            return retry
+        doubled = retry * 2.0 ** min(self._failures - 1, 20)
+        pause = min(doubled, max(self._retry_s, _LONGEST_PAUSE_S))
+        return pause * random.uniform(0.5, 1)  # noqa: S311 (clients that were cut together reconnect apart)
 
 
 def _check(response: httpx.Response) -> None:
-    """See that the answer is a stream.
+    """Raise unless `response` is an event stream.
 
     Raises:
-        StoppedError: It is another one, of which nothing is expected to change.
+        StoppedError: The response is not an event stream; a new attempt is not expected to change that.
     """
     if response.status_code != 200:
         text = _reason(response)
         phrase = f"{response.status_code} {response.reason_phrase}".strip()
-        raise StoppedError(f"the server answered {phrase}{': ' * bool(text)}{text}")
-    kind = response.headers.get("content-type", "")
-    if kind.partition(";")[0].strip().lower() != "text/event-stream":
-        raise StoppedError(f"that is no event stream, its Content-Type is {kind!r}")
+        raise StoppedError(f"the server answered {phrase}{': ' if text else ''}{text}")
+    content_type = response.headers.get("content-type", "")
+    if content_type.partition(";")[0].strip().lower() != "text/event-stream":
+        raise StoppedError(f"Content-Type must be text/event-stream, got {content_type!r}")
 
 
 def _reason(response: httpx.Response) -> str:
-    """The beginning of what it says, if that comes: what is to be done is told by its status alone."""
-    response.request.extensions["timeout"]["read"] = _REASON_TIMEOUT
+    """Return the start of an error's body, or an empty string if none arrives in time."""
+    response.request.extensions["timeout"]["read"] = _REASON_TIMEOUT_S
     try:
         body = next(response.iter_bytes(), b"")
     except httpx.RequestError:
         body = b""
-    return " ".join(body[:_MAX_SHOWN].decode("utf-8", "replace").split())
+    return " ".join(body[:_MAX_SHOWN_BYTES].decode("utf-8", "replace").split())
 
 
 class _Details:
-    """What a decoder gives to nobody: comments, and reconnection times."""
+    """Finds the comments and ``retry`` lines of a stream, which a decoder does not return."""
 
-    def __init__(self, told: Callable[[str], None]) -> None:
-        self._told = told
+    def __init__(self, on_detail: Callable[[str], None]) -> None:
+        self._on_detail = on_detail
         self._rest = b""
 
     def feed(self, chunk: bytes) -> None:
+        """Report the lines that `chunk` completes."""
         *lines, rest = (self._rest + chunk).replace(b"\r", b"\n").split(b"\n")
-        self._rest = rest[:_MAX_SHOWN]
+        self._rest = rest[:_MAX_SHOWN_BYTES]
         for line in lines:
             if line.startswith((b":", b"retry:")):
-                self._told(line.decode("utf-8", "replace"))
+                self._on_detail(line.decode("utf-8", "replace"))

@@ -1,4 +1,4 @@
-"""The command ``asgi-sse``, which is ``python -m asgi_sse`` too: each command of it is in a room of its own."""
+"""The entry point of ``asgi-sse`` and of ``python -m asgi_sse``."""
 
 import argparse
 import sys
@@ -8,49 +8,50 @@ from typing import Final
 from asgi_sse import __version__
 from asgi_sse.cli.commands import bench, demo, publish, serve, tail
 
-from .frame import INTERRUPTED, NAME, Commands, OutputError, unwritten
+from .arguments import Commands
+from .output import EXIT_INTERRUPTED, PROGRAM, OutputError, output_failed
 
 _EPILOG: Final = """\
 examples:
-  asgi-sse                      the demo, at http://127.0.0.1:8000/
+  asgi-sse                      run the demo at http://127.0.0.1:8000/
   ASGI_SSE_PUBLISH_TOKEN=secret asgi-sse serve
-                                a hub, to which apps in any language publish
+                                run a hub that apps in any language publish to
   asgi-sse publish http://127.0.0.1:8000 news "it rains"
-                                an event for those who read the channel
+                                publish an event to the channel "news"
   asgi-sse tail http://127.0.0.1:8000/channels/news
-                                read it, as a browser would
+                                print the channel's events as they arrive
   asgi-sse bench http://127.0.0.1:8000/channels/news --connections 1000
-                                how it does with many who read
+                                measure the channel with 1,000 connections
 
-Without a command it runs the demo. "asgi-sse COMMAND --help" has the options of
-each, its exit statuses, and the environment variables that it reads.
+Without a command, the demo runs. "asgi-sse COMMAND --help" lists the command's
+options, exit statuses and environment variables.
 
-exit status: 0 done; 1 it failed, and the last line of the standard error says
-why; 2 wrong arguments; 130 interrupted (Ctrl-C); 141 if who reads the output
-has gone.
+exit status: 0 success; 1 failure, and the last line of the standard error says
+why; 2 invalid arguments; 130 interrupted (Ctrl-C); 141 the reader of the output
+closed the pipe.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
+    """Run a command and return its exit status.
 
     Args:
-        argv: Its arguments. Default: those of the process.
+        argv: The arguments without the program's name. Default: those of the process.
 
     Returns:
-        The exit status.
+        0 success, 1 failure, 2 invalid arguments, 130 interrupted, 141 the output's pipe was closed.
 
     Raises:
-        SystemExit: The arguments are wrong, or ask for help or the version.
+        SystemExit: The arguments are invalid, or ask for help or the version.
     """
     parser = argparse.ArgumentParser(
-        prog=NAME,
-        description="Server-Sent Events: a demo, a hub, and tools for streams of any server.",
+        prog=PROGRAM,
+        description="Server-Sent Events: a demo, a hub, and tools for event streams of any server.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"{NAME} {__version__}")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = Commands(parser)
     for command in (demo, serve, publish, tail, bench):
         command.add(commands)
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = options.run(options)
     except KeyboardInterrupt:
-        status = INTERRUPTED
+        status = EXIT_INTERRUPTED
     except OutputError as exc:
-        status = unwritten(exc)
+        status = output_failed(exc)
     return status

@@ -1,28 +1,37 @@
-"""``asgi-sse demo``."""
+"""``asgi-sse demo``: serve the demo page."""
 
 import argparse
 from typing import Final
 
-from asgi_sse.cli.frame import Commands, add_address, missing
+from asgi_sse.cli.arguments import Commands, add_address
+from asgi_sse.cli.output import extra_missing
 
 _DESCRIPTION: Final = """\
-Serves a page that shows what streams of this library do: a text that resumes
-at the token where its connection was cut, a room for all tabs, a drain whose
-clients come back spread out, the streams of the server and why they ended,
-this machine's load. Ctrl-C ends it, however many browsers are looking. Needs
-psutil, h11 and uvicorn: pip install "asgi-sse[demo]".
+Serves a page that shows event streams at work in your browser:
+
+  - a text that resumes at the word where its connection broke
+  - clients that reconnect at different times after a restart
+  - a chat between tabs
+  - the open and ended streams of the server
+  - the load of this machine
+
+Needs psutil, h11 and uvicorn. Not on PyPI yet: from a clone, use
+pip install '.[demo]'.
 """
 
 _EPILOG: Final = """\
-exit status: 130 by Ctrl-C; 1 if it cannot listen there. SIGTERM ends it too.
+Ctrl-C stops the server within about a second, even while browsers are connected.
+
+exit status: 130 after Ctrl-C; 1 if the address cannot be listened on. SIGTERM
+stops the server too.
 """
 
 
 def add(commands: Commands) -> None:
-    """Add the command."""
+    """Add the ``demo`` command."""
     parser = commands.add(
         "demo",
-        help="show in a browser what streams can do",
+        help="show event streams at work in a browser",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         run=_run,
@@ -32,9 +41,9 @@ def add(commands: Commands) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     try:
-        from asgi_sse.cli.demo.app import create_demo  # noqa: PLC0415 (of an extra)
+        from asgi_sse.cli.demo.app import create_demo  # noqa: PLC0415 (needs an extra)
         from asgi_sse.cli.uvicorn_server import serve  # noqa: PLC0415
     except ModuleNotFoundError as exc:
-        return missing(exc, "the demo", "demo", "psutil", "uvicorn", "h11")
-    told = "The demo runs at {} (Ctrl-C ends it)".format
-    return serve(create_demo(), options.host, options.port, told, log_level="warning")
+        return extra_missing(exc, "the demo", "demo", "psutil", "uvicorn", "h11")
+    started_message = "The demo runs at {} (Ctrl-C ends it)".format
+    return serve(create_demo(), options.host, options.port, started_message, log_level="warning")

@@ -1,20 +1,23 @@
-"""``asgi-sse publish``."""
+"""``asgi-sse publish``: publish one event to a backend or a hub."""
 
 import argparse
 import sys
 from typing import Any, Final
 
-from asgi_sse.cli.frame import WRONG_ARGUMENTS, Commands, fail, missing, positive_seconds, say
+from asgi_sse.cli.arguments import Commands, positive_seconds
 from asgi_sse.cli.hub import PUBLISH_TOKEN, tokens_in
+from asgi_sse.cli.output import EXIT_USAGE, extra_missing, fail, print_result
 
-_TIMEOUT: Final = 5.0
-_HUB_TIMEOUT: Final = _TIMEOUT + 1  # a hub waits for its engine that long itself, and then says what has become of it
+_TIMEOUT_S: Final = 5.0
+# A hub waits that long for its backend, and then answers whether the event was published. It needs time to answer.
+_HUB_TIMEOUT_S: Final = _TIMEOUT_S + 1
 
 _DESCRIPTION: Final = """\
-Publishes an event to a channel, and prints the event's id: to the apps whose
-Broker has that URL, or to a hub that "asgi-sse serve" runs. Needs the client of
-the engine, pip install "asgi-sse[redis]" or "asgi-sse[nats]"; for a hub, httpx:
-pip install "asgi-sse[cli]".
+Publishes an event to a channel and prints the event's id. The URL is either
+the one that your apps pass to Broker, or the URL of a hub ("asgi-sse serve").
+
+A Redis or NATS URL needs that backend's client; a hub's URL needs httpx. Not
+on PyPI yet: from a clone, use pip install '.[redis]', '.[nats]' or '.[cli]'.
 """
 
 _EPILOG: Final = """\
@@ -24,48 +27,54 @@ examples:
   date | asgi-sse publish nats://localhost:4222 clock
 
 environment:
-  ASGI_SSE_PUBLISH_TOKEN   token for a hub, where --token is not given
+  ASGI_SSE_PUBLISH_TOKEN   the hub's publish token, if --token is not given
 
-exit status: 0 it was published; 1 it was not, or may not have been: the message
-says which. With --key it is safe to try again. 2 the URL is none.
+exit status: 0 the event was published; 1 it was not published, or it is unknown
+whether it was: the message says which. If you gave --key, you can safely try
+again. 2 URL is invalid.
 """
 
 
 def add(commands: Commands) -> None:
-    """Add the command."""
+    """Add the ``publish`` command."""
     parser = commands.add(
         "publish",
-        help="publish an event to a channel, by Redis, NATS or a hub",
+        help="publish an event through Redis, NATS or a hub",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         run=_run,
     )
-    parser.add_argument("url", metavar="URL", help="of the broker, redis://… or nats://…; or of a hub, http://…")
-    parser.add_argument("channel", metavar="CHANNEL", help="the channel's name")
-    parser.add_argument("data", metavar="DATA", nargs="?", help="of the event; default: the standard input")
-    parser.add_argument("--event", metavar="TYPE", help="the event's type")
-    parser.add_argument("--key", help="idempotency key: the same one within two minutes publishes nothing more")
-    parser.add_argument("--prefix", default="asgi_sse", help="that of the broker (default: %(default)s)")
-    parser.add_argument("--token", help="of a hub")
+    parser.add_argument("url", metavar="URL", help="redis://… or nats://… of a broker, or http://… of a hub")
+    parser.add_argument("channel", metavar="CHANNEL", help="name of the channel")
+    parser.add_argument("data", metavar="DATA", nargs="?", help="data of the event (default: standard input)")
+    parser.add_argument("--event", metavar="TYPE", help="type of the event")
+    parser.add_argument(
+        "--key", help="idempotency key: publishing again with the same key within two minutes publishes nothing"
+    )
+    parser.add_argument("--prefix", default="asgi_sse", help="prefix of the broker (default: %(default)s)")
+    parser.add_argument("--token", help="publish token of the hub")
     parser.add_argument(
         "--timeout",
         type=positive_seconds,
-        help=f"seconds to wait for the answer (default: {_TIMEOUT:g}; of a hub: {_HUB_TIMEOUT:g})",
+        metavar="SECONDS",
+        help=f"time to wait for the answer (default: {_TIMEOUT_S:g}, or {_HUB_TIMEOUT_S:g} for a hub)",
     )
 
 
 def _run(options: argparse.Namespace) -> int:
-    from asgi_sse.broker import publish  # noqa: PLC0415 (the other commands do without)
+    from asgi_sse.broker import publish  # noqa: PLC0415 (slow to import, and not needed for --help)
     from asgi_sse.errors import SSEError  # noqa: PLC0415
 
     if "://" not in options.url:
-        wrong = f"{options.url!r} is no URL; give redis://…, nats://…, or a hub's http://HOST:PORT"
-        return fail(wrong, WRONG_ARGUMENTS)
+        return fail(
+            f"URL must start with redis://, nats:// or http://, got {options.url!r}; for a hub give http://HOST:PORT",
+            EXIT_USAGE,
+        )
     data = options.data
     if data is None:
-        data = sys.stdin.buffer.read().removesuffix(b"\n")  # that of the shell's echo
+        data = sys.stdin.buffer.read().removesuffix(b"\n")  # the line end that echo and date add
     if options.url.startswith(("http://", "https://")):
-        return _to_hub(options, data if isinstance(data, bytes) else data.encode("utf-8", "surrogateescape"))
+        return _publish_to_hub(options, data if isinstance(data, bytes) else data.encode("utf-8", "surrogateescape"))
     try:
         event_id = publish(
             options.url,
@@ -73,32 +82,32 @@ def _run(options: argparse.Namespace) -> int:
             {"data": data, "event": options.event},
             idempotency_key=options.key,
             prefix=options.prefix,
-            timeout=options.timeout or _TIMEOUT,
+            timeout=options.timeout or _TIMEOUT_S,
         )
     except (SSEError, ModuleNotFoundError, ValueError) as exc:
         return fail(str(exc))
-    say(event_id)
+    print_result(event_id)
     return 0
 
 
-def _to_hub(options: argparse.Namespace, data: bytes) -> int:
+def _publish_to_hub(options: argparse.Namespace, data: bytes) -> int:
     try:
-        import httpx  # noqa: PLC0415 (an extra)
+        import httpx  # noqa: PLC0415 (needs an extra)
     except ModuleNotFoundError as exc:
-        return missing(exc, "publishing to a hub", "cli", "httpx", "h11")
-    given = {"channel": options.channel, "event": options.event, "idempotency_key": options.key}
+        return extra_missing(exc, "publishing to a hub", "cli", "httpx", "h11")
+    parameters = {"channel": options.channel, "event": options.event, "idempotency_key": options.key}
     token = options.token or next(iter(tokens_in(PUBLISH_TOKEN)), None)
     try:
         response = httpx.post(
             f"{options.url.rstrip('/')}/channels",
-            params={name: value for name, value in given.items() if value is not None},
+            params={name: value for name, value in parameters.items() if value is not None},
             content=data,
             headers={"authorization": f"Bearer {token}"} if token else {},
-            timeout=options.timeout or _HUB_TIMEOUT,
+            timeout=options.timeout or _HUB_TIMEOUT_S,
         )
     except (httpx.ConnectError, httpx.ConnectTimeout) as exc:
-        return fail(f"not published: {options.url} cannot be reached: {exc}")
-    # Of a URL, a name that is no host's, a header, or the proxy or certificates that the environment names.
+        return fail(f"not published: cannot connect to {options.url}: {exc}")
+    # The URL, its host name or a header is invalid; or a proxy or certificate file from the environment is.
     except (
         httpx.InvalidURL,
         httpx.LocalProtocolError,
@@ -107,21 +116,22 @@ def _to_hub(options: argparse.Namespace, data: bytes) -> int:
         OSError,
         ValueError,
     ) as exc:
-        return fail(f"not published: the request cannot be made: {exc}")
+        return fail(f"not published: cannot send the request: {exc}")
     except httpx.HTTPError as exc:
-        kind = str(exc) or type(exc).__name__
-        return fail(f"not acknowledged: {kind}; it may have been published, and with --key it is safe to try again")
-    return _answered(options.url, response)
+        reason = str(exc) or type(exc).__name__
+        return fail(f"not acknowledged: {reason}; the event may have been published; with --key, trying again is safe")
+    return _check_answer(options.url, response)
 
 
-def _answered(url: str, response: Any) -> int:
+def _check_answer(url: str, response: Any) -> int:
+    """Print the event's id from the hub's answer, or the error; return the exit status."""
     if response.status_code != 201:
-        hint = "; give the hub's own URL, http://HOST:PORT: the channel comes after it"
         text = " ".join(response.text[:500].split())
-        return fail(f"the hub answered {response.status_code}: {text}{hint * (response.status_code == 404)}")
+        hint = "; give the URL of the hub only, http://HOST:PORT, and the channel as the next argument"
+        return fail(f"the hub answered {response.status_code}: {text}{hint if response.status_code == 404 else ''}")
     try:
         event_id = str(response.json()["id"])
     except (ValueError, TypeError, LookupError, RecursionError):
-        return fail(f"{url} is no hub: it answered 201, but without the event's id")
-    say(event_id)
+        return fail(f"{url} must be the URL of a hub, but its 201 answer has no event id")
+    print_result(event_id)
     return 0
