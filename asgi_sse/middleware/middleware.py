@@ -137,7 +137,7 @@ class SSEMiddleware:
         if self._guard is None and self._config.options is None:
             return app(scope, receive, send)
         if self._guard is not None:
-            self._guard.look()
+            self._guard.warn_once()
         return Responder(scope, receive, send, self._config).run(app)
 
     def _draining(self, server: Server | None, within: float) -> None:
@@ -157,7 +157,7 @@ class SSEMiddleware:
         async def startup() -> None:
             self.registry.start(server)
             if self._guard is not None:
-                self._guard.look()
+                self._guard.warn_once()
             if broker is not None:
                 await broker.open((self, server))
                 self._servers.add(server)

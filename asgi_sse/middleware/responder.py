@@ -9,7 +9,7 @@ import anyio.lowlevel
 from asgi_sse.protocol.asgi import ASGIApp, Message, Receive, Scope, Send
 from asgi_sse.routing.endpoint import send_text
 from asgi_sse.routing.request import HTTPError
-from asgi_sse.runtime.compressors import LOOK_AFTER, Guard, encoding_of, watch_head
+from asgi_sse.runtime.compressors import CHECK_AFTER_S, Guard, check_headers_later, encoding_of
 from asgi_sse.runtime.current import current_loop
 from asgi_sse.runtime.server import Server, server_of
 from asgi_sse.stream.options import StreamOptions
@@ -182,7 +182,7 @@ class Responder:
     def _watch_head(self, start: Message) -> None:
         if self._config.guard is not None and isinstance(start.get("headers"), list):
             count = self._config.registry.count_compressed
-            watch_head(start["headers"], self._send, self.server.loop, self._scope["path"], count)
+            check_headers_later(start["headers"], self._send, self.server.loop, self._scope["path"], count)
 
     async def _refuse(self, reason: str) -> None:
         self._refused = True
@@ -216,7 +216,7 @@ class Responder:
         self._stream = stream
         self.belongs_to_us()
         loop = stream.loop
-        loop.call_at(loop.time() + LOOK_AFTER, partial(self._compare, stream))
+        loop.call_at(loop.time() + CHECK_AFTER_S, partial(self._compare, stream))
 
     def belongs_to_us(self) -> None:
         """The response is a stream of ours, or will be: it is not to be adopted."""

@@ -1,4 +1,4 @@
-"""asyncio and uvloop: sends are driven as eager tasks, everything else by callbacks."""
+"""The event loop of asyncio and uvloop: eager tasks drive the sends, callbacks do everything else."""
 
 import asyncio
 import contextvars
@@ -15,19 +15,21 @@ _EAGER: Final[dict[str, Any]] = {"eager_start": True} if sys.version_info >= (3,
 
 
 class AsyncioLoop(EventLoop):
+    """A running event loop of asyncio or uvloop."""
+
     def __init__(self) -> None:
         super().__init__()
         # Weak: `current` keeps this object for as long as the loop lives.
         self._ref = weakref.ref(asyncio.get_running_loop())
-        # For callbacks that serve many streams: in the context of the one that asked, they would see its variables and
-        # keep them.
+        # A callback may serve many streams. In the context of the stream that asked for it, the callback would see
+        # that stream's variables and keep them alive.
         self._context = contextvars.Context()
 
     @property
     def _loop(self) -> asyncio.AbstractEventLoop:
         loop = self._ref()
         if loop is None:
-            raise RuntimeError("the event loop of the stream is gone")
+            raise RuntimeError("the event loop of the stream no longer exists; end streams before their event loop")
         return loop
 
     def time(self) -> float:
@@ -52,7 +54,7 @@ class AsyncioLoop(EventLoop):
         self._loop.call_at(when, callback, context=self._context)
 
     def spawn(self, main: Callable[[], Coroutine[Any, Any, None]], name: str) -> Child:
-        # A plain task, whatever the loop's task factory: an eager one would run the source inside the request's step.
+        # A plain task, whatever the loop's task factory: an eager task would run the source inside the request's step.
         task = asyncio.Task(main(), loop=self._loop, name=name, context=contextvars.copy_context())
         return AsyncioChild(task)
 
@@ -67,6 +69,8 @@ class AsyncioLoop(EventLoop):
 
 
 class AsyncioChild(Child):
+    """A task of asyncio."""
+
     __slots__ = ("_shielded", "_task")
 
     def __init__(self, task: asyncio.Task[None]) -> None:
@@ -93,11 +97,13 @@ class AsyncioChild(Child):
 
 
 class AsyncioWait(Wait):
+    """A wait that is cancelled by cancelling its task and then taking the cancellation back."""
+
     __slots__ = ("_before", "_cancelled", "_task")
 
     def __init__(self) -> None:
-        self._task: asyncio.Task[Any] | None = None  # while it is in the block
-        self._cancelled = 0  # times
+        self._task: asyncio.Task[Any] | None = None  # the task that is in the block
+        self._cancelled = 0  # how many times
         self._before = 0
 
     def __enter__(self) -> None:
@@ -111,7 +117,7 @@ class AsyncioWait(Wait):
         task, self._task = self._task, None
         if task is None or not self._cancelled:
             return None
-        # As asyncio.timeout does: take our own cancellation back, and no other one.
+        # Take back our own cancellations and no others, as asyncio.timeout does.
         left = task.cancelling()
         for _ in range(self._cancelled):
             left = task.uncancel()
@@ -119,17 +125,17 @@ class AsyncioWait(Wait):
 
     def cancel(self, *, again: bool = False) -> None:
         if (self._cancelled and not again) or (self._task is not None and self._task is asyncio.current_task()):
-            return  # in the second case it does not wait: it is about to come out by itself
+            return  # a task that cancels itself does not wait, and leaves the block by itself
         self._cancelled += 1
         if self._task is not None:
             self._task.cancel()
 
 
 class AsyncioSender(Sender):
-    """Each send is driven as an eager task, so that one which does not wait needs no turn of the loop.
+    """Runs each send as an eager task, so that a send that does not wait takes no turn of the loop.
 
-    None of the servers measured waits while the socket is writable, but for hypercorn on trio.
-    Python 3.11 has no eager tasks: there each send takes a turn.
+    None of the servers measured waits while the socket is writable, except hypercorn on trio. Python 3.11
+    has no eager tasks, so there each send takes a turn.
     """
 
     __slots__ = ("_context", "_loop", "_send", "_sent", "_task")
@@ -143,7 +149,7 @@ class AsyncioSender(Sender):
     ) -> None:
         self._loop = loop
         self._send = send
-        self._sent: Callable[[BaseException | None], None] | None = sent  # until it is closed
+        self._sent: Callable[[BaseException | None], None] | None = sent  # None once it is closed
         self._context = context
         self._task: asyncio.Task[None] | None = None
 
@@ -170,17 +176,17 @@ class AsyncioSender(Sender):
             await asyncio.wait([self._task])
 
     def _finished(self, task: asyncio.Task[None]) -> None:
-        error = _error_of(task)  # read even where nobody asks, or asyncio would report it as never retrieved
+        error = _error_of(task)  # always read it, or asyncio reports an exception that was never retrieved
         self._task = None
         if self._sent is not None:
             self._sent(error)
 
 
 async def _awaited(send: Send, message: Message) -> None:
-    # granian's send gives an awaitable that is no coroutine, which no task takes.
+    # The send of granian returns an awaitable that is not a coroutine. A task accepts coroutines only.
     await send(message)
 
 
 def _error_of(task: asyncio.Task[None]) -> BaseException | None:
-    # Who but the server would cancel a send? It has closed the connection.
+    # Only the server cancels a send, when it has closed the connection.
     return ConnectionAbortedError("the send was cancelled") if task.cancelled() else task.exception()

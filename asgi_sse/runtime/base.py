@@ -1,4 +1,4 @@
-"""What the rest of this package needs of an event loop."""
+"""The interface to an event loop that the rest of the package uses, for asyncio and trio alike."""
 
 import contextvars
 from abc import ABC, abstractmethod
@@ -9,64 +9,76 @@ from asgi_sse.protocol.asgi import Message, Send
 
 
 class Child(ABC):
-    """A task that runs apart from the request's, and outlives it where it must."""
+    """A task that runs beside the task of the request, and outlives it if necessary."""
 
     __slots__ = ()
 
     @abstractmethod
     def cancel(self) -> None:
-        """Interrupt the task once, at the point where it waits. What it does then is not interrupted."""
+        """Interrupt the task once, where it waits. What the task does after that is not interrupted."""
 
     @abstractmethod
     def shield(self) -> None:
-        """The task cleans up from now on: a cancellation that has not reached it yet shall not, nor one to come."""
+        """Protect the task from `cancel` from now on, also from a cancellation that has not reached it yet.
+
+        The task calls this when it begins its clean-up.
+        """
 
     @property
     @abstractmethod
     def cancelled(self) -> bool:
-        """Whether anybody has cancelled it: else a cancellation that comes out of it is one that it has met."""
+        """Whether the task was cancelled.
+
+        If it was not, a cancellation error that leaves the task comes from something that the task waited for.
+        """
 
     @property
     @abstractmethod
     def running(self) -> bool:
-        """Whether the caller is a step of it. A task that is collected gets its GeneratorExit from outside."""
+        """Whether the caller runs inside the task.
+
+        It does not when asyncio collects the task as garbage: then GeneratorExit is raised in it from elsewhere.
+        """
 
     @abstractmethod
     def force_cancel(self) -> None:
-        """Interrupt it a last time, its clean-up included."""
+        """Interrupt the task a last time, even in its clean-up."""
 
 
 class Sender(ABC):
-    """Makes the calls of one ``send``, in a private context, never two at a time."""
+    """Calls one ``send`` in a private context, never twice at a time."""
 
     __slots__ = ()
 
     @abstractmethod
     def start(self, message: Message) -> bool:
-        """Send a message. True: it is sent; False: under way, and the callback will be called.
+        """Begin to send a message.
+
+        Returns:
+            True if the message is sent; False if the send is under way and the callback will be called.
 
         Raises:
-            BaseException: What ``send`` raised, if it did so at once.
+            BaseException: What ``send`` raised, if it raised at once.
         """
 
     @abstractmethod
     def use(self, context: contextvars.Context) -> None:
-        """Take another context, private as well. Before the first message."""
+        """Use another private context. Call this before the first message."""
 
     @abstractmethod
     def close(self) -> None:
-        """Cancel what is under way; the callback is not called any more."""
+        """Cancel the send that is under way. The callback is not called any more."""
 
     @abstractmethod
     async def wait_closed(self) -> None:
-        """Wait until what was under way is over."""
+        """Wait until the send that was under way has ended."""
 
 
 class Wait(ABC):
-    """What the current task waits for in this block, another one can call off.
+    """A block in which the current task waits, and whose wait another task can cancel.
 
-    A cancel scope, as anyio's, without the 1 KiB that each of those costs an idle stream on asyncio. Any
-    other cancellation passes through.
+    It works like a cancel scope of anyio, but an idle stream saves the 1 KiB that each of those costs on
+    asyncio. Any other cancellation passes through.
     """
 
     __slots__ = ()
@@ -79,7 +91,11 @@ class Wait(ABC):
 
     @abstractmethod
     def cancel(self, *, again: bool = False) -> None:
-        """End the wait, or the one that is still to come; `again`, if it did not heed the first time."""
+        """End the wait, also one that has not begun yet.
+
+        Args:
+            again: Cancel once more if the task ignored the first cancellation.
+        """
 
 
 class EventLoop(ABC):
@@ -94,37 +110,51 @@ class EventLoop(ABC):
 
     @abstractmethod
     def time(self) -> float:
-        """The loop's clock, in seconds."""
+        """Return the loop's clock, in seconds."""
 
     @property
     @abstractmethod
     def closed(self) -> bool:
-        """Whether it has come to its end."""
+        """Whether the loop has ended."""
 
     @abstractmethod
     def call_soon(self, callback: Callable[[], None]) -> None:
-        """Call in the next turn, in the order of asking."""
+        """Call `callback` in the next turn. Callbacks keep their order."""
 
     @abstractmethod
     def call_threadsafe(self, callback: Callable[[], None]) -> bool:
-        """Call in the next turn, from any thread. False: the loop is closed."""
+        """Call `callback` in the next turn, from any thread; return False if the loop is closed."""
 
     @abstractmethod
     def call_at(self, when: float, callback: Callable[[], None]) -> None:
-        """Call at a time of `time()`. Nothing is given that would cancel it: it would keep the loop alive."""
+        """Call `callback` at `when`, in the time of `time()`.
+
+        There is no handle to cancel the call, because a handle would keep the loop alive.
+        """
 
     @abstractmethod
     def spawn(self, main: Callable[[], Coroutine[Any, Any, None]], name: str) -> Child:
-        """Run `main`, which must not raise, in a task and a context of its own; `name` is for task dumps."""
+        """Run `main` in a task and a context of its own.
+
+        Args:
+            main: The coroutine function. It must not raise.
+            name: The task's name in task dumps.
+        """
 
     @abstractmethod
     def coroutines(self) -> Iterable[Any]:
-        """The coroutines of the tasks in which the server behind the current task may run."""
+        """Return the coroutines of the tasks in which the server of the current task may run."""
 
     @abstractmethod
     def wait(self) -> Wait:
-        """A wait for the current task."""
+        """Return a `Wait` for the current task."""
 
     @abstractmethod
     def sender(self, send: Send, sent: Callable[[BaseException | None], None], context: contextvars.Context) -> Sender:
-        """What makes the calls of `send`, in `context`; `sent` is called after each that was under way."""
+        """Return a `Sender` for `send`.
+
+        Args:
+            send: The function to call.
+            sent: Called with the error, or ``None``, when a send that was under way ends.
+            context: The private context of the calls.
+        """

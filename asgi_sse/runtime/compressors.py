@@ -1,7 +1,7 @@
-"""Finds what compresses responses, by looking at the app and at what left it.
+"""A search for middlewares that compress responses, in the app's stack and in the responses that left it.
 
-A compressor that does not flush after every event holds events back: for a while, or until the stream ends. And
-none that was measured heeds ``Cache-Control: no-transform``.
+A compressor that does not flush after every event delays events, for a while or until the stream ends. None
+of the compressors measured obeys ``Cache-Control: no-transform``.
 """
 
 import functools
@@ -25,19 +25,20 @@ from .server import unwrap_send
 logger = logging.getLogger(__name__)
 
 
-LOOK_AFTER: Final = 1.0
-"""Seconds after which the first bytes of a stream should have left the app, and all who would mark its head have."""
+CHECK_AFTER_S: Final = 1.0
+"""When to check a stream for compression, in seconds after its start. By then its first bytes should have left the
+app, and each compressor has set its response header."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compressor:
-    """A middleware in the stack of an app.
+    """A middleware that compresses responses, in the stack of an app.
 
     Attributes:
-        name: Its class, with its module.
-        path: Where in the stack it was found.
-        encodes: Whether it would compress an event stream; ``None``: its name alone makes it suspect.
-        cure: What to do.
+        name: The middleware's class, with its module.
+        path: Where in the stack the middleware was found.
+        encodes: Whether the middleware compresses event streams; ``None`` if only its name is suspect.
+        cure: What the developer can do.
     """
 
     name: str
@@ -70,7 +71,8 @@ def _since(package: str, *release: int) -> Callable[[], bool]:
     return lambda: not before()
 
 
-# Each run behind a stream of six small events in half seconds, as installed today and in the versions that differ.
+# Each was measured around a stream of six small events, half a second apart: in the current version, and in the
+# versions that behave differently.
 _KNOWN: Final[dict[str, tuple[Callable[[], bool], str]]] = {
     "starlette.middleware.gzip.GZipMiddleware": (
         _before("starlette", 0, 46),
@@ -102,81 +104,92 @@ _KNOWN: Final[dict[str, tuple[Callable[[], bool], str]]] = {
     "blacksheep.server.compression.GzipMiddleware": (_never, ""),
 }
 
-_SUSPECT: Final = re.compile(r"gzip|brotli|zstd|deflate|compress", re.IGNORECASE)
+_SUSPECT_NAME: Final = re.compile(r"gzip|brotli|zstd|deflate|compress", re.IGNORECASE)
 
-# How apps and middlewares hold what is inside of them.
-_EDGES: Final = (
+# The attributes by which apps and middlewares hold the app inside them.
+_INNER_ATTRIBUTES: Final = (
     "app", "_app", "inner", "application", "asgi_app", "asgi", "wrapped", "next_app", "user_middleware", "cls",
     "middleware", "middlewares", "_middlewares", "middleware_class", "middleware_stack", "_middleware_chain",
     "compression_config", "after_request_funcs", "_unprepared_middleware", "_asgi_middleware", "asgi_handler",
     "asgi_router", "router", "_base_app", "other_asgi_app", "application_mapping", "mounts", "handler", "__wrapped__",
     "routes",
 )  # fmt: skip
-_LIMIT: Final = 3000
+_MAX_OBJECTS: Final = 3000
+"""The search in an app stops after this many objects."""
 
 
 class Guard:
-    """What one wrapper does about compression, and what it has seen of it.
+    """The policy of one middleware about compressed streams, and the warnings that it has given.
 
     Args:
-        app: The app around which it is.
+        app: The app inside the middleware.
         mode: ``"bypass"`` or ``"refuse"``.
-        count: Told of each stream that was encoded, held or buffered.
+        count: Called for each stream that was encoded, held or buffered, with that word.
+
+    Attributes:
+        bypass: Whether requests for event streams are sent past the compressors.
+        refuse: Whether compressed streams are refused.
     """
 
     def __init__(self, app: Any, mode: str, count: Callable[[str], None]) -> None:
         self._app = app
         self._count = count
         self._reported: set[str] = set()
-        self._looked = False
+        self._warned = False
         self._found: list[Compressor] | None = None
         self.bypass = mode == "bypass"
         self.refuse = mode == "refuse"
 
-    def look(self) -> None:
-        """Warn once of each compressor inside of the app that would compress a stream."""
-        if self._looked:
+    def warn_once(self) -> None:
+        """Log a warning for each compressor in the app that would compress a stream. Later calls do nothing."""
+        if self._warned:
             return
-        self._looked = True
+        self._warned = True
         for compressor in self._inside():
             if compressor.encodes:
                 logger.warning(
-                    "%s (%s) compresses event streams, which delays their events. %s To be rid of it, %s.",
-                    compressor.name, compressor.path, self._measures(), compressor.cure,
+                    "%s (%s) compresses event streams, which delays their events. %s To avoid this, %s.",
+                    compressor.name, compressor.path, self._policy(), compressor.cure,
                     extra={"sse_middleware": compressor.name},
                 )  # fmt: skip
             elif compressor.encodes is None:
                 logger.info(
-                    "%s (%s) may compress event streams, by its name", compressor.name, compressor.path,
+                    "%s (%s) has a name that suggests it may compress event streams", compressor.name, compressor.path,
                     extra={"sse_middleware": compressor.name},
                 )  # fmt: skip
 
-    def _measures(self) -> str:
+    def _policy(self) -> str:
         if self.bypass:
-            return "Requests that accept text/event-stream bypass it."
-        return "Streams that it has compressed are refused."
+            return "SSEMiddleware routes requests that accept text/event-stream past it."
+        return "SSEMiddleware refuses the streams that it has compressed."
 
     def _inside(self) -> list[Compressor]:
         if self._found is None:
             self._found = []
             try:
                 self._found = find_compressors(self._app)
-            except Exception:  # an app whose parts do not like to be looked at
-                logger.debug("cannot look for compressors in a %s", type(self._app).__qualname__, exc_info=True)
+            except Exception:  # an attribute of the app raised
+                logger.debug("cannot search for compressors in a %s", type(self._app).__qualname__, exc_info=True)
         return self._found
 
     def report(self, kind: str, path: str, encoding: str = "") -> None:
-        """Count a stream that was encoded, held or buffered, and warn of the first one of its kind."""
+        """Count a stream that was encoded, held or buffered, and log the first one of each kind.
+
+        Args:
+            kind: ``"encoded"``, ``"held"`` or ``"buffered"``.
+            path: The path of the request.
+            encoding: The content coding, if `kind` is ``"encoded"``.
+        """
         self._count(kind)
         if kind in self._reported:
             return
         self._reported.add(kind)
         what = {
             "encoded": f"left the app {encoding}-encoded",
-            "buffered": "has sent events of which none has left the app: something collects them",
-            "held": "has sent its head, which has not left the app: something waits for the first event",
+            "buffered": "has sent events, but none has left the app: a middleware collects them",
+            "held": "has sent its headers, but they have not left the app: a middleware waits for the first event",
         }[kind]
-        level = logging.INFO if kind == "held" else logging.WARNING  # our opening comment sets it free at once
+        level = logging.INFO if kind == "held" else logging.WARNING  # our opening comment releases them at once
         path = printable(path)
         extra = {"sse_path": path, "sse_compression": kind}
         logger.log(level, "the event stream %s %s. %s", path, what, self._advice(), extra=extra)
@@ -185,53 +198,61 @@ class Guard:
         named = [compressor for compressor in self._inside() if compressor.encodes is not False]
         if not named:
             return "Look for a middleware that compresses or collects responses, and exclude the path from it."
-        return f"It is likely {named[0].name} ({named[0].path}): {named[0].cure}."
+        return f"The cause is probably {named[0].name} ({named[0].path}): {named[0].cure}."
 
     def refusal(self, encoding: str) -> str:
-        """What to tell the client of a stream that is refused."""
+        """Return the text of the response to a client whose stream is refused."""
         return f"This event stream was {encoding}-encoded by a middleware, which delays its events. {self._advice()}\n"
 
 
-def watch_head(
+def check_headers_later(
     headers: list[tuple[bytes, bytes]], send: Send, loop: EventLoop, path: str, count: Callable[[str], None]
 ) -> None:
-    """Look at a head some time after it was sent: whether somebody around us has put a content coding into it.
+    """Check the response headers again after `CHECK_AFTER_S`, for a content coding that a middleware around us added.
 
-    Every compressor that was measured does so in the very list that it was given, once it sees the body.
+    Every compressor measured adds it to the list object that we sent, when it sees the first part of the body.
+
+    Args:
+        headers: The list that was sent.
+        send: The ``send`` of the request.
+        loop: The event loop of the request.
+        path: The path of the request.
+        count: Called with ``"encoded"`` if there is a content coding.
     """
-    loop.call_at(loop.time() + LOOK_AFTER, partial(_look_at_head, headers, send, path, count))
+    loop.call_at(loop.time() + CHECK_AFTER_S, partial(_check_headers, headers, send, path, count))
 
 
-def _look_at_head(headers: list[tuple[bytes, bytes]], send: Send, path: str, count: Callable[[str], None]) -> None:
+def _check_headers(headers: list[tuple[bytes, bytes]], send: Send, path: str, count: Callable[[str], None]) -> None:
     encoding = encoding_of(headers)
     if not encoding:
         return
     count("encoded")
     names = compressors_around(send)
-    name = names[0] if names else "A middleware"
+    name = names[0] if names else "a middleware"
     if name in _warned_outside:
         return
     _warned_outside.add(name)
     path = printable(path)
     logger.warning(
-        "the event stream %s was %s-encoded on its way out. %s, around the app, does that, which delays events: put "
-        "SSEMiddleware around it, or send the stream with the header 'content-encoding: identity'",
+        "the event stream %s was %s-encoded by %s, which is around the app and delays events. Put SSEMiddleware around "
+        "it, or send the stream with the header 'content-encoding: identity'",
         path, encoding, name,
         extra={"sse_path": path, "sse_compression": "encoded", "sse_middleware": name},
     )  # fmt: skip
 
 
-_warned_outside: Final[set[str]] = set()  # once a process: whoever is around us is not ours to ask
+# One warning per middleware and process: no object of ours belongs to a middleware around us.
+_warned_outside: Final[set[str]] = set()
 
 
 def find_compressors(app: Any) -> list[Compressor]:
-    """The compressors in the stack of `app`, those that would compress an event stream first.
+    """Return the compressors in the stack of `app`; those that compress event streams come first.
 
-    Looks from the app inwards, at what holds what, and asks nothing of it. Misses what is wrapped in a way
-    that it does not know, such as Django's ``@gzip_page`` on one view.
+    The search reads attributes, from the app inwards, and calls nothing. It misses a wrapper that it does not
+    know, such as Django's ``@gzip_page`` on one view.
     """
     found: dict[str, Compressor] = {}
-    django = False  # inside: a process may have its settings, and serve an app of another kind
+    django = False  # set by an object of Django in the app: settings alone may belong to another app of the process
     for thing, path in _inside(app):
         django = django or type(thing).__module__.startswith("django.core.handlers.")
         compressor = _judge(thing, path)
@@ -245,13 +266,13 @@ def find_compressors(app: Any) -> list[Compressor]:
 
 
 def compressors_around(send: Send) -> list[str]:
-    """The names of what looks like a compressor between an app and its server, innermost first."""
+    """Return the names of the suspected compressors between an app and its server, innermost first."""
     names = (f"{thing.__module__}.{thing.__qualname__}" for thing in map(_class_or_function, unwrap_send(send)))
-    return [name for name in names if _SUSPECT.search(name)]
+    return [name for name in names if _SUSPECT_NAME.search(name)]
 
 
 def encoding_of(headers: Any) -> str:
-    """The content coding among a response's headers; ``""`` for none."""
+    """Return the content coding of a response from its headers, or ``""``."""
     for name, value in headers:
         if name.lower() == b"content-encoding" and value.lower() != b"identity":
             return str(value, "latin-1")
@@ -277,7 +298,7 @@ def _named(name: str, path: str) -> Compressor | None:
     known = _KNOWN.get(name)
     if known is not None:
         return Compressor(name, path, known[0](), known[1])
-    if _SUSPECT.search(name) and not name.startswith("asgi_sse."):
+    if _SUSPECT_NAME.search(name) and not name.startswith("asgi_sse."):
         return Compressor(name, path, None, "exclude the paths of the streams from it")
     return None
 
@@ -285,7 +306,7 @@ def _named(name: str, path: str) -> Compressor | None:
 def _inside(app: Any) -> Iterator[tuple[Any, str]]:
     queue = deque([(app, "app")])
     seen: set[int] = set()
-    while queue and len(seen) < _LIMIT:
+    while queue and len(seen) < _MAX_OBJECTS:
         thing, path = queue.popleft()
         if thing is None or id(thing) in seen or isinstance(thing, str | bytes | int | float | ModuleType):
             continue
@@ -307,7 +328,7 @@ def _inside(app: Any) -> Iterator[tuple[Any, str]]:
 
 
 def _held_by(thing: Any, path: str) -> Iterator[tuple[Any, str]]:
-    for name in _EDGES:
+    for name in _INNER_ATTRIBUTES:
         try:
             held = getattr(thing, name, None)
         except Exception:  # noqa: S112 (a property that is not ready yet)
@@ -317,7 +338,7 @@ def _held_by(thing: Any, path: str) -> Iterator[tuple[Any, str]]:
 
 
 def _is_blacksheep_list(held: Any) -> bool:
-    # BlackSheep keeps its middlewares in an iterable of its own, each wrapped with its place in the order.
+    # BlackSheep keeps its middlewares in an iterable of its own, each wrapped together with its priority.
     return type(held).__module__.startswith("blacksheep.") and hasattr(held, "__iter__")
 
 
@@ -325,7 +346,7 @@ def _closure(function: FunctionType) -> Iterator[Any]:
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents
-        except ValueError:  # not filled yet
+        except ValueError:  # the closure has not filled it yet
             continue
 
 

@@ -1,4 +1,4 @@
-"""The lifespan protocol around any app: passed on to it, or answered for an app that has none."""
+"""The lifespan protocol around any app: forwarded to the app, or answered for an app without lifespan support."""
 
 import logging
 from collections.abc import Awaitable, Callable
@@ -19,18 +19,27 @@ async def chain(
     shutdown: Callable[[], Awaitable[Any]],
     strict: bool,
 ) -> None:
-    """Pass the lifespan on to `app`, with `startup` before its start and `shutdown` before its end.
+    """Forward the lifespan to `app`, and run our own start-up and shutdown before the app's.
 
-    An app that has no lifespan raises before it asks for the first message, as Django does, or returns
-    without an answer. Unless `strict`, it is answered in its place: an app around which we are shall not
-    decide whether our streams learn of the shutdown.
+    An app without lifespan support raises before it receives the first message, as Django does, or returns
+    without an answer. Unless `strict` is set, this function then answers the server for the app. Otherwise
+    such an app would keep our streams from learning about the shutdown.
+
+    Args:
+        app: The app.
+        scope: The lifespan's scope.
+        receive: The server's ``receive``.
+        send: The server's ``send``.
+        startup: Called before the app's start-up.
+        shutdown: Called before the app's shutdown.
+        strict: Leave every answer to the app.
 
     Raises:
-        Exception: What `app` raised, once it had begun its start-up, so that one that fails stays fatal; if
-            `strict`, always.
+        Exception: What `app` raised after its start-up began, so that a failed start-up stays fatal. If
+            `strict` is set, anything that `app` raised.
     """
-    pending = ""  # the type of the message that the app has taken and not answered yet
-    begun = over = False
+    pending = ""  # the type of the message that the app has received and not answered yet
+    begun = answered = False  # answered: the server has had its last answer
 
     async def receive_after_ours() -> Message:
         nonlocal pending, begun
@@ -41,27 +50,32 @@ async def chain(
             try:
                 await startup()
             except Exception as exc:
-                # Told here: of an exception alone, uvicorn takes it that there is no lifespan, and goes on without.
-                await send_on({"type": "lifespan.startup.failed", "message": f"{type(exc).__name__}: {exc}"})
+                # Answer before raising. From an exception alone, uvicorn concludes that the app has no lifespan
+                # support, and it serves without a lifespan.
+                await forward({"type": "lifespan.startup.failed", "message": f"{type(exc).__name__}: {exc}"})
                 raise
         elif pending == "lifespan.shutdown":
             await shutdown()
         return message
 
-    async def send_on(message: Message) -> None:
-        nonlocal pending, over
-        if over:
-            return  # the app tells as well what we have told
+    async def forward(message: Message) -> None:
+        nonlocal pending, answered
+        if answered:
+            return  # the app repeats an answer that we have given for it
         pending = ""
-        over = message["type"] in ("lifespan.startup.failed", "lifespan.shutdown.complete", "lifespan.shutdown.failed")
+        answered = message["type"] in (
+            "lifespan.startup.failed",
+            "lifespan.shutdown.complete",
+            "lifespan.shutdown.failed",
+        )
         await send(message)
 
     try:
-        await app(scope, receive_after_ours, send_on)
+        await app(scope, receive_after_ours, forward)
     except Exception:
         if strict or begun:
             raise
-        logger.debug("the app has no lifespan, and is answered in its place", exc_info=True)
-    while not (strict or over):
+        logger.debug("the app has no lifespan support; the middleware answers for it", exc_info=True)
+    while not (strict or answered):
         kind = pending or (await receive_after_ours())["type"]
-        await send_on({"type": f"{kind}.complete"})
+        await forward({"type": f"{kind}.complete"})

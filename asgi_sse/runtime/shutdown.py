@@ -1,10 +1,14 @@
-"""Learns early that the server is stopping.
+"""Early notice that the server is stopping.
 
-``lifespan.shutdown`` comes too late: uvicorn and hypercorn send it after the last response has ended,
-and a stream has no end of its own. So a watch asks three sources, each of them best effort: the
-process's signals, chained; uvicorn's ``Server.shutdown``, which also runs where no signal came; and
-hypercorn's ``terminated`` event, since its workers get no signal. A server that is not known, or has
-changed, leaves what is left of them, and the lifespan.
+``lifespan.shutdown`` comes too late. uvicorn and hypercorn send it after the last response has ended, and
+a stream does not end by itself. So a watch uses three sources:
+
+- the signals of the process, with our handler chained before the server's;
+- uvicorn's ``Server.shutdown``, which also runs without a signal;
+- hypercorn's ``terminated`` event, because hypercorn's workers get no signal.
+
+Each source is best effort. If the server is unknown, or its internals have changed, the other sources and
+the lifespan remain.
 """
 
 import asyncio
@@ -25,19 +29,20 @@ from .server import Server
 
 logger = logging.getLogger(__name__)
 
-_HOOK: Final = "_asgi_sse_hook"
-_HYPERCORN: Final = ("hypercorn.asyncio.run", "hypercorn.trio.run")
+_HOOK_ATTRIBUTE: Final = "_asgi_sse_hook"
+_HYPERCORN_MODULES: Final = ("hypercorn.asyncio.run", "hypercorn.trio.run")
 
 
 class ShutdownWatch:
-    """Watches one server, from now until it is closed or nobody holds it any more.
+    """Watches one server until the watch is closed or collected.
 
     Args:
-        server: The server; the caller runs in its event loop.
-        stopping: A method, held weakly, that is called in the server's event loop when it stops: with the
-            server, with what told it, and with whether that is certain. A signal is not: who handles it may
-            let the server run on. May be called more than once.
-        stopped: A method, held weakly, that is called with the server when it has stopped, if that is known.
+        server: The server. The caller runs in its event loop.
+        stopping: A method that is called in the server's event loop when the server stops. Its arguments are
+            the server, the cause, and whether the stop is certain. A signal is not certain, because its
+            handler may let the server continue. May be called more than once. Held weakly.
+        stopped: A method that is called with the server when it has stopped, if the server reveals that.
+            Held weakly.
     """
 
     def __init__(
@@ -53,44 +58,49 @@ class ShutdownWatch:
         for watch in (self._watch_signals, self._watch_server):
             try:
                 watch()
-            except Exception:  # a server that has changed inside: the other sources remain
+            except Exception:  # the internals of the server have changed; the other sources remain
                 logger.debug("cannot watch all of the server's shutdown", exc_info=True)
 
     @property
     def alive(self) -> bool:
-        """Whether the server's event loop has not come to its end."""
+        """Whether the server's event loop has not ended."""
         return not self._server.loop.closed
 
-    def fire(self, cause: str, *, certain: bool) -> None:
-        """The server stops. Safe in a signal handler."""
-        self._server.loop.call_threadsafe(partial(self._tell, cause, certain))
+    def notify_stopping(self, cause: str, *, certain: bool) -> None:
+        """Report that the server is stopping. Safe in a signal handler.
 
-    def _tell(self, cause: str, certain: bool) -> None:  # noqa: FBT001
+        Args:
+            cause: What revealed it.
+            certain: Whether the server is sure to stop.
+        """
+        self._server.loop.call_threadsafe(partial(self._call_stopping, cause, certain))
+
+    def _call_stopping(self, cause: str, certain: bool) -> None:  # noqa: FBT001
         stopping = self._stopping()
         if stopping is not None:
             stopping(self._server, cause, certain)
 
-    def over(self) -> None:
-        """The server has stopped."""
+    def notify_stopped(self) -> None:
+        """Report that the server has stopped."""
         stopped = self._stopped()
         if stopped is not None:
             stopped(self._server)
 
     def close(self) -> None:
-        """Watch no longer, and leave everything as it was."""
+        """End the watch and restore the signal handlers and the server's hook."""
         try:
             _signal_watches.discard(self)
             _restore_signals()
             if self._hook is not None:
                 self._hook.remove(self)
         except Exception:
-            logger.debug("cannot leave everything as it was", exc_info=True)
+            logger.debug("cannot restore the server's shutdown and the signal handlers", exc_info=True)
 
     def _watch_signals(self) -> None:
-        # Python runs handlers in the main thread alone, and a server in another thread is not meant by them.
+        # Python runs signal handlers in the main thread only. A signal does not concern a server in another thread.
         if threading.current_thread() is not threading.main_thread():
             return
-        _signal_watches.add(self)  # first: another watch that dies meanwhile would take our handlers away
+        _signal_watches.add(self)  # first, or a watch that is collected meanwhile would remove our handlers
         if _chain_signals():
             weakref.finalize(self, _restore_signals).atexit = False
         else:
@@ -98,31 +108,31 @@ class ShutdownWatch:
 
     def _watch_server(self) -> None:
         server = self._server
-        found = [(server.config, server.config)] if _tells(server.config) else []
+        found = [(server.config, server.config)] if _has_hook(server.config) else []
         found = found or [
             (config, watched)
             for config, watched in _running_servers(server)
             if server.covers(Server(server.loop, config, getattr(watched, "server_state", watched)))
         ]
-        if len(found) != 1:  # of several, an unknown one may be any
-            logger.debug("%d servers found to watch; signals and the lifespan remain", len(found))
+        if len(found) != 1:  # if there are several, ours may be any of them
+            logger.debug("found %d servers to watch; only signals and the lifespan report a shutdown", len(found))
             return
         _, watched = found[0]
         hook: ShutdownHook | _UvicornHook | _HypercornHook
-        if _tells(watched):
+        if _has_hook(watched):
             hook = watched.shutdown_hook
         elif hasattr(watched, "terminated"):
-            hook = _HypercornHook.over(watched, server.loop)
+            hook = _HypercornHook.for_context(watched, server.loop)
         else:
-            hook = _UvicornHook.over(watched)
+            hook = _UvicornHook.for_server(watched)
         self._hook = hook
         hook.watches.add(self)
 
 
 def _running_servers(server: Server) -> Iterator[tuple[Any, Any]]:
-    """The servers that run in this event loop, each with its configuration.
+    """Yield the configuration and the object of each server that runs in the event loop of `server`.
 
-    Found in the frames of its tasks, since nothing that a request holds leads to them.
+    They are found in the frames of the loop's tasks, because no object that a request holds leads to them.
     """
     seen = set()
     for coroutine in server.loop.coroutines():
@@ -134,11 +144,11 @@ def _running_servers(server: Server) -> Iterator[tuple[Any, Any]]:
             if module == "uvicorn.server":
                 watched = frame.f_locals.get("self")
                 config = getattr(watched, "config", None)
-            elif module in _HYPERCORN:
+            elif module in _HYPERCORN_MODULES:
                 watched, config = frame.f_locals.get("context"), frame.f_locals.get("config")
             elif module == "asgi_sse.testing.server":
                 watched = config = frame.f_locals.get("self")
-            known = hasattr(watched, "shutdown") or hasattr(watched, "terminated") or _tells(watched)
+            known = hasattr(watched, "shutdown") or hasattr(watched, "terminated") or _has_hook(watched)
             if known and config is not None and id(watched) not in seen:
                 seen.add(id(watched))
                 yield config, watched
@@ -146,30 +156,33 @@ def _running_servers(server: Server) -> Iterator[tuple[Any, Any]]:
 
 
 class ShutdownHook:
-    """Of a server that tells by itself, as that of `asgi_sse.testing` does.
+    """The hook of a server that reports its shutdown itself, such as the server of `asgi_sse.testing`.
 
-    It is the attribute ``shutdown_hook`` of such a server, which is its own `Server.config`.
+    Such a server has this object as its attribute ``shutdown_hook``, and is its own `Server.config`.
+
+    Attributes:
+        watches: The watches of the server.
     """
 
     def __init__(self) -> None:
         self.watches: weakref.WeakSet[ShutdownWatch] = weakref.WeakSet()
 
     def stopping(self) -> None:
-        """Tell who watches that the server stops."""
+        """Report to the watches that the server is stopping."""
         for watch in list(self.watches):
-            watch.fire("the server is shutting down", certain=True)
+            watch.notify_stopping("the server is shutting down", certain=True)
 
     def stopped(self) -> None:
-        """Tell who watches that it has stopped."""
+        """Report to the watches that the server has stopped."""
         for watch in list(self.watches):
-            watch.over()
+            watch.notify_stopped()
 
     def remove(self, watch: ShutdownWatch) -> None:
-        """`watch` watches no longer."""
+        """Remove `watch`."""
         self.watches.discard(watch)
 
 
-def _tells(server: Any) -> bool:
+def _has_hook(server: Any) -> bool:
     return isinstance(getattr(server, "shutdown_hook", None), ShutdownHook)
 
 
@@ -177,17 +190,17 @@ def _tells(server: Any) -> bool:
 
 
 class _UvicornHook:
-    """Stands before the ``shutdown`` of one uvicorn server: tells who watches, then does what it did."""
+    """Replaces the ``shutdown`` of one uvicorn server: notifies the watches, then calls the original."""
 
     def __init__(self, server: Any) -> None:
-        # Weak, and no bound method: the server holds us, and would hold its event loop.
+        # Weak, and without a bound method: the server holds this hook, and a cycle would keep its event loop alive.
         self._server = weakref.ref(server)
-        self._replaced = vars(server).get("shutdown")  # by somebody else, before us
+        self._replaced = vars(server).get("shutdown")  # a replacement that was there before ours
         self.watches: weakref.WeakSet[ShutdownWatch] = weakref.WeakSet()
 
     @classmethod
-    def over(cls, server: Any) -> "_UvicornHook":
-        """The hook of `server`: there is one, however many watch."""
+    def for_server(cls, server: Any) -> "_UvicornHook":
+        """Return the hook of `server`, which all its watches share."""
         hook = vars(server).get("shutdown")
         if not isinstance(hook, cls):
             hook = server.shutdown = cls(server)
@@ -195,7 +208,7 @@ class _UvicornHook:
 
     async def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for watch in list(self.watches):
-            watch.fire("uvicorn is shutting down", certain=True)
+            watch.notify_stopping("uvicorn is shutting down", certain=True)
         server = self._server()
         try:
             if self._replaced is not None:
@@ -203,7 +216,7 @@ class _UvicornHook:
             return await type(server).shutdown(server, *args, **kwargs)  # type: ignore[union-attr]
         finally:
             for watch in list(self.watches):
-                watch.over()
+                watch.notify_stopped()
 
     def remove(self, watch: ShutdownWatch) -> None:
         self.watches.discard(watch)
@@ -219,20 +232,20 @@ class _UvicornHook:
 
 
 class _HypercornHook:
-    """Waits for the ``terminated`` event of one hypercorn server, and tells who watches."""
+    """Waits for the ``terminated`` event of one hypercorn server, then notifies the watches."""
 
     def __init__(self, context: Any) -> None:
         self._terminated = context.terminated
         self.watches: weakref.WeakSet[ShutdownWatch] = weakref.WeakSet()
 
     @classmethod
-    def over(cls, context: Any, loop: EventLoop) -> "_HypercornHook":
-        """The hook of the server with this context: there is one, however many watch."""
-        hook = vars(context).get(_HOOK)
+    def for_context(cls, context: Any, loop: EventLoop) -> "_HypercornHook":
+        """Return the hook of the server with this context, which all its watches share."""
+        hook = vars(context).get(_HOOK_ATTRIBUTE)
         if not isinstance(hook, cls):
             hook = cls(context)
-            setattr(context, _HOOK, hook)
-            # Without the variables of the request that happens to be the first.
+            setattr(context, _HOOK_ATTRIBUTE, hook)
+            # In an empty context, without the variables of the request that happens to be the first.
             contextvars.Context().run(loop.spawn, hook._wait, "asgi_sse shutdown watch")
         return hook
 
@@ -243,7 +256,7 @@ class _HypercornHook:
             logger.debug("cannot wait for hypercorn's shutdown", exc_info=True)
             return
         for watch in list(self.watches):
-            watch.fire("hypercorn is shutting down", certain=True)
+            watch.notify_stopping("hypercorn is shutting down", certain=True)
 
     def remove(self, watch: ShutdownWatch) -> None:
         self.watches.discard(watch)
@@ -255,25 +268,28 @@ _signal_watches: "weakref.WeakSet[ShutdownWatch]" = weakref.WeakSet()
 
 
 class _Chained:
-    """Our handler of one signal, with the one that was there before, which alone decides what becomes of it."""
+    """Our handler of one signal: notifies the watches, then calls the previous handler, which decides what to do."""
 
     def __init__(self, previous: Callable[[int, FrameType | None], Any]) -> None:
         self.previous = previous
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         for watch in list(_signal_watches):
-            watch.fire(signal.Signals(number).name, certain=False)
+            watch.notify_stopping(signal.Signals(number).name, certain=False)
         self.previous(number, frame)
 
 
 def _signals() -> Iterator[signal.Signals]:
-    """What stops a server. gunicorn's SIGQUIT does; elsewhere it is often taken to write out stacks."""
+    """Return the signals that stop a server.
+
+    SIGQUIT stops gunicorn's workers. In other servers it often prints stack traces, so it is left out there.
+    """
     names = ["SIGINT", "SIGTERM", "SIGBREAK", *(["SIGQUIT"] if "gunicorn" in sys.modules else [])]
     return (getattr(signal, name) for name in names if hasattr(signal, name))
 
 
 def _chain_signals() -> bool:
-    """Put our handler before each that a server has set. Whether there is any."""
+    """Chain our handler before each handler that a server has set; return whether there is one."""
     chained = False
     for number in _signals():
         handler = signal.getsignal(number)
@@ -286,7 +302,7 @@ def _chain_signals() -> bool:
 
 
 def _is_default(handler: Any) -> bool:
-    """Whether it is a handler of Python's own, for KeyboardInterrupt: no server stops by it in an orderly way."""
+    """Return whether `handler` only raises KeyboardInterrupt: no server shuts down in an orderly way through that."""
     if handler is signal.default_int_handler:
         return True
     if isinstance(handler, functools.partial):  # asyncio.Runner's
@@ -295,9 +311,9 @@ def _is_default(handler: Any) -> bool:
 
 
 def _restore_signals() -> None:
-    """Take our handlers away, if nobody needs them, and nobody has put another one over them."""
+    """Remove our handlers if no watch needs them, except where another handler has been set over ours."""
     if threading.current_thread() is not threading.main_thread():
-        return  # without a watch they do no more than to call what was there
+        return  # without a watch, our handlers only call the previous ones
     if any(watch.alive for watch in list(_signal_watches)):
         return
     for number in _signals():

@@ -1,4 +1,4 @@
-"""trio: system tasks, in which a source is cancelled once, as on asyncio, and a stream has a writer."""
+"""The event loop of trio: system tasks run the sources, which are cancelled once as on asyncio, and the writers."""
 
 import contextvars
 import types
@@ -13,19 +13,21 @@ from .base import Child, EventLoop, Sender, Wait
 
 
 class TrioLoop(EventLoop):
-    # System tasks, not a nursery of the request's: a source that ignores its cancellation must be left behind, and
-    # no nursery lets go of a child.
+    """A run of trio."""
+
+    # System tasks, not a nursery of the request: the stream must be able to abandon a source that ignores its
+    # cancellation, and a nursery waits for every child.
     def __init__(self) -> None:
         super().__init__()
         self._token = trio.lowlevel.current_trio_token()
-        self._clock = trio.lowlevel.current_clock()  # which other threads can ask too
+        self._clock = trio.lowlevel.current_clock()  # other threads can ask it too
 
     def time(self) -> float:
         return self._clock.current_time()
 
     @property
     def closed(self) -> bool:
-        return not self.call_threadsafe(_nothing)  # trio does not tell otherwise
+        return not self.call_threadsafe(_do_nothing)  # trio has no other way to ask
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         self._token.run_sync_soon(callback)
@@ -52,7 +54,7 @@ class TrioLoop(EventLoop):
 
     def coroutines(self) -> Iterable[Any]:
         task: trio.lowlevel.Task | None = trio.lowlevel.current_task()
-        while task is not None:  # up to the one that all are children of
+        while task is not None:  # up to the root task
             yield task.coro
             task = task.parent_nursery.parent_task if task.parent_nursery is not None else None
 
@@ -77,11 +79,11 @@ def current_trio_loop() -> TrioLoop:
 
 
 class TrioChild(Child):
-    """A task that one cancellation interrupts once, as on asyncio.
+    """A task that a cancellation interrupts once, as on asyncio.
 
-    trio cancels a scope for good: every later wait raises again, which would cut short a ``finally``
-    that waits. So the task runs in two scopes; the outer one is cancelled, and the inner one turns
-    into a shield when the task goes on after it was told so for the first time.
+    trio cancels a scope for good: every later wait raises again, which would cut short a ``finally`` that
+    waits. So the task runs in two scopes. `cancel` cancels the outer one. The inner one becomes a shield
+    when the task resumes after the cancellation was delivered to it.
     """
 
     __slots__ = ("_delivered", "_inner", "_outer")
@@ -103,11 +105,11 @@ class TrioChild(Child):
 
     @property
     def cancelled(self) -> bool:
-        return True  # a Cancelled is raised for nobody else
+        return True  # trio raises Cancelled only in a task whose scope was cancelled
 
     @property
     def running(self) -> bool:
-        return True  # no task of trio's is collected before its end
+        return True  # trio never collects a task before its end
 
     def force_cancel(self) -> None:
         self._outer.cancel()
@@ -119,14 +121,14 @@ class TrioChild(Child):
             trap = coroutine.send(None)
             while True:
                 try:
-                    outcome = yield self._noticing(trap)
-                except BaseException as exc:  # trio throws for a trap that it does not know, such as one of asyncio's
+                    outcome = yield self._with_notice(trap)
+                except BaseException as exc:  # trio throws if it does not know the trap, such as one of asyncio
                     trap = coroutine.throw(exc)
                     continue
                 delivered = self._delivered
                 trap = coroutine.send(outcome)
-                # Not before: trio's checkpoint() waits in a scope of its own, which would take the cancellation for its
-                # own if ours were not to be seen any more.
+                # Set the shield after the step. trio's checkpoint() waits in a scope of its own, which would take the
+                # cancellation for its own if a shield hid ours.
                 if delivered:
                     self._inner.shield = True
         except StopIteration:
@@ -134,21 +136,23 @@ class TrioChild(Child):
         finally:
             coroutine.close()
 
-    def _noticing(self, trap: Any) -> Any:
-        # A wait is told of a cancellation by its abort function. A nursery does not raise it there and then, but when
-        # its children have ended; so what is handed in when the task goes on does not tell.
+    def _with_notice(self, trap: Any) -> Any:
+        # trio calls a wait's abort function to deliver a cancellation. A nursery raises it only when its children have
+        # ended, so the outcome with which the task resumes does not show whether the cancellation was delivered.
         abort = getattr(trap, "abort_func", None)
         if abort is None:
             return trap
 
-        def notice(raise_cancel: Any) -> Any:
+        def abort_and_note(raise_cancel: Any) -> Any:
             self._delivered = self._delivered or self._outer.cancel_called
             return abort(raise_cancel)
 
-        return type(trap)(notice)
+        return type(trap)(abort_and_note)
 
 
 class TrioWait(Wait):
+    """A cancel scope of trio."""
+
     __slots__ = ("_scope",)
 
     def __init__(self) -> None:
@@ -165,7 +169,7 @@ class TrioWait(Wait):
 
 
 class TrioSender(Sender):
-    """One writer task a stream, since trio starts no task but in a later turn."""
+    """Runs one writer task per stream, because trio starts a new task in a later turn only."""
 
     __slots__ = ("_context", "_ended", "_message", "_scope", "_send", "_sent", "_wake")
 
@@ -176,12 +180,12 @@ class TrioSender(Sender):
         context: contextvars.Context,
     ) -> None:
         self._send = send
-        self._sent: Callable[[BaseException | None], None] | None = sent  # until it is closed
+        self._sent: Callable[[BaseException | None], None] | None = sent  # None once it is closed
         self._context = context
         self._scope = trio.CancelScope()
         self._wake = trio.Event()
         self._message: Message | None = None
-        self._ended: trio.Event | None = None  # of the writer, once it has started
+        self._ended: trio.Event | None = None  # set when the writer has ended; None before it starts
 
     def start(self, message: Message) -> bool:
         self._message = message
@@ -229,5 +233,5 @@ class TrioSender(Sender):
                 self._sent(error)
 
 
-def _nothing() -> None:
-    """What a run that has ended does not take."""
+def _do_nothing() -> None:
+    """Do nothing; `TrioLoop.closed` schedules this to see whether the run still accepts callbacks."""

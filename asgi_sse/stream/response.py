@@ -14,7 +14,7 @@ from asgi_sse.errors import SendTimeoutError, StreamClosedError
 from asgi_sse.protocol.asgi import CloseReason, Message, Receive, Scope, Send
 from asgi_sse.protocol.event import ItemEncoder, JSONDumps, ServerSentEvent, encode_item
 from asgi_sse.protocol.headers import Headers, event_stream_headers
-from asgi_sse.runtime.compressors import watch_head
+from asgi_sse.runtime.compressors import check_headers_later
 from asgi_sse.runtime.server import Server, server_of
 
 from .draining import DrainingEvent
@@ -284,7 +284,7 @@ class EventSourceResponse:
         if responder is not None:
             responder.carries(self.stream)
         elif defaults is None or defaults.guard:
-            watch_head(head["headers"], send, server.loop, scope["path"], registry.count_compressed)
+            check_headers_later(head["headers"], send, server.loop, scope["path"], registry.count_compressed)
         if self.feeder is not None:
             self.stream.run_beside(self.feeder)
         return self.stream.run()

@@ -120,10 +120,10 @@ async def test_what_asks_for_no_events_is_warned_of(caplog: pytest.LogCaptureFix
     assert app.registry.statistics().compressed == {"encoded": 2, "buffered": 2}
     first, second = warnings(caplog)
     assert (
-        "the event stream / left the app gzip-encoded. It is likely test_compressor_search.GZipMiddleware (app)"
+        "the event stream / left the app gzip-encoded. The cause is probably test_compressor_search.GZipMiddleware (app)"
         in first
     )
-    assert "sent events of which none has left the app" in second
+    assert "has sent events, but none has left the app" in second
 
 
 async def test_refuse() -> None:
@@ -224,7 +224,7 @@ async def test_around_us(caplog: pytest.LogCaptureFixture) -> None:
     assert app.registry.statistics().compressed == {"encoded": 2}
     seen.extend(warnings(caplog))  # once a process, since who is around us is none of the wrapper's
     assert len(seen) == 1
-    assert "was gzip-encoded on its way out. test_compressor_search.GZipMiddleware" in seen[0]
+    assert "was gzip-encoded by test_compressor_search.GZipMiddleware" in seen[0]
 
 
 def closure(app: Any) -> Any:

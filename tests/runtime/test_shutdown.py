@@ -352,7 +352,7 @@ def test_a_server_that_is_not_known_is_no_error(caplog: pytest.LogCaptureFixture
             await stream.receive()
 
     anyio.run(main)
-    assert "0 servers found to watch" in caplog.text
+    assert "found 0 servers to watch" in caplog.text
 
 
 def test_a_server_that_cannot_be_watched_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
