@@ -1,10 +1,10 @@
-"""Fuzzes the targets of fuzz_targets.py by coverage, each in a process of its own, for a bounded time.
+"""Fuzz the targets of fuzz_targets.py with atheris, each in a process of its own and for a bounded time.
 
-    python tests/fuzz/run.py                         # ten seconds each
-    python tests/fuzz/run.py --seconds 600 decoder   # one of them, for longer
+    python tests/fuzz/run.py                         # all targets, ten seconds each
+    python tests/fuzz/run.py --seconds 600 decoder   # one target for longer
 
-Needs atheris: without, it says so and ends well. What it finds is left in ``crash-…`` of the folder that it names; to
-run it again, give that file behind the target's name.
+Without atheris it prints a message and exits with 0. It leaves a failing input as ``crash-…`` in the folder that it
+prints. To run that input again, pass the file after the target's name.
 """
 
 import argparse
@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 
 def fuzz(name: str, arguments: list[str]) -> None:
-    """Run one target in this process, which ends with it."""
+    """Run one target. The process ends with it."""
     import atheris  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     with atheris.instrument_imports(include=["asgi_sse"], enable_loader_override=False):
@@ -35,21 +35,21 @@ def fuzz(name: str, arguments: list[str]) -> None:
 
 
 def main() -> None:
-    """Run the targets one after the other; the status says whether all held."""
-    parser = argparse.ArgumentParser(description="Fuzz asgi_sse by coverage.")
+    """Run the targets one after another, and exit with 1 if one failed."""
+    parser = argparse.ArgumentParser(description="Fuzz asgi_sse with atheris.")
     parser.add_argument("target", nargs="?", help="default: all")
     parser.add_argument("input", nargs="?", help="a file to run the target on once")
-    parser.add_argument("--seconds", type=int, default=10, help="of each target; default: %(default)s")
+    parser.add_argument("--seconds", type=int, default=10, help="per target; default: %(default)s")
     args = parser.parse_args()
     if find_spec("atheris") is None:
-        sys.exit(print("atheris is not installed (there are wheels of it for some Pythons alone): nothing was fuzzed"))
+        sys.exit(print("atheris is not installed (it has wheels for some Pythons only): nothing was fuzzed"))
     if args.input is not None:
         fuzz(args.target, [args.input])
     import fuzz_targets
 
     names = [target.__name__ for target in fuzz_targets.ALL]
     if args.target is not None and args.target not in names:
-        parser.error(f"there is no target {args.target!r}; there are {', '.join(names)}")
+        parser.error(f"target must be one of {', '.join(names)}, got {args.target!r}")
     failed = []
     for name in [args.target] if args.target else names:
         folder = tempfile.mkdtemp(prefix=f"fuzz-{name}-")

@@ -1,7 +1,7 @@
-"""What hostile clients send over real sockets: a clear answer or a closed connection, and nobody else suffers by it.
+"""Hostile clients on real sockets get a clear answer or a closed connection, and other clients do not notice.
 
-The tables are what is promised. Behind each attack a client that was there before gets its next event, the process has
-not grown, and its log has no traceback. A sample; all of it with ``ASGI_SSE_HOSTILE=full``.
+The tables state what is promised. After each attack an existing client receives its next event, the process has not
+grown, and its log has no traceback. ``ASGI_SSE_HOSTILE=full`` runs every attack on every server; otherwise a sample runs.
 """
 
 import gzip
@@ -25,10 +25,10 @@ FULL = os.environ.get("ASGI_SSE_HOSTILE") == "full"
 SAMPLE = ["uvicorn-h11-asyncio", "uvicorn-httptools-uvloop", "hypercorn-asyncio"]
 MANY = 500 if FULL else 60
 GROWTH = 48_000_000
-"""Bytes by which a process may have grown behind an attack: pools and arenas, but nothing of what was sent."""
+"""Bytes that a process may grow in an attack. That covers pools and arenas, but none of the data that was sent."""
 
 CLOSED = 0
-TOO_MUCH = {400, 404, 414, 431, CLOSED}  # which of them, says the server where it is the server's limit
+TOO_MUCH = {400, 404, 414, 431, CLOSED}  # the server chooses where the limit is its own
 
 
 @dataclass
@@ -39,13 +39,13 @@ class Answer:
 
     @property
     def data(self) -> Any:
-        """What the first event of it has, as JSON."""
+        """Parse the data of the first event as JSON."""
         event, *_ = EventDecoder().feed(self.body)
         return json.loads(event.data or "")
 
 
 class Server:
-    """A server under attack, and a client that was there before."""
+    """A server under attack, and a client that connected before."""
 
     def __init__(self, name: str, port: int, log: Path) -> None:
         self.name = name
@@ -62,7 +62,7 @@ class Server:
         return socket.create_connection(("127.0.0.1", self.port), timeout=60)
 
     def send(self, data: bytes) -> Answer:
-        """Send it all, however little the server takes; and read the answer to its end."""
+        """Send everything, even if the server stops reading, and read the whole answer."""
         with self.connect() as sock:
             with suppress(ConnectionError, TimeoutError):
                 sock.sendall(data)
@@ -84,7 +84,7 @@ class Server:
             time.sleep(0.05)
 
     def check(self) -> None:
-        """Whoever was there before is served."""
+        """Check that the earlier client is still served."""
         self.number += 1
         assert self.get(f"/publish?data=still-well-{self.number}.").status == 204
         read_until(self.healthy, f"data: still-well-{self.number}.\n\n".encode())
@@ -96,7 +96,7 @@ class Server:
 
 
 def read_answer(sock: socket.socket) -> Answer:
-    """What comes until the connection is closed, or the answer is whole: a final one, of a length or of one event."""
+    """Read until the connection closes, or until the answer has its full length or its first event."""
     data = b""
     with suppress(ConnectionError, TimeoutError):
         while chunk := sock.recv(65_536):
@@ -187,7 +187,7 @@ PATHS: dict[str, set[int]] = {
 
 
 @pytest.mark.parametrize("target", PATHS, ids=lambda target: target[:40])
-def test_targets(server: Server, target: str) -> None:
+def test_request_target_gets_its_promised_status(server: Server, target: str) -> None:
     answer = server.get(target)
     assert answer.status in PATHS[target]
     assert b"injected" not in answer.head.lower()
@@ -196,8 +196,8 @@ def test_targets(server: Server, target: str) -> None:
         assert len(answer.body) < 1000
 
 
-def test_a_parameter_is_one_segment_whatever_is_in_it(server: Server) -> None:
-    """No slash, so that no path leads further than one step up; and any text, so that it is not to be trusted."""
+def test_route_parameter_is_one_segment_with_any_content(server: Server) -> None:
+    """It has no slash, so a path built from it climbs at most one step. Its text is anything, so apps must not trust it."""
     assert server.get("/items/%2e%2e").data[0] == ".."
     assert server.get("/items/%00%0d%0a").data[0] == "\0\r\n"
     assert server.get("/items/%C0%AF").data[0] == "\ufffd\ufffd"
@@ -223,7 +223,7 @@ HEADERS: dict[str, tuple[bytes, set[int]]] = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_headers(server: Server, name: str) -> None:
+def test_hostile_header_gets_its_promised_status(server: Server, name: str) -> None:
     header, statuses = HEADERS[name]
     for target in (b"/seen", b"/events/some"):
         with server.connect() as sock:
@@ -231,7 +231,9 @@ def test_headers(server: Server, name: str) -> None:
                 sock.sendall(b"GET %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n%s\r\n\r\n" % (target, header))
             sock.settimeout(1 if name == "an absurd length" else 20)
             answer = read_answer(sock) if target == b"/seen" else Answer(status_of(sock))
-        assert answer.status in statuses or (name == "a huge cookie" and target != b"/seen")  # nobody looks at it
+        assert answer.status in statuses or (
+            name == "a huge cookie" and target != b"/seen"
+        )  # this endpoint does not read cookies
         assert b"injected" not in answer.head.lower()
 
 
@@ -247,7 +249,7 @@ def status_of(sock: socket.socket) -> int:
     "origin",
     ["https://evil.example\x7f", "null", "a" * 5000, "https://a\tb", "\xff", "https://a, https://b", '"<script>'],
 )
-def test_an_origin_is_reflected_as_it_came_or_not_at_all(server: Server, origin: str) -> None:
+def test_origin_is_reflected_unchanged_or_not_at_all(server: Server, origin: str) -> None:
     answer = server.get("/seen", f"Origin: {origin}")
     lines = [line for line in answer.head.split(b"\r\n") if line.lower().startswith(b"access-control-allow-origin:")]
     assert answer.status == CLOSED or len(lines) == (answer.status == 200)
@@ -275,7 +277,7 @@ def test_an_origin_is_reflected_as_it_came_or_not_at_all(server: Server, origin:
         ("detail=%0D%0AX-Injected: yes", 400),
     ],
 )
-def test_what_is_put_into_a_field_stays_in_it(server: Server, query: str, status: int) -> None:
+def test_client_data_cannot_leave_its_field(server: Server, query: str, status: int) -> None:
     answer = server.get("/inject?" + query.replace(" ", "%20"))
     assert answer.status == status
     assert b"injected" not in answer.head.lower()
@@ -293,7 +295,7 @@ BODIES: dict[str, tuple[bytes, int]] = {
     "a huge number": (b"9" * 100_000, 400),
     "NaN": (b'{"a": NaN}', 400),
     "infinity": (b"[-Infinity]", 400),
-    "what becomes infinity": (b"[-1e999]", 400),
+    "a number that becomes infinity": (b"[-1e999]", 400),
     "not UTF-8": (b'{"a": "\xff"}', 400),
     "a surrogate in UTF-8": (b'"\xed\xa0\x80"', 400),
     "a lone surrogate": (b'"\\ud800"', 400),
@@ -308,14 +310,16 @@ BODIES: dict[str, tuple[bytes, int]] = {
 
 
 @pytest.mark.parametrize("name", BODIES)
-def test_bodies(server: Server, name: str) -> None:
+def test_hostile_json_body_gets_its_promised_status(server: Server, name: str) -> None:
     body, status = BODIES[name]
     answer = server.get("/json", "Content-Type: application/json", method="POST", body=body)
-    assert answer.status == status or (status == 413 and answer.status == CLOSED)  # reset, while it still sends
+    assert answer.status == status or (
+        status == 413 and answer.status == CLOSED
+    )  # the connection is reset while the client still sends
     assert answer.status == 200 or b"text/plain" in answer.head or answer.status == CLOSED
 
 
-def test_a_body_without_an_end(server: Server) -> None:
+def test_endless_body_is_refused(server: Server) -> None:
     with server.connect() as sock:
         sock.sendall(b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
         sent = 0
@@ -335,14 +339,14 @@ def test_a_body_without_an_end(server: Server) -> None:
     assert sent < 50_000_000
 
 
-def test_a_body_that_says_that_it_is_too_long_is_not_waited_for(server: Server) -> None:
+def test_body_with_a_too_large_length_is_refused_at_once(server: Server) -> None:
     with server.connect() as sock:
         sock.sendall(b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000000\r\n\r\nx")
         assert read_answer(sock).status == 413
 
 
-def test_clients_that_send_byte_by_byte(server: Server) -> None:
-    """What they wait for is theirs; the server's timeouts end them."""
+def test_clients_that_send_byte_by_byte_hold_up_nobody(server: Server) -> None:
+    """The server's own timeouts end them."""
     with ExitStack() as stack:
         slow = [stack.enter_context(server.connect()) for _ in range(20)]
         for sock in slow[:10]:
@@ -360,8 +364,8 @@ def test_clients_that_send_byte_by_byte(server: Server) -> None:
             assert read_until(sock, b"data: {")
 
 
-def test_clients_that_never_read(server: Server) -> None:
-    """Each costs what one send and the sockets hold; `send_timeout` ends it."""
+def test_clients_that_never_read_are_dropped(server: Server) -> None:
+    """Each holds one send and its socket buffers until `send_timeout`."""
     before = server.figures()["closed"].get("flood", 0)
     with ExitStack() as stack:
         for _ in range(20):
@@ -369,11 +373,11 @@ def test_clients_that_never_read(server: Server) -> None:
             sock.sendall(b"GET /flood HTTP/1.1\r\nHost: x\r\n\r\n")
         server.check()
         if server.name == "hypercorn-trio":
-            return  # it does not let go of a send: SECURITY.md says so
+            return  # this server does not release a send, as SECURITY.md says
         server.wait_for(lambda figures: figures["closed"].get("flood", 0) == before + 20)
 
 
-def test_clients_that_read_a_byte_at_a_time(server: Server) -> None:
+def test_clients_that_read_byte_by_byte_hold_up_nobody(server: Server) -> None:
     with ExitStack() as stack:
         slow = [stack.enter_context(server.connect()) for _ in range(10)]
         for sock in slow:
@@ -385,8 +389,8 @@ def test_clients_that_read_a_byte_at_a_time(server: Server) -> None:
             server.check()
 
 
-def test_many_connections(server: Server) -> None:
-    """Some say nothing, some ask for a channel of their own; when they are gone, nothing is left of them."""
+def test_many_connections_leave_nothing_behind(server: Server) -> None:
+    """Half of them send nothing, half subscribe to a channel of their own."""
     with ExitStack() as stack:
         for number in range(MANY):
             stack.enter_context(server.connect())
@@ -397,7 +401,7 @@ def test_many_connections(server: Server) -> None:
     server.wait_for(lambda figures: figures["readers"] == 1)
 
 
-def test_channels_one_after_the_other(server: Server) -> None:
+def test_many_channel_names_leave_nothing_behind(server: Server) -> None:
     for number in range(5 * MANY):
         sock = server.connect()
         sock.sendall(f"GET /events/{quote(f'one:{number}')} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
@@ -406,7 +410,7 @@ def test_channels_one_after_the_other(server: Server) -> None:
     server.wait_for(lambda figures: figures["readers"] == 1)
 
 
-def test_a_channel_that_is_full(server: Server) -> None:
+def test_full_channel_answers_503(server: Server) -> None:
     with ExitStack() as stack:
         for _ in range(2):
             sock = stack.enter_context(server.connect())
@@ -416,7 +420,7 @@ def test_a_channel_that_is_full(server: Server) -> None:
         assert (answer.status, b"retry-after: 5" in answer.head.lower()) == (503, True)
 
 
-def test_a_snapshot_that_hangs_is_left_with_its_client(server: Server) -> None:
+def test_hanging_snapshot_ends_with_its_client(server: Server) -> None:
     before = server.figures()["streams"]
     with ExitStack() as stack:
         for _ in range(10):
@@ -426,8 +430,8 @@ def test_a_snapshot_that_hangs_is_left_with_its_client(server: Server) -> None:
     server.wait_for(lambda figures: figures["streams"] == before)
 
 
-def test_an_event_of_a_size_that_nobody_expects(server: Server) -> None:
-    """The log keeps the newest one whatever its size; the next one drops it, and who does not read is dropped."""
+def test_huge_event_is_kept_only_until_the_next_one(server: Server) -> None:
+    """The log keeps the newest event of any size. A client that does not read it is dropped."""
     size = 100_000_000 if FULL else 4_000_000
     with ExitStack() as stack:
         for _ in range(3):
@@ -437,12 +441,12 @@ def test_an_event_of_a_size_that_nobody_expects(server: Server) -> None:
         assert server.get(f"/bomb?bytes={size}").status == 204
         server.check()
         got = 0
-        while got < size:  # the one that reads gets all of it
+        while got < size:  # the client that reads receives all of it
             got += len(sock.recv(1_000_000))
     assert server.get("/bomb?bytes=1").status == 204
     server.wait_for(lambda figures: figures["readers"] == 1)
 
 
 @pytest.mark.parametrize("method", ["DELETE", "PUT", "TRACE", "CONNECT", "OPTIONS", "PROPFIND", "A" * 1000])
-def test_methods(server: Server, method: str) -> None:
+def test_unsupported_method_is_refused(server: Server, method: str) -> None:
     assert server.get("/healthy", method=method).status in {405, 400, 404, 501, CLOSED}

@@ -1,4 +1,4 @@
-"""Bytes, text and messages that nobody meant to send: an answer, or the error that is documented."""
+"""Bytes, text and messages that no honest peer sends: they get an answer, or the documented error."""
 
 import inspect
 import json
@@ -43,7 +43,7 @@ from asgi_sse.testing import open_stream
 FUZZ = settings(max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
-# The targets of tests/fuzz, on what hypothesis thinks of.
+# Hypothesis feeds the targets that tests/fuzz feeds with atheris.
 
 ALPHABET = [
     b"data",
@@ -65,7 +65,7 @@ pieces = st.lists(st.sampled_from(ALPHABET) | st.binary(max_size=3), max_size=40
 
 
 @pytest.mark.parametrize("target", fuzz_targets.ALL, ids=lambda target: target.__name__)
-def test_target(target: Callable[[bytes], None]) -> None:
+def test_fuzz_target_holds(target: Callable[[bytes], None]) -> None:
     @FUZZ
     @given(st.binary(min_size=1, max_size=8), pieces | st.binary(max_size=200))
     def run(seed: bytes, data: bytes) -> None:
@@ -77,7 +77,7 @@ def test_target(target: Callable[[bytes], None]) -> None:
 # Bounds
 
 
-def test_a_decoder_holds_what_it_may_hold_however_it_comes() -> None:
+def test_decoder_memory_is_bounded_in_any_chunking() -> None:
     limit = 20_000
     for first, piece in (
         (b"data: ", b"ab"),
@@ -92,14 +92,14 @@ def test_a_decoder_holds_what_it_may_hold_however_it_comes() -> None:
         try:
             with pytest.raises(InvalidEventError, match="max_event_bytes=20000"):
                 for _ in range(limit):
-                    decoder.feed(bytes(bytearray(piece)))  # one of its own each time
+                    decoder.feed(bytes(bytearray(piece)))  # a new object each time
             assert tracemalloc.get_traced_memory()[1] < 12 * limit
         finally:
             tracemalloc.stop()
 
 
-def test_a_retry_of_many_digits_is_ignored_before_python_refuses_it() -> None:
-    """The least limit that a process may set for its ints is 640 digits."""
+def test_retry_with_too_many_digits_is_ignored() -> None:
+    """A process may limit its ints to 640 digits, and int() raises beyond that."""
     decoder = EventDecoder()
     decoder.feed(b"retry: " + b"9" * 641 + b"\n\n")
     assert decoder.retry is None
@@ -108,7 +108,7 @@ def test_a_retry_of_many_digits_is_ignored_before_python_refuses_it() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_query_is_parsed_up_to_64_kib() -> None:
+async def test_query_over_64_kib_is_refused() -> None:
     async def endpoint(request: Request) -> AsyncIterator[str]:
         yield str(len(request.query))
 
@@ -123,7 +123,7 @@ async def test_a_query_is_parsed_up_to_64_kib() -> None:
 
 
 @pytest.mark.anyio
-async def test_cookies_are_parsed_up_to_64_kib() -> None:
+async def test_cookies_over_64_kib_are_refused() -> None:
     async def endpoint(request: Request) -> AsyncIterator[str]:
         yield str(len(request.cookies))
 
@@ -136,7 +136,7 @@ async def test_cookies_are_parsed_up_to_64_kib() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_request_names_100_channels_at_the_most() -> None:
+async def test_request_for_more_than_100_channels_is_refused() -> None:
     assert MAX_CHANNELS == 100
     app = create_app({"/": Broker().endpoint()})
     for number, status in ((100, 200), (101, 400)):
@@ -144,15 +144,15 @@ async def test_a_request_names_100_channels_at_the_most() -> None:
             assert stream.status == status
 
 
-def test_many_grants_cost_a_look_each() -> None:
-    """A pattern was made of each: 100 names of a request among 1,000 granted ones held the event loop for 2 s."""
+def test_access_checks_many_grants_in_linear_time() -> None:
+    """With a pattern per grant, 100 requested among 1,000 granted names once blocked the event loop for 2 s."""
     access = Access([f"user.{number}" for number in range(2000)])
     began = time.process_time()
     assert not any(access.covers(f"other.{number}") for number in range(100))
     assert time.process_time() - began < 1
 
 
-def test_a_pattern_of_many_segments_is_tested_in_linear_time() -> None:
+def test_long_pattern_is_matched_in_linear_time() -> None:
     access = Access([".".join("*" * 100), ".".join("*" * 50) + ".**"])
     began = time.process_time()
     for _ in range(100):
@@ -162,7 +162,7 @@ def test_a_pattern_of_many_segments_is_tested_in_linear_time() -> None:
     assert time.process_time() - began < 1
 
 
-def test_a_path_of_a_million_segments_is_not_taken_apart() -> None:
+def test_path_with_a_million_segments_is_not_split() -> None:
     from asgi_sse.routing.routes import RouteTable
 
     async def endpoint() -> None: ...
@@ -172,7 +172,7 @@ def test_a_path_of_a_million_segments_is_not_taken_apart() -> None:
     tracemalloc.start()
     try:
         assert table.find(path) is None
-        assert tracemalloc.get_traced_memory()[1] < 10_000_000  # a copy of what is behind, and nothing of each segment
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000  # one copy of the rest, and no object per segment
     finally:
         tracemalloc.stop()
     found = table.find("/a/b/c")
@@ -196,7 +196,7 @@ def test_a_path_of_a_million_segments_is_not_taken_apart() -> None:
     ],
     ids=lambda body: repr(body[:12]),
 )  # fmt: skip
-async def test_what_is_no_json_is_answered_400(body: bytes) -> None:
+async def test_invalid_json_is_answered_400(body: bytes) -> None:
     async def endpoint(request: Request) -> AsyncIterator[Any]:
         yield ServerSentEvent({"got": await request.json()})
 
@@ -214,7 +214,7 @@ async def test_what_is_no_json_is_answered_400(body: bytes) -> None:
     )
 )
 @settings(parent=FUZZ, max_examples=20)
-async def test_what_is_json_is_what_was_sent(value: Any) -> None:
+async def test_json_body_round_trips(value: Any) -> None:
     got = []
 
     async def endpoint(request: Request) -> None:
@@ -227,15 +227,15 @@ async def test_what_is_json_is_what_was_sent(value: Any) -> None:
     assert got == [value, value]
 
 
-# What others get to see
+# What clients and logs may show
 
 
 FORGED = "/a\r\n2026-01-01 ERROR forged"
 
 
 @pytest.mark.anyio
-async def test_a_path_forges_no_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    """Nor does it fill the log, nor fail to be written: a path may have what no encoding carries."""
+async def test_path_cannot_forge_a_log_line(caplog: pytest.LogCaptureFixture) -> None:
+    """It also cannot fill the log, and a path that no encoding carries is still written."""
 
     async def fails(request: Request) -> AsyncIterator[str]:
         yield "first"
@@ -256,7 +256,7 @@ async def test_a_path_forges_no_line_of_the_log(caplog: pytest.LogCaptureFixture
 
 
 @pytest.mark.anyio
-async def test_an_id_forges_no_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+async def test_id_cannot_forge_a_log_line(caplog: pytest.LogCaptureFixture) -> None:
     def on_join(subscription: Any) -> None:
         raise LookupError
 
@@ -265,12 +265,12 @@ async def test_an_id_forges_no_line_of_the_log(caplog: pytest.LogCaptureFixture)
     async with open_stream(app, "/?last_event_id=a%0D%0Aforged") as stream:
         await stream.receive()
     (record,) = caplog.records
-    assert record.message.isprintable()  # as it was written: what it says of itself changes
+    assert record.message.isprintable()  # the text as it was written, since the repr of a subscription changes
 
 
 @pytest.mark.anyio
-async def test_names_of_channels_fill_no_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    """A request may name a hundred, of 200 characters each."""
+async def test_channel_names_cannot_fill_a_log_line(caplog: pytest.LogCaptureFixture) -> None:
+    """A request may name a hundred channels of 200 characters each."""
 
     def on_join(subscription: Any) -> None:
         raise LookupError
@@ -287,7 +287,7 @@ async def test_names_of_channels_fill_no_line_of_the_log(caplog: pytest.LogCaptu
 
 
 @pytest.mark.anyio
-async def test_who_cannot_be_answered_is_not_told_where_the_engine_is() -> None:
+async def test_client_is_not_told_the_address_of_the_backend() -> None:
     async def endpoint() -> None:
         raise UnavailableError("redis://user:***@10.0.0.7:6379/0 did not answer within 5 s (Connection refused)")
 
@@ -298,7 +298,7 @@ async def test_who_cannot_be_answered_is_not_told_where_the_engine_is() -> None:
 
 
 @pytest.mark.parametrize("url", ["redis://:secret@h:port/0", "nats://secret@", "redis+sentinel://u:secret@"])
-def test_a_url_that_is_none_keeps_its_password(url: str) -> None:
+def test_error_about_a_bad_url_hides_its_password(url: str) -> None:
     with pytest.raises(ValueError, match=r"redis|nats") as raised:
         Broker(url)
     assert "secret" not in str(raised.value)
@@ -306,7 +306,7 @@ def test_a_url_that_is_none_keeps_its_password(url: str) -> None:
 
 @pytest.mark.parametrize("name", ["location", "set-cookie"])
 @pytest.mark.parametrize("value", ["a\r\nb: c", "a\nb", "a\0b", "a\rb", "\u2028", "x" * 10_000 + "\n"])
-def test_a_header_that_would_inject_another_is_refused(name: str, value: str) -> None:
+def test_header_with_a_line_end_is_refused(name: str, value: str) -> None:
     for make in (
         lambda: HTTPError(302, headers={name: value}),
         lambda: EventSourceResponse([], headers={name: value}),
@@ -318,19 +318,19 @@ def test_a_header_that_would_inject_another_is_refused(name: str, value: str) ->
 
 
 @pytest.mark.parametrize("name", ["Content-Length", "Transfer-Encoding"])
-def test_the_frame_of_an_error_is_not_its_own(name: str) -> None:
+def test_http_error_cannot_set_framing_headers(name: str) -> None:
     with pytest.raises(ValueError, match="frames the body"):
         HTTPError(400, headers={name: "1"})
 
 
-def test_the_headers_of_an_error_are_a_mapping() -> None:
+def test_http_error_headers_must_be_a_mapping() -> None:
     pairs: Any = [("allow", "POST")]
     with pytest.raises(TypeError, match=r"headers must be a mapping, got \[\('allow', 'POST'\)\]"):
         HTTPError(405, headers=pairs)
 
 
 @pytest.mark.anyio
-async def test_an_error_has_one_content_type() -> None:
+async def test_http_error_has_one_content_type() -> None:
     async def endpoint() -> None:
         raise HTTPError(400, '{"why": "so"}', {"Content-Type": "application/json"})
 
@@ -350,7 +350,7 @@ async def test_an_error_has_one_content_type() -> None:
     assert [name for name, _ in seen[0]["headers"]].count(b"content-type") == 1
 
 
-def test_an_idempotency_key_is_text_that_can_be_sent() -> None:
+def test_idempotency_key_must_be_encodable_text() -> None:
     broker = Broker()
     for key in ("", "x" * 201, "\ud800", 5, b"x"):
         with pytest.raises(ValueError, match="idempotency_key="):
@@ -358,7 +358,7 @@ def test_an_idempotency_key_is_text_that_can_be_sent() -> None:
     assert broker.publish_nowait("news", "x", idempotency_key="x" * 200)
 
 
-# Apps around which the middleware is
+# Apps inside the middleware
 
 
 MESSAGES = st.sampled_from(
@@ -386,11 +386,11 @@ MESSAGES = st.sampled_from(
 
 
 class RefusedError(Exception):
-    """What a server says of a message out of order."""
+    """A server raises this for a message that ASGI does not allow here."""
 
 
 class StrictServer:
-    """Takes what ASGI allows, and raises at anything else."""
+    """A server that accepts what ASGI allows and raises at anything else."""
 
     def __init__(self) -> None:
         self.state = "start"
@@ -485,7 +485,7 @@ def test_security_md_states_the_limits_of_the_code(of: str, limit: str, value: b
 
 
 @pytest.mark.anyio
-async def test_a_body_that_nobody_reads_is_not_read_for_them() -> None:
+async def test_unread_request_body_is_read_ahead_only_a_little() -> None:
     taken, ahead = 0, []
 
     async def receive() -> Any:
@@ -508,7 +508,7 @@ async def test_a_body_that_nobody_reads_is_not_read_for_them() -> None:
     assert 0 < ahead[0] <= 65_536 + 4096
 
 
-def test_a_flood_of_idempotency_keys_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_idempotency_keys_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_IDEMPOTENCY_KEYS", 3)
     broker = Broker()
     ids = [broker.publish_nowait("news", "x", idempotency_key=f"{number}") for number in range(3)]

@@ -1,6 +1,6 @@
-"""What is fuzzed: functions of any bytes, which raise where a promise is broken.
+"""Fuzz targets: functions that take any bytes and raise if a promise is broken.
 
-test_hostile_input.py gives them what hypothesis thinks of, and fuzz/run.py what atheris finds by coverage.
+test_hostile_input.py feeds them with hypothesis, fuzz/run.py with atheris.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,25 +28,25 @@ SEPARATORS: Final = ("\n", "\r\n", "\r")
 
 
 def text(data: bytes) -> str:
-    """Any text, with lone surrogates where `data` is not UTF-8."""
+    """Decode to text, with lone surrogates where `data` is not UTF-8."""
     return data.decode("utf-8", "surrogateescape")
 
 
 def pieces(data: bytes) -> Iterator[bytes]:
-    """`data` behind its first byte, cut into pieces by that."""
+    """Cut `data` after its first byte into pieces, whose sizes the data decides."""
     start, size = 1, data[0] % 7 + 1
     while start < len(data):
         yield data[start : start + size]
         start, size = start + size, data[start] % 7 + 1
 
 
-def told(events: list[ServerSentEvent]) -> list[tuple[Any, ...]]:
-    """The events as a client sees them."""
+def seen(events: list[ServerSentEvent]) -> list[tuple[Any, ...]]:
+    """Reduce events to what a client sees."""
     return [(event.data, event.event, event.id) for event in events]
 
 
 def refused(kind: type[Exception], call: Callable[[], object]) -> str:
-    """What an error of that kind says; ``""``: there is none."""
+    """Return the message of the error that `call` raises, or ``""``."""
     try:
         call()
     except kind as exc:
@@ -55,32 +55,32 @@ def refused(kind: type[Exception], call: Callable[[], object]) -> str:
 
 
 def decoder(data: bytes) -> None:
-    """Any bytes in any chunking: the same events, ids and time as in one piece."""
+    """Bytes in any chunking decode to the same events, ids and reconnection time as in one piece."""
     whole, cut = EventDecoder(), EventDecoder()
     events = whole.feed(data[1:])
-    assert told([event for chunk in pieces(data) for event in cut.feed(chunk)]) == told(events)
+    assert seen([event for chunk in pieces(data) for event in cut.feed(chunk)]) == seen(events)
     assert (cut.last_event_id, cut.retry) == (whole.last_event_id, whole.retry)
     assert all("\r" not in (event.data or "") for event in events)
 
 
 def decoder_limit(data: bytes) -> None:
-    """With a limit: the first events of those without, in any chunking; and the documented error, for ever after."""
-    events = told(EventDecoder().feed(data[1:]))
+    """A limit yields a prefix of the events in any chunking, and then the documented error for ever."""
+    events = seen(EventDecoder().feed(data[1:]))
     outcomes = []
     for chunks in ([data[1:]], pieces(data)):
         limited = EventDecoder(max_event_bytes=data[0] + 1)
         got: list[ServerSentEvent] = []
         with suppress(InvalidEventError):
-            for chunk in (*chunks, b""):  # the last one tells of an error behind events
+            for chunk in (*chunks, b""):  # the empty chunk raises an error that came after events
                 got += limited.feed(chunk)
         error = refused(InvalidEventError, partial(limited.feed, b""))
-        assert told(got) == (events[: len(got)] if error else events)
-        outcomes.append((told(got), error))
+        assert seen(got) == (events[: len(got)] if error else events)
+        outcomes.append((seen(got), error))
     assert outcomes[0] == outcomes[1]
 
 
 def round_trip(data: bytes) -> None:
-    """What can be built is what is decoded, by each line end; what cannot is refused by the documented error."""
+    """An event that can be built decodes to itself with each line end. Any other raises the documented error."""
     parts = [text(part) for part in data.split(b"|", 4)]
     names = ("data", "event", "id", "comment", "retry")
     fields: dict[str, Any] = dict(zip(names, parts, strict=False))
@@ -100,7 +100,7 @@ def round_trip(data: bytes) -> None:
 
 
 def item(data: bytes) -> None:
-    """The short way of what sources yield most gives the bytes of the long one."""
+    """The fast path for common items encodes to the same bytes as a `ServerSentEvent`."""
     head, _, rest = data.partition(b"|")
     ident, _, kind = rest.partition(b"|")
     for value in (text(head), {"data": text(head)}, {"data": text(head), "id": text(ident), "event": text(kind)}):
@@ -113,11 +113,11 @@ def item(data: bytes) -> None:
 
 class _Nobody:
     def resume(self, source: Any) -> None:
-        raise AssertionError("nobody waits")
+        raise AssertionError("no source waits")
 
 
 def boundary(data: bytes) -> None:
-    """A comment between what is taken of foreign bytes, where that is said to be between events, changes none."""
+    """A comment inserted where a buffer reports an event boundary does not change the events."""
     buffer = SendBuffer(_Nobody())  # type: ignore[arg-type]
     sent = b""
     for chunk in pieces(data):
@@ -125,7 +125,7 @@ def boundary(data: bytes) -> None:
             sent += b": ping\n\n"
         buffer.push(chunk)
         sent += buffer.take(1_000_000)
-    assert told(EventDecoder().feed(sent)) == told(EventDecoder().feed(data[1:]))
+    assert seen(EventDecoder().feed(sent)) == seen(EventDecoder().feed(data[1:]))
 
 
 async def _nothing() -> Any:
@@ -133,7 +133,7 @@ async def _nothing() -> Any:
 
 
 def request(data: bytes) -> None:
-    """Any path, query and headers: values, or an `HTTPError`."""
+    """Any path, query and headers give values or an `HTTPError`."""
     first, _, rest = data.partition(b"|")
     second, _, third = rest.partition(b"|")
     scope = {
@@ -150,7 +150,7 @@ def request(data: bytes) -> None:
     assert all(made.headers[name] is not None for name in made.headers)
     assert made.last_event_id is None or made.last_event_id
     if made.last_event_id:
-        made.last_event_id.encode()  # and so it may stand in an answer
+        made.last_event_id.encode()  # so that it may be sent back
     for value in (*made.query.values(), *made.cookies.values()):
         value.encode()
 
@@ -162,7 +162,7 @@ _TABLE: Final = RouteTable(dict.fromkeys(("/", "/a", "/a/{b}", "/{a}/b", "/{a}/{
 
 
 def route(data: bytes) -> None:
-    """A parameter is one whole segment, which has something in it."""
+    """A route parameter is one whole, non-empty segment."""
     path = text(data)
     found = _TABLE.find(path)
     if found is not None:
@@ -176,7 +176,7 @@ def route(data: bytes) -> None:
 
 
 def names(data: bytes) -> None:
-    """A name or pattern is one, or refused by a `ValueError`; and matches by segments."""
+    """Text is a valid name or pattern, or raises `ValueError`. Patterns match by segments."""
     first, _, second = data.partition(b"|")
     pattern, name = text(first), text(second) or "a.b"
     if why := refused(ValueError, lambda: (check_pattern(pattern), check_name(name))):
@@ -200,7 +200,7 @@ def names(data: bytes) -> None:
 
 
 def ids(data: bytes) -> None:
-    """An id of this log is a place in it; any other text is a reason."""
+    """An id of this log parses to an offset, any other text to a reason."""
     log = EventLog(epoch="e")
     for number in range(data[0] % 5):
         log.append("a", ServerSentEvent("x"), float(number))
@@ -218,7 +218,7 @@ def ids(data: bytes) -> None:
 
 
 def wire_format(data: bytes) -> None:
-    """What an engine delivers is an event, or refused by the documented error."""
+    """A payload from a backend is an event or raises the documented error."""
     for payload in (
         data,
         b'{"data":' + data + b"}",
@@ -239,7 +239,7 @@ _ANY: Final = CORS("*")
 
 
 def cors(data: bytes) -> None:
-    """An origin is allowed as a whole or not at all, and what stands in the answer is what was sent."""
+    """An origin is allowed as a whole or not at all, and the response repeats it unchanged."""
     scope = {"method": "OPTIONS", "headers": [(b"Origin", data), (b"access-control-request-method", data)]}
     allowed = dict(_ONE.response_headers(scope)).get(b"access-control-allow-origin")
     assert (allowed == data) == (data.lower() in (b"https://example.com", b"null"))
@@ -249,7 +249,7 @@ def cors(data: bytes) -> None:
 
 
 def accept(data: bytes) -> None:
-    """A request that accepts events is as one that knows no compression; any other is as it came."""
+    """A request that accepts event streams loses its Accept-Encoding. Any other stays unchanged."""
     first, _, second = data.partition(b"|")
     headers = [(b"accept", first), (b"accept-encoding", second), (first, second), (b"content-encoding", second)]
     found = list(_without_accept_encoding(headers))
@@ -261,7 +261,7 @@ def accept(data: bytes) -> None:
 
 
 def logged(data: bytes) -> None:
-    """What is shown of a client's text is one short line."""
+    """Text of a client is shown as one short line."""
     for line in (
         printable(text(data)),
         short_repr(text(data)),

@@ -1,4 +1,4 @@
-"""The app that the attacks of test_hostile_http go against, in a process of its own."""
+"""The app that test_hostile_http.py attacks, in a process of its own."""
 
 import gc
 import os
@@ -47,7 +47,7 @@ async def item(request: Request) -> AsyncIterator[ServerSentEvent]:
 
 
 async def seen(request: Request) -> AsyncIterator[ServerSentEvent]:
-    """All that a request has, as an app may look at it."""
+    """Read every part of the request that an app may read."""
     yield JSONServerSentEvent(
         {
             "id": request.last_event_id,
@@ -59,7 +59,7 @@ async def seen(request: Request) -> AsyncIterator[ServerSentEvent]:
 
 
 async def inject(request: Request) -> AsyncIterator[ServerSentEvent]:
-    """Puts what it is given wherever it is asked to, as a careless app."""
+    """Put client data into any field, as a careless app does."""
     query = request.query
     try:
         if "header" in query:
