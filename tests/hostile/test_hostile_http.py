@@ -1,7 +1,8 @@
 """Hostile clients on real sockets get a clear answer or a closed connection, and other clients do not notice.
 
 The tables state what is promised. After each attack an existing client receives its next event, the process has not
-grown, and its log has no traceback. ``ASGI_SSE_HOSTILE=full`` runs every attack on every server; otherwise a sample runs.
+grown, and its log has no traceback. ``ASGI_SSE_HOSTILE=full`` runs every attack on every server, else a sample
+runs.
 """
 
 import gzip
@@ -197,7 +198,7 @@ def test_request_target_gets_its_promised_status(server: Server, target: str) ->
 
 
 def test_route_parameter_is_one_segment_with_any_content(server: Server) -> None:
-    """It has no slash, so a path built from it climbs at most one step. Its text is anything, so apps must not trust it."""
+    """It has no slash, so a path built from it climbs at most one step. Apps must not trust its text."""
     assert server.get("/items/%2e%2e").data[0] == ".."
     assert server.get("/items/%00%0d%0a").data[0] == "\0\r\n"
     assert server.get("/items/%C0%AF").data[0] == "\ufffd\ufffd"
