@@ -864,7 +864,7 @@ async def a_generator() -> AsyncIterator[str]:
         (lambda: EventSourceResponse([], headers=["ab"]), TypeError, "headers=['ab']: give a mapping, or pairs"),  # type: ignore[list-item]
         (lambda: EventSourceResponse([], headers=[("a",)]), TypeError, "pairs (name, value)"),  # type: ignore[list-item]
         (lambda: EventSourceResponse([], headers=5), TypeError, "headers=5: give a mapping"),  # type: ignore[arg-type]
-        (lambda: EventSourceResponse([], registry=True), TypeError, "registry=True is bool; give a StreamRegistry"),  # type: ignore[arg-type]
+        (lambda: EventSourceResponse([], registry=True), TypeError, "registry must be a StreamRegistry, got True"),  # type: ignore[arg-type]
         (lambda: EventSourceResponse(HTTPError(404)), TypeError, "raise the HTTPError, in place of returning it"),  # type: ignore[arg-type]
         (lambda: EventSourceResponse([], status_code=204), ValueError, "status_code=204"),
         (lambda: EventSourceResponse([], status_code=99), ValueError, "status_code=99"),
