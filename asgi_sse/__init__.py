@@ -15,8 +15,10 @@ from .protocol.decoder import EventDecoder
 from .protocol.event import JSONServerSentEvent, ServerSentEvent
 from .routing.cors import CORS
 from .routing.request import HTTPError, Request
+from .stream.counters import RegistryStatistics
+from .stream.drain import DrainReport
 from .stream.observer import Observer
-from .stream.registry import DrainReport, RegistryStatistics, StreamRegistry
+from .stream.registry import StreamRegistry
 from .stream.response import EventSourceResponse
 from .stream.stream import Stream
 

@@ -1,6 +1,6 @@
-"""Streams and brokers for OpenTelemetry: figures as metrics, and each stream on its request's own span.
+"""Streams and brokers for OpenTelemetry: metrics, and attributes of each stream on the span of its request.
 
-Needs the extra ``opentelemetry``: its API alone; which SDK is behind it, and where that sends, is the app's.
+Needs the extra ``opentelemetry``, which installs the API only. The app chooses the SDK and where it exports to.
 """
 
 from __future__ import annotations
@@ -12,9 +12,17 @@ from typing import TYPE_CHECKING, Any, Final
 from asgi_sse import __version__
 
 from .errors import raise_missing_extra
-from .metrics.instruments import DURATION, FIGURES, OF_STREAMS, Brokers, Instrument, Labels, Sampler
-from .stream.counters import DURATIONS
-from .stream.observer import EVERYWHERE, Observer
+from .metrics.instruments import (
+    INSTRUMENTS,
+    STREAM_DURATION,
+    STREAM_INSTRUMENTS,
+    Brokers,
+    Instrument,
+    Labels,
+    Sampler,
+)
+from .stream.counters import DURATION_BOUNDS_S
+from .stream.observer import Observer, process_observers
 
 try:
     from opentelemetry import context, metrics, trace
@@ -27,22 +35,23 @@ if TYPE_CHECKING:
 
     from .broker import Broker
     from .broker.backends.base import BrokerStatistics
-    from .stream.registry import RegistryStatistics, StreamRegistry
+    from .stream.counters import RegistryStatistics
+    from .stream.registry import StreamRegistry
     from .stream.stream import Stream
 
 
 class Instrumentation:
-    """What `instrument` has begun.
+    """The result of `instrument`, which can be undone.
 
     Args:
-        undo: What ends it.
+        undo: Functions that undo the instrumentation.
     """
 
     def __init__(self, undo: Iterable[Callable[[], object]]) -> None:
         self._undo = tuple(undo)
 
     def uninstrument(self) -> None:
-        """Report nothing more, and leave spans alone; those of streams that run as well."""
+        """Stop reporting metrics and setting attributes of spans, also for the streams that run. Idempotent."""
         undo, self._undo = self._undo, ()
         for step in undo:
             step()
@@ -56,118 +65,128 @@ def instrument(
     meter_provider: metrics.MeterProvider | None = None,
     message_spans: bool = False,
 ) -> Instrumentation:
-    """Report streams to OpenTelemetry: their figures as metrics, and what became of each one on its request's span.
+    """Report streams and brokers to OpenTelemetry.
 
-    A stream has no span of its own, and none for its events: the request's has attributes ``sse.events``,
-    ``sse.bytes``, ``sse.duration`` (seconds) and ``sse.close_reason``. If its source raised, its status is an error;
-    whoever made the span records the exception.
+    Statistics become metrics. A stream has no span of its own, and its events have none either. Instead, the span of
+    its request receives the attributes ``sse.events``, ``sse.bytes``, ``sse.duration`` (seconds) and
+    ``sse.close_reason``. If the source raised, the status of the span is an error. The instrumentation that created the
+    span records the exception.
 
     Args:
-        registry: Of streams. Default: all of this process.
-        broker: A broker.
-        brokers: Several, as of `metrics.Collector`.
-        meter_provider: Where metrics go. Default: the global one.
-        message_spans: Whether the instrumentation of ASGI apps may make a span of each message that a stream sends or
-            receives. By default its sampler is told, by a parent that is not sampled, to drop those. A sampler that
-            does not look at the parent, and one behind a middleware that sends from a task of its own, make them all
-            the same: then give the instrumentation ``exclude_spans=["send", "receive"]``.
+        registry: The registry of streams. Default: the sum of all registries of this process.
+        broker: One broker.
+        brokers: Several brokers, as `metrics.prometheus.Collector` takes them.
+        meter_provider: Where metrics are reported. Default: the global meter provider.
+        message_spans: Whether the ASGI instrumentation may create a span for each message that a stream sends or
+            receives. By default, these spans get a parent that is not sampled, and the sampler drops them. This does
+            not work with a sampler that ignores the parent, nor with a middleware that sends from a task of its own.
+            In these cases, pass ``exclude_spans=["send", "receive"]`` to the instrumentation.
 
     Returns:
-        What ends it.
+        An object whose method ``uninstrument`` undoes the call.
 
     Raises:
-        RuntimeError: Metrics are reported to this provider already.
-        TypeError: An argument is of a wrong kind.
+        RuntimeError: This meter provider is in use by an earlier call.
+        TypeError: An argument has the wrong type, or `broker` and `brokers` are both given.
     """
     if broker is not None and brokers:
-        raise TypeError("broker and brokers are both given; give all of them as brokers")
-    sources = Sampler(() if registry is None else (registry,), brokers if broker is None else broker)
+        raise TypeError("only one of broker and brokers can be passed; pass all brokers as brokers")
+    sampler = Sampler(() if registry is None else (registry,), brokers if broker is None else broker)
     provider = metrics.get_meter_provider() if meter_provider is None else meter_provider
     instruments = _instruments.get(provider)
     if instruments is None:
         instruments = _instruments[provider] = _Instruments(provider)
-    if instruments.sources is not None:
+    if instruments.sampler is not None:
         raise RuntimeError(
-            "metrics are reported to this meter provider already; uninstrument() what reports them first"
+            "a meter provider can report one instrumentation, and this one is in use; call uninstrument() of the first"
         )
-    instruments.sources = sources
-    observer = _Spans(instruments, quiet=not message_spans)
-    stop_observing = EVERYWHERE.add(observer) if registry is None else registry.observe(observer)
-    return Instrumentation([stop_observing, instruments.rest])
+    instruments.sampler = sampler
+    observer = _SpanObserver(instruments, message_spans=message_spans)
+    stop_observing = process_observers.add(observer) if registry is None else registry.observe(observer)
+    return Instrumentation([stop_observing, instruments.pause])
 
 
 class _Instruments:
-    """Those of one meter provider. The API has no way to remove one, so they stay, and observe nothing meanwhile."""
+    """The instruments of one meter provider. The API cannot remove instruments, so they stay and can be paused."""
 
     def __init__(self, provider: metrics.MeterProvider) -> None:
-        self.sources: Sampler | None = None
+        self.sampler: Sampler | None = None
         self._streams: list[tuple[Labels, RegistryStatistics]] = []
         self._brokers: list[tuple[Labels, BrokerStatistics]] = []
-        self._seen = set(FIGURES)  # of those statistics
+        self._observed = set(INSTRUMENTS)  # since these statistics were read
         meter = metrics.get_meter("asgi_sse", __version__, provider)
-        make: dict[str, Callable[..., object]] = {
+        create: dict[str, Callable[..., object]] = {
             "counter": meter.create_observable_counter,
-            "gauge": meter.create_observable_up_down_counter,
-            "state": meter.create_observable_gauge,
+            "up_down_counter": meter.create_observable_up_down_counter,
+            "gauge": meter.create_observable_gauge,
         }
-        for figure in FIGURES:
-            make[figure.kind](
-                figure.semantic, [partial(self._observe, figure)], unit=figure.unit, description=figure.about
+        for instrument in INSTRUMENTS:
+            create[instrument.kind](
+                instrument.otel_name,
+                [partial(self._observe, instrument)],
+                unit=instrument.unit,
+                description=instrument.description,
             )
         self.durations: metrics.Histogram = _histogram(meter)
 
-    def rest(self) -> None:
-        """Observe nothing from now on."""
-        self.sources = None
-        self._seen.update(FIGURES)
+    def pause(self) -> None:
+        """Observe nothing until a sampler is set."""
+        self.sampler = None
+        self._observed.update(INSTRUMENTS)
 
-    def _observe(self, figure: Instrument, _: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
-        sources = self.sources
-        if sources is not None:
-            if figure in self._seen:  # once for all figures: who collects them asks for each, one after the other
-                self._seen.clear()
-                self._streams, self._brokers = sources.streams(), sources.brokers()
-            self._seen.add(figure)
-            for labels, value in sources.values(figure, self._streams if figure in OF_STREAMS else self._brokers):
-                yield metrics.Observation(value, {_SEMANTIC.get(name, f"sse.{name}"): labels[name] for name in labels})
+    def _observe(self, instrument: Instrument, _: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
+        sampler = self.sampler
+        if sampler is not None:
+            # A collection observes one instrument after the other. The statistics are read once for all of them, when
+            # an instrument is observed for the second time.
+            if instrument in self._observed:
+                self._observed.clear()
+                self._streams, self._brokers = sampler.streams(), sampler.brokers()
+            self._observed.add(instrument)
+            statistics = self._streams if instrument in STREAM_INSTRUMENTS else self._brokers
+            for labels, value in sampler.values(instrument, statistics):
+                attributes = {_ATTRIBUTES.get(name, f"sse.{name}"): labels[name] for name in labels}
+                yield metrics.Observation(value, attributes)
 
 
-_SEMANTIC: Final = {"reason": "sse.close_reason", "kind": "sse.compression", "state": "sse.broker.state"}
+_ATTRIBUTES: Final = {"reason": "sse.close_reason", "kind": "sse.compression", "state": "sse.broker.state"}
 _instruments: Final[weakref.WeakKeyDictionary[metrics.MeterProvider, _Instruments]] = weakref.WeakKeyDictionary()
 
 
 def _histogram(meter: metrics.Meter) -> metrics.Histogram:
-    about: dict[str, Any] = {"unit": DURATION.unit, "description": DURATION.about}
-    return meter.create_histogram(DURATION.semantic, **about, explicit_bucket_boundaries_advisory=DURATIONS)
+    options: dict[str, Any] = {"unit": STREAM_DURATION.unit, "description": STREAM_DURATION.description}
+    return meter.create_histogram(
+        STREAM_DURATION.otel_name, **options, explicit_bucket_boundaries_advisory=DURATION_BOUNDS_S
+    )
 
 
-class _Spans(Observer):
-    """Tells the request's span what became of the stream that answers it."""
+class _SpanObserver(Observer):
+    """Sets the attributes of the request's span, and records the duration of each stream."""
 
-    def __init__(self, instruments: _Instruments, *, quiet: bool) -> None:
+    def __init__(self, instruments: _Instruments, *, message_spans: bool) -> None:
         self._instruments = instruments
-        self._quiet = quiet
+        self._message_spans = message_spans
 
     def begun(self, stream: Stream) -> None:
-        """See `Observer`."""
+        """Hide the spans of messages."""
         span = trace.get_current_span()
-        if self._quiet and span.is_recording():
+        if not self._message_spans and span.is_recording():
             stream.talk_within(partial(_NotSampled, span.get_span_context()))
 
     def ending(self, stream: Stream) -> None:
-        """See `Observer`: behind the last message, the span is over."""
-        _describe(stream)
+        """Set the attributes now, since the span ends with the last message."""
+        _set_attributes(stream)
 
     def ended(self, stream: Stream) -> None:
-        """See `Observer`."""
-        _describe(stream)
+        """Set the attributes of a span that is still open, and record the duration."""
+        _set_attributes(stream)
         self._instruments.durations.record(stream.age, {"sse.close_reason": str(stream.reason)})
 
 
 class _NotSampled:
-    """Puts in place of a span one that has its ids, and asks for no spans below it.
+    """A context in which the current span has the same ids, but is not sampled, and thus asks for no child spans.
 
-    Not a generator: where it is never left, that would be closed in a context which is not its own.
+    This is not a generator: one that is never exited would be closed in a context that is not its own.
     """
 
     def __init__(self, span: trace.SpanContext) -> None:
@@ -183,7 +202,7 @@ class _NotSampled:
             context.detach(self._token)
 
 
-def _describe(stream: Stream) -> None:
+def _set_attributes(stream: Stream) -> None:
     span = trace.get_current_span()
     if span.is_recording():
         span.set_attributes(
@@ -194,5 +213,5 @@ def _describe(stream: Stream) -> None:
                 "sse.close_reason": str(stream.reason),
             }
         )
-        if stream.reason == "failed":  # a middleware between may keep the error from who has made the span
+        if stream.reason == "failed":  # a middleware may have kept the error from the instrumentation
             span.set_status(trace.StatusCode.ERROR)

@@ -7,8 +7,8 @@ import anyio
 import pytest
 
 from asgi_sse import Broker, EventSourceResponse, Request, SSEMiddleware, StreamRegistry, create_app
-from asgi_sse.metrics.instruments import DURATION, FIGURES, OF_BROKERS, OF_STREAMS
-from asgi_sse.stream.registry import RegistryStatistics
+from asgi_sse.metrics.instruments import BROKER_INSTRUMENTS, INSTRUMENTS, STREAM_DURATION, STREAM_INSTRUMENTS
+from asgi_sse.stream.counters import RegistryStatistics
 from asgi_sse.testing import open_stream
 
 pytest.importorskip("opentelemetry.instrumentation.asgi")
@@ -277,7 +277,7 @@ async def test_metrics(telemetry: Telemetry, registry: StreamRegistry) -> None:
     async with open_stream(app, "/idle") as stream:
         await stream.receive()
         metrics = telemetry.metrics()
-        assert metrics.keys() == {figure.semantic for figure in (*FIGURES, DURATION)}
+        assert metrics.keys() == {instrument.otel_name for instrument in (*INSTRUMENTS, STREAM_DURATION)}
         assert metrics["sse.server.active_streams"][()].value == 1
         assert metrics["sse.server.opened_streams"][()].value == 2
         assert metrics["sse.server.events"][()].value == 6
@@ -293,7 +293,7 @@ async def test_metrics(telemetry: Telemetry, registry: StreamRegistry) -> None:
         broker.publish_nowait("news", "x")
         assert telemetry.value("sse.broker.subscriptions") == 1
         assert telemetry.value("sse.broker.published") == 1
-    with pytest.raises(RuntimeError, match="reported to this meter provider already"):
+    with pytest.raises(RuntimeError, match="a meter provider can report one instrumentation"):
         instrument(registry, meter_provider=telemetry.meter_provider)
     instrumentation.uninstrument()
     assert telemetry.metrics().keys() <= {"sse.server.stream_duration"}
@@ -335,16 +335,16 @@ async def test_one_collection_reads_the_streams_once(telemetry: Telemetry) -> No
 
 
 def test_wrong_arguments(telemetry: Telemetry) -> None:
-    with pytest.raises(TypeError, match="both given"):
+    with pytest.raises(TypeError, match="only one of broker and brokers"):
         instrument(broker=Broker(), brokers=[Broker()], meter_provider=telemetry.meter_provider)
-    with pytest.raises(TypeError, match="'x' is no registry"):
+    with pytest.raises(TypeError, match="registry must be a StreamRegistry, got 'x'"):
         instrument("x", meter_provider=telemetry.meter_provider)  # type: ignore[arg-type]
     instrument(StreamRegistry(), meter_provider=telemetry.meter_provider).uninstrument()
 
 
 def test_names_by_convention() -> None:
-    names = [figure.semantic for figure in (*FIGURES, DURATION)]
+    names = [instrument.otel_name for instrument in (*INSTRUMENTS, STREAM_DURATION)]
     assert len(set(names)) == len(names)
-    assert all(figure.semantic.startswith("sse.server.") for figure in OF_STREAMS)
-    assert all(figure.semantic.startswith("sse.broker.") for figure in OF_BROKERS)
+    assert all(instrument.otel_name.startswith("sse.server.") for instrument in STREAM_INSTRUMENTS)
+    assert all(instrument.otel_name.startswith("sse.broker.") for instrument in BROKER_INSTRUMENTS)
     assert not any(name.endswith(("_total", "_seconds", "_bytes")) for name in names)  # units have a place of their own

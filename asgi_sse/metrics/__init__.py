@@ -1,1 +1,1 @@
-"""What can be measured, and its export to Prometheus (`asgi_sse.metrics.prometheus`)."""
+"""Instruments of streams and brokers, and their export to Prometheus (`asgi_sse.metrics.prometheus`)."""

@@ -1,4 +1,4 @@
-"""`Observer`: sees streams come and go, for who counts, traces or shows them."""
+"""`Observer`: hooks that are called as streams begin and end, for metrics, traces and dashboards."""
 
 import logging
 import threading
@@ -13,65 +13,73 @@ logger = logging.getLogger(__name__)
 
 
 class Observer:
-    """Is told of streams. What it does not care for, it leaves as it is; what it raises is logged.
+    """Hooks of a stream. Override the ones that you need; exceptions are logged.
 
-    Of a stream that an app sends by itself, the task is one of its own, with a copy of its request's context.
+    The hooks run in the context of the stream's request. If the stream was adopted, they run in a task of the stream,
+    with a copy of that context.
     """
 
     def begun(self, stream: Stream) -> None:
-        """In the task and the context of its request, before its source runs."""
+        """Called in the request's task, before the source runs."""
 
     def ending(self, stream: Stream) -> None:
-        """Its last message is about to be sent, and ``reason`` says why.
+        """Called before the last message is sent. ``stream.reason`` says why the stream ends.
 
-        In the context of its request, but not in its task. Behind that message a server takes the request to be over,
-        and so do middlewares around the app. A body that stays cut has no such message.
+        Called in the context of the request, but not in its task. The server, and each middleware around the app,
+        treat the request as finished after that message. A body that stays cut has no last message.
         """
 
     def ended(self, stream: Stream) -> None:
-        """It has ended, and its source is cleaned up or left behind. In the task and the context of its request.
+        """Called in the request's task, when the source is cleaned up or abandoned.
 
-        One whose event loop was closed under it ends where that is found out, and has lasted 0 seconds.
+        If the event loop was closed under the stream, the hook is called when that is noticed, and the stream has an
+        ``age`` of 0 seconds.
         """
 
 
-class Observers:
-    """Those of one registry, or of all."""
+class ObserverList:
+    """The observers of one registry, or of all registries of the process."""
 
-    __slots__ = ("_lock", "all")
+    __slots__ = ("_lock", "observers")
 
     def __init__(self) -> None:
-        self.all: tuple[Observer, ...] = ()  # replaced, and never changed: other threads look at it
-        self._lock = threading.Lock()  # for who replaces it
+        self.observers: tuple[Observer, ...] = ()  # replaced, never changed, since other threads iterate over it
+        self._lock = threading.Lock()  # held while the tuple is replaced
 
     def add(self, observer: Observer) -> Callable[[], None]:
-        """Tell `observer` from now on; until what is given is called."""
+        """Add `observer` and return a function that removes it."""
         with self._lock:
-            self.all = (*self.all, observer)
+            self.observers = (*self.observers, observer)
         removed = False
 
         def remove() -> None:
             nonlocal removed
             with self._lock:
-                if not removed:  # once: it may have been added again
+                if not removed:  # a second call must not remove another registration of the same observer
                     removed = True
-                    known = list(self.all)
-                    known.remove(observer)
-                    self.all = tuple(known)
+                    remaining = list(self.observers)
+                    remaining.remove(observer)
+                    self.observers = tuple(remaining)
 
         return remove
 
-    def tell(self, what: Literal["begun", "ending", "ended"], stream: Stream) -> None:
-        """Call that method of each, here and `EVERYWHERE`."""
-        for observer in (*EVERYWHERE.all, *self.all):
+    def call(self, hook: Literal["begun", "ending", "ended"], stream: Stream) -> None:
+        """Call `hook` of the observers of the process, then of the observers of this list."""
+        for observer in (*process_observers.observers, *self.observers):
             try:
-                getattr(observer, what)(stream)
+                getattr(observer, hook)(stream)
             except Exception:
-                logger.exception("%r raised, of %r", observer, stream, extra={"sse_path": printable(stream.path)})
+                logger.exception(
+                    "observer %r raised in %s of %r", observer, hook, stream, extra={"sse_path": printable(stream.path)}
+                )
 
 
-class Told(Observer):
-    """Calls a function with each stream that has ended."""
+class EndedCallback(Observer):
+    """Calls a function with each stream that has ended.
+
+    Args:
+        function: Called with the stream.
+    """
 
     def __init__(self, function: Callable[[Stream], object]) -> None:
         self._function = function
@@ -80,9 +88,9 @@ class Told(Observer):
         return repr(self._function)
 
     def ended(self, stream: Stream) -> None:
-        """See `Observer`."""
+        """Call the function."""
         self._function(stream)
 
 
-EVERYWHERE: Final = Observers()
-"""Those of all registries of this process."""
+process_observers: Final = ObserverList()
+"""The observers of every registry of this process."""

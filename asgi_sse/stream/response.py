@@ -259,7 +259,7 @@ class EventSourceResponse:
         if defaults is None or defaults.watch:
             registry.watch(server)
         if registry.is_draining(server):  # a 503 would stop a browser's EventSource for good
-            farewell = ServerSentEvent(retry=registry.farewell_retry()).encode(options.sep)
+            farewell = ServerSentEvent(retry=registry.reconnection_time()).encode(options.sep)
             return _send_at_once(send, head, farewell, options.send_timeout, source)
         responder = scope.get(RESPONDER_KEY)
         if pull_source is not None:

@@ -17,7 +17,7 @@ from typing import Any, Final
 import anyio
 
 from asgi_sse.protocol.validation import check_number
-from asgi_sse.stream.observer import EVERYWHERE, Observer
+from asgi_sse.stream.observer import Observer, process_observers
 from asgi_sse.stream.stream import Stream
 
 from .clock import inside_of, real_deadline, virtual_time
@@ -159,7 +159,7 @@ class Guard:
 
     def __enter__(self) -> None:
         self._before = set(open_streams)
-        self._stop_observing = EVERYWHERE.add(self._begun)
+        self._stop_observing = process_observers.add(self._begun)
         self._set_alarm()
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:

@@ -805,7 +805,7 @@ async def test_a_websocket_is_denied_with_a_stream() -> None:
         ({"max_lifetime": "long"}, TypeError, "max_lifetime='long' is str"),
         ({"on_error": 1}, TypeError, "on_error=1 is not callable"),
         ({"headers": {"x": "a\r\ny: b"}}, ValueError, "would inject headers"),
-        ({"registry": True}, TypeError, "registry=True is bool; give a StreamRegistry"),
+        ({"registry": True}, TypeError, "registry must be a StreamRegistry, got True"),
     ],
 )
 def test_a_wrong_argument_is_told_at_once(arguments: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -25,7 +25,7 @@ from serving import running
 
 from asgi_sse import Broker, EventSourceResponse, SSEMiddleware, StreamRegistry, create_app
 from asgi_sse.metrics.prometheus import Collector, MetricsEndpoint
-from asgi_sse.stream.registry import RegistryStatistics
+from asgi_sse.stream.counters import RegistryStatistics
 from asgi_sse.testing import open_stream
 
 pytestmark = pytest.mark.anyio
@@ -366,16 +366,16 @@ async def test_the_endpoint_in_frameworks() -> None:
 
 
 def test_wrong_arguments() -> None:
-    with pytest.raises(TypeError, match="'x' is no registry; give a StreamRegistry"):
+    with pytest.raises(TypeError, match="registry must be a StreamRegistry, got 'x'; pass one"):
         Collector("x")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="is no registry; give a StreamRegistry"):
+    with pytest.raises(TypeError, match="registry must be a StreamRegistry, got"):
         Collector([StreamRegistry()])  # type: ignore[arg-type]
     for brokers in (["x"], [["x"]], {"a": "x"}, "x", 5, None):
-        with pytest.raises(TypeError, match=r"brokers: .* is none; give a Broker"):
+        with pytest.raises(TypeError, match=r"brokers must be Broker instances, got .*; pass one or several"):
             Collector(brokers=brokers)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="both given"):
+    with pytest.raises(TypeError, match="only one of broker and brokers"):
         MetricsEndpoint(broker=Broker(), brokers=[Broker()])
-    with pytest.raises(TypeError, match="collector_registry='x' is none"):
+    with pytest.raises(TypeError, match="collector_registry must be a CollectorRegistry, got 'x'"):
         MetricsEndpoint(collector_registry="x")  # type: ignore[arg-type]
 
 

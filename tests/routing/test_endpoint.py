@@ -672,7 +672,7 @@ async def a_coroutine() -> None:
         (lambda: create_app({}, ping=-5), ValueError, "ping=-5"),
         (lambda: create_app({}, drain_timeout=3), TypeError, "registry=StreamRegistry(drain_timeout=3)"),
         (lambda: create_app({}, drain_retry=(1, 2)), TypeError, "registry=StreamRegistry(drain_retry=(1, 2))"),
-        (lambda: create_app({}, registry=True), TypeError, "registry=True is bool; give a StreamRegistry"),
+        (lambda: create_app({}, registry=True), TypeError, "registry must be a StreamRegistry, got True"),
         (lambda: create_app({"/a/<int:id>": ticks}), ValueError, "such as '/{name}', got '<int:id>'"),
         (lambda: create_app([("/", ticks)]), TypeError, "routes must be a mapping, got [('/', "),  # type: ignore[arg-type]
         (lambda: create_app({"/{id:int}": ticks}), ValueError, "there are no converters"),

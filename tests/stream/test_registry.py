@@ -183,7 +183,7 @@ def test_what_several_threads_count_is_counted() -> None:
     def count() -> None:
         for _ in range(20_000):
             registry.count_compressed("held")
-            counters.ended("finished", 2.0, 3, 4)
+            counters.count_closed("finished", 2.0, 3, 4)
 
     threads = [threading.Thread(target=count) for _ in range(4)]
     interval = sys.getswitchinterval()
@@ -508,7 +508,7 @@ def test_a_drain_timeout_that_is_out_of_range(timeout: float) -> None:
     "retry", [(5, 1), (-1, 5), (0.5, 5), (1, 5.0), 3000, None, "12", (1000,), (1, 2, 3), (False, 5), (0, True)]
 )
 def test_a_drain_retry_that_is_no_range(retry: Any) -> None:
-    told = f"drain_retry={retry!r} is no range; give two whole milliseconds, the lower first, as (1000, 5000)"
+    told = f"drain_retry must be two whole numbers of milliseconds, the lower first, got {retry!r}; pass a range"
     with pytest.raises(ValueError, match=re.escape(told)):
         StreamRegistry(drain_retry=retry)
 

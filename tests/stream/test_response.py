@@ -880,7 +880,7 @@ async def a_generator() -> AsyncIterator[str]:
             TypeError,
             "headers must be a mapping or pairs (name, value), got 5",
         ),
-        (lambda: EventSourceResponse([], registry=True), TypeError, "registry=True is bool; give a StreamRegistry"),  # type: ignore[arg-type]
+        (lambda: EventSourceResponse([], registry=True), TypeError, "registry must be a StreamRegistry, got True"),  # type: ignore[arg-type]
         (lambda: EventSourceResponse(HTTPError(404)), TypeError, "raise the HTTPError, in place of returning it"),  # type: ignore[arg-type]
         (lambda: EventSourceResponse([], status_code=204), ValueError, "status_code=204"),
         (lambda: EventSourceResponse([], status_code=99), ValueError, "status_code=99"),
