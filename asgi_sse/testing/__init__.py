@@ -1,12 +1,13 @@
-"""Tests of event streams, in-process, on asyncio and trio: no server, no port, no thread.
+"""In-process tests of event streams, on asyncio and trio, without a server, a port or a thread.
 
-httpx's ``ASGITransport`` and Starlette's ``TestClient`` run an app to its end before they give its
-response, and so hang on an endless stream; here the app runs beside the test.
+httpx's ``ASGITransport`` and Starlette's ``TestClient`` return a response only after the app has returned. So they hang
+on an endless stream. Here the app runs beside the test.
 """
 
 from .clock import VirtualTimeLoop, virtual_time
+from .matching import assert_event
 from .server import RunningApp, running
-from .stream import OpenStream, assert_event, open_stream
+from .stream import OpenStream, open_stream
 from .transport import StreamingASGITransport
 
 __all__ = [

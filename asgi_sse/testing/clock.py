@@ -1,7 +1,7 @@
-"""Time that passes at once: a test of keep-alives or of an hour's timeout takes milliseconds.
+"""Virtual time: a test of keep-alives or of an hour's timeout takes milliseconds.
 
-Not for sockets, threads and subprocesses: while they work the loop has nothing to do, and jumps to the next
-timeout. So a synchronous source is not for it either.
+Not for tests with sockets, threads or subprocesses. While those work, the event loop has nothing to do, so its clock
+jumps to the next timeout. A synchronous source runs in a thread, so it needs real time as well.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ _T = TypeVar("_T")
 
 
 class _JumpingSelector(selectors.DefaultSelector):
-    """Instead of sleeping until a timer is due, moves the clock to it."""
+    """A selector that moves the clock to the next timer instead of sleeping until then."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,16 +33,16 @@ class _JumpingSelector(selectors.DefaultSelector):
         ready = super().select(0)
         if ready or timeout == 0:
             return ready
-        if timeout is None:  # nothing will ever happen but what comes from outside
+        if timeout is None:  # no timer is set: only another thread or a socket can wake the loop
             return super().select(None)
         self.now += timeout
         return []
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """An event loop of asyncio in which an hour's timeout takes no time.
+    """An asyncio event loop in which an hour's timeout takes no time.
 
-    For ``asyncio.Runner(loop_factory=VirtualTimeLoop)`` and the ``backend_options`` of anyio. trio has
+    Pass it to ``asyncio.Runner(loop_factory=VirtualTimeLoop)`` or to anyio's ``backend_options``. On trio, use
     ``trio.testing.MockClock(autojump_threshold=0)``.
     """
 
@@ -51,7 +51,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         super().__init__(self._virtual)
 
     def time(self) -> float:
-        """The virtual time in seconds, from 0."""
+        """Return the virtual time in seconds. It starts at 0."""
         return self._virtual.now
 
 
@@ -64,28 +64,33 @@ def virtual_time(*, backend: str = ...) -> Callable[[Callable[_P, Awaitable[_T]]
 
 
 def virtual_time(test: Callable[..., Awaitable[Any]] | None = None, /, *, backend: str = "asyncio") -> Any:
-    """Make of an async test a synchronous one, which runs in an event loop of its own with virtual time.
+    """Turn an async test into a synchronous one that runs in its own event loop with virtual time.
 
-    So it needs no plugin of pytest, and works beside any; its fixtures are synchronous ones.
+    So the test needs no pytest plugin and works beside any. Its fixtures must be synchronous.
 
     Args:
-        test: The test: a coroutine function. Left out, what is given is the decorator.
-        backend: ``"asyncio"`` or ``"trio"``.
+        test: The test, a coroutine function. Leave it out to pass `backend`.
+        backend: ``"asyncio"`` or ``"trio"``. Default: ``"asyncio"``.
+
+    Returns:
+        The synchronous test, or a decorator if you left out `test`.
 
     Raises:
-        TypeError: `test` is no coroutine function.
-        ValueError: `backend` is none.
+        TypeError: `test` is not a coroutine function.
+        ValueError: `backend` is unknown.
     """
     if backend not in ("asyncio", "trio"):
-        raise ValueError(f"backend={backend!r} is none; give 'asyncio' or 'trio'")
+        raise ValueError(f"backend must be 'asyncio' or 'trio', got {backend!r}")
     if test is None:
-        return partial(_synchronous, backend=backend)
-    return _synchronous(test, backend=backend)
+        return partial(_make_synchronous, backend=backend)
+    return _make_synchronous(test, backend=backend)
 
 
-def _synchronous(test: Callable[..., Awaitable[Any]], *, backend: str) -> Callable[..., Any]:
+def _make_synchronous(test: Callable[..., Awaitable[Any]], *, backend: str) -> Callable[..., Any]:
     if not iscoroutinefunction(test):
-        raise TypeError(f"{short_repr(test)} is no coroutine function; write virtual_time right above an async def")
+        raise TypeError(
+            f"test must be a coroutine function, got {short_repr(test)}; write virtual_time right above an async def"
+        )
 
     @wraps(test)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -96,13 +101,13 @@ def _synchronous(test: Callable[..., Awaitable[Any]], *, backend: str) -> Callab
             options = {"clock": MockClock(autojump_threshold=0)}
         return anyio.run(partial(test, *args, **kwargs), backend=backend, backend_options=options)
 
-    run.in_virtual_time = (test, backend)  # type: ignore[attr-defined]
+    run.asgi_sse_virtual_time = (test, backend)  # type: ignore[attr-defined]  # for `unwrap_virtual_time`
     return run
 
 
-def inside_of(test: Any) -> tuple[Callable[..., Awaitable[Any]], str] | None:
-    """The coroutine function, and the backend, of a test that `virtual_time` has made synchronous."""
-    found: tuple[Callable[..., Awaitable[Any]], str] | None = getattr(test, "in_virtual_time", None)
+def unwrap_virtual_time(test: Any) -> tuple[Callable[..., Awaitable[Any]], str] | None:
+    """Return the coroutine function and the backend that `virtual_time` was given, or ``None`` for another test."""
+    found: tuple[Callable[..., Awaitable[Any]], str] | None = getattr(test, "asgi_sse_virtual_time", None)
     if found is None or not hasattr(test, "__self__"):
         return found
     return partial(found[0], test.__self__), found[1]  # a method
@@ -110,10 +115,13 @@ def inside_of(test: Any) -> tuple[Callable[..., Awaitable[Any]], str] | None:
 
 @contextmanager
 def real_deadline(seconds: float, expired: Callable[[], object] | None = None) -> Iterator[anyio.CancelScope]:
-    """Cancel the block when so many seconds have really passed, whatever the clock of the event loop says.
+    """Cancel the block after `seconds` of real time, whatever the clock of the event loop says.
 
-    For what has to end: on a virtual clock, a timeout of the loop's own would be over before a thread has begun.
-    `expired` is called first, in the event loop.
+    A timeout of the event loop does not do: on a virtual clock it would expire before a thread has started.
+
+    Args:
+        seconds: The real time that the block may take.
+        expired: A function to call in the event loop before the block is cancelled.
     """
     loop, scope = current_loop(), anyio.CancelScope()
 

@@ -1,17 +1,10 @@
-"""What the plugin of pytest does around one test: it bounds it in real time, and finds the streams that it leaves."""
+"""`Guard`: what the pytest plugin puts around one test, to limit its real time and to find streams left open."""
 
-import _weakrefset
-import asyncio
-import signal
-import sys
-import threading
 import time
-import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
 from inspect import iscoroutinefunction
-from types import FrameType
 from typing import Any, Final
 
 import anyio
@@ -20,59 +13,45 @@ from asgi_sse.protocol.validation import check_number
 from asgi_sse.stream.observer import Observer, process_observers
 from asgi_sse.stream.stream import Stream
 
-from .clock import inside_of, real_deadline, virtual_time
-from .stream import PATIENCE, OpenStream, open_streams
+from .clock import unwrap_virtual_time, virtual_time
+from .interrupter import Expired, Interrupter
+from .request import AppRequest, open_requests
 
-_GRACE: Final = 1.0
+_LEAK_GRACE_S: Final = 1.0
 """Seconds that streams have to end after the test, whose clients have just left."""
 
-_AGAIN: Final = 5.0
-"""Seconds after which a test is interrupted again, if the first one was lost, as in an ``except`` of its own."""
-
-_TURN: Final = 1.0
-"""Seconds that an event loop has for the turn in which it is interrupted. One that takes longer is blocked."""
-
-_STEP: Final = 0.01
-
-_POSTPONED: Final = 200
-"""Steps for which an interruption waits for the end of a destructor, which may hang as well."""
-
-_OF_WEAK_REFERENCES: Final = frozenset({weakref.__file__, _weakrefset.__file__})
+_POLL_INTERVAL_S: Final = 0.01
 
 _HINT: Final = (
-    "If it waits for a response: httpx's ASGITransport and Starlette's TestClient give none until the app has "
+    "If it waits for a response: httpx's ASGITransport and Starlette's TestClient return none until the app has "
     "returned; use open_stream() or StreamingASGITransport of asgi_sse.testing"
 )
 
 
-class _Expired(KeyboardInterrupt):
-    """The test takes too long. Out of a callback, asyncio lets these alone pass."""
-
-
-class _Begun(Observer):
-    """Notes each stream that begins."""
+class _BegunStreams(Observer):
+    """Records every stream that begins."""
 
     def __init__(self) -> None:
         self.streams: list[Stream] = []
 
     def begun(self, stream: Stream) -> None:
-        """See `Observer`."""
+        """Record the stream."""
         self.streams.append(stream)
 
 
 class Guard:
-    """Around one test. An async one is cancelled, so that its clean-up runs; any other is interrupted by SIGALRM.
+    """Ends one test after `timeout` and reports the streams that are open then or left at its end.
 
     Args:
-        timeout: Seconds of real time; ``None``: any time.
-        leaks: Whether a stream that is left running is a failure.
+        timeout: Seconds of real time for the test; ``None`` means no limit. Default: 10.
+        leaks: Whether a stream that is left open is a failure. Default: True.
 
     Attributes:
-        failure: What is wrong, if anything is.
+        failure: The text of the failure, or an empty string.
 
     Raises:
-        TypeError: `timeout` is no number.
-        ValueError: It is not more than 0.
+        TypeError: `timeout` is not a number.
+        ValueError: `timeout` is not more than 0.
     """
 
     def __init__(self, timeout: float | None = 10.0, *, leaks: bool = True) -> None:
@@ -80,188 +59,94 @@ class Guard:
         self.failure = ""
         self._timeout = timeout
         self._leaks = leaks
-        self._around = False
-        self._has_deadline = False  # which its event loop knows of
-        self._alarm: Any = None
-        self._in_loop = False  # its event loop is to end it
-        self._patient = False  # with its clean-up
-        self._postponed = 0
-        self._interrupted = False
-        self._over = False
-        self._begun = _Begun()
-        self._before: set[OpenStream] = set()
+        self._interrupter = Interrupter(timeout, self._report_timeout)
+        self._checks_in_loop = False
+        self._begun = _BegunStreams()
+        self._open_before: set[AppRequest] = set()
         self._stop_observing: Callable[[], None] | None = None
 
     @staticmethod
-    def takes(test: Any) -> bool:
-        """Whether `around` can be put around it: a test of hypothesis is called many times by another function."""
-        return (iscoroutinefunction(test) or inside_of(test) is not None) and not hasattr(test, "hypothesis")
+    def can_wrap(test: Any) -> bool:
+        """Return whether `wrap` works for `test`. Hypothesis calls its tests many times, from a function of its own."""
+        return (iscoroutinefunction(test) or unwrap_virtual_time(test) is not None) and not hasattr(test, "hypothesis")
 
-    def around(self, test: Callable[..., Any]) -> Callable[..., Any]:
-        """The test with its timeout, and the look at what it leaves, in its own event loop."""
-        self._around = True
-        virtual = inside_of(test)
+    def wrap(self, test: Callable[..., Any]) -> Callable[..., Any]:
+        """Return an async test with its timeout and its check for leaks in its own event loop."""
+        self._checks_in_loop = True
+        virtual = unwrap_virtual_time(test)
         if virtual is None:
-            return self._guarded(test)
-        inner, backend = virtual
-        return virtual_time(backend=backend)(self._guarded(inner))
+            return self._wrap_async(test)
+        coroutine_function, backend = virtual
+        return virtual_time(backend=backend)(self._wrap_async(coroutine_function))
 
-    def _guarded(self, test: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[None]]:
-        bounded = self._bounded(test)
+    def _wrap_async(self, test: Callable[..., Any]) -> Callable[..., Any]:
+        bounded = self._interrupter.bound(test)
 
         @wraps(test)
         async def guarded(*args: Any, **kwargs: Any) -> None:
             await bounded(*args, **kwargs)
-            with anyio.move_on_after(_GRACE):
-                while self._left():  # noqa: ASYNC110 (nobody tells of an end in another thread)
-                    await anyio.sleep(_STEP)
-            self._check()
+            with anyio.move_on_after(_LEAK_GRACE_S):
+                while self._has_leaks():  # noqa: ASYNC110 (a stream may end in another thread)
+                    await anyio.sleep(_POLL_INTERVAL_S)
+            self._report_leaks()
 
         return guarded
 
-    def _bounded(self, test: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[None]]:
-        self._has_deadline = self._timeout is not None
+    def wrap_unittest(self, test: Callable[..., Any], fail: Callable[[str], object]) -> Callable[..., Any]:
+        """Return a test of unittest with its timeout.
 
-        @wraps(test)
-        async def bounded(*args: Any, **kwargs: Any) -> None:
-            try:
-                if self._timeout is None:
-                    await test(*args, **kwargs)
-                else:
-                    with real_deadline(self._timeout, self._expired):
-                        await test(*args, **kwargs)
-            except* _Expired:  # out of its task, it would end the event loop, which other tests may run in too
-                pass
-
-        return bounded
-
-    def in_unittest(self, test: Callable[..., Any], fail: Callable[[str], object]) -> Callable[..., Any]:
-        """The test with its timeout, which calls `fail`: behind a KeyboardInterrupt, unittest does not clean up."""
+        It calls `fail` in place of raising, because unittest runs no clean-up after a KeyboardInterrupt.
+        """
         if iscoroutinefunction(test):
-            bounded = self._bounded(test)
+            bounded = self._interrupter.bound(test)
 
             @wraps(test)
-            async def fails_async() -> None:
+            async def guarded_async() -> None:
                 await bounded()
                 if self.failure:
                     fail(self.failure)
 
-            return fails_async
+            return guarded_async
 
         @wraps(test)
-        def fails() -> None:
-            with suppress(_Expired):
+        def guarded() -> None:
+            with suppress(Expired):
                 test()
             if self.failure:
                 fail(self.failure)
 
-        return fails
+        return guarded
 
     def __enter__(self) -> None:
-        self._before = set(open_streams)
+        self._open_before = set(open_requests)
         self._stop_observing = process_observers.add(self._begun)
-        self._set_alarm()
+        self._interrupter.start()
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        self._over = True  # also for what a loop, which more tests run in, has not called yet
-        if self._alarm is not None:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, self._alarm)
+        self._interrupter.stop()
         if self._stop_observing is not None:
             self._stop_observing()
-        if kind is None and not self._around:
-            ends = time.monotonic() + _GRACE
-            while self._left() and time.monotonic() < ends:
-                time.sleep(_STEP)
-            self._check()
+        if kind is None and not self._checks_in_loop:
+            deadline = time.monotonic() + _LEAK_GRACE_S
+            while self._has_leaks() and time.monotonic() < deadline:
+                time.sleep(_POLL_INTERVAL_S)
+            self._report_leaks()
         self._begun.streams.clear()
 
-    def _set_alarm(self) -> None:
-        # Signals reach the main thread alone; and another plugin may have set its own.
-        if self._timeout is None or threading.current_thread() is not threading.main_thread():
-            return
-        if not hasattr(signal, "setitimer") or signal.getsignal(signal.SIGALRM) is not signal.SIG_DFL:
-            return
-        self._alarm = signal.signal(signal.SIGALRM, self._interrupt)
-        signal.setitimer(signal.ITIMER_REAL, self._timeout, _AGAIN)
-
-    def _interrupt(self, _: int, frame: FrameType | None) -> None:
-        seconds = self._time_left(frame)
-        if seconds:
-            signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN)
-        else:
-            self._raise()
-
-    def _time_left(self, frame: FrameType | None) -> float:
-        """Seconds for which something better may end it than an interruption of whatever it does."""
-        if not self._in_loop and (self._has_deadline or self._soon_in_loop()):
-            self._in_loop = True
-            return _TURN
-        if self._has_deadline and self.failure and not (self._interrupted or self._patient):
-            self._patient = True
-            return 2 * PATIENCE  # it was cancelled; what does not take its deadline for a turn is blocked
-        if self._postponed < _POSTPONED and _is_lost_in(frame):
-            self._postponed += 1
-            return _STEP
-        return 0
-
-    def _raise(self) -> None:
-        if not self._over:
-            self._tell()
-            raise _Expired(self.failure)
-
-    def _soon_in_loop(self) -> bool:
-        """Interrupt the event loop that runs in this thread between two of its steps; whether there is one.
-
-        Elsewhere may be the middle of what it cannot leave half done: a coroutine that no task has taken yet would
-        never be awaited.
-        """
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            pass
-        else:
-            # Behind what a task that has ended in this turn has to say: that the loop is to stop, for one.
-            loop.call_soon_threadsafe(loop.call_soon, self._raise_in_loop)
-            return True
-        if (trio := sys.modules.get("trio")) is None:
-            return False
-        try:
-            trio.lowlevel.current_trio_token().run_sync_soon(self._cancel, trio.lowlevel.current_root_task)
-        except RuntimeError:
-            return False
-        return True
-
-    def _raise_in_loop(self) -> None:
-        if not self._interrupted:  # else it was blocked, and cleans up now
-            self._raise()
-
-    def _cancel(self, root: Callable[[], Any]) -> None:
-        # What is raised out of a callback is an internal error to trio. The innermost nursery of the root task has only
-        # one task, which trio.run() has been given.
-        if not (self._over or self._interrupted):
-            self._tell()
-            root().child_nurseries[-1].cancel_scope.cancel()
-
-    def _tell(self) -> None:
-        self._interrupted = True
-        self._expired()
-        signal.setitimer(signal.ITIMER_REAL, _AGAIN, _AGAIN)  # what it cleans up now may take as long
-
-    def _expired(self) -> None:
-        lines = [f"the test has not ended within {self._timeout:g} s", *self._open(), _HINT]
+    def _report_timeout(self) -> None:
+        lines = [f"the test has not ended within {self._timeout:g} s", *self._describe_open(), _HINT]
         self.failure = self.failure or ".\n".join(lines)
 
-    def _left(self) -> bool:
-        return self._leaks and not self.failure and bool(self._open())
+    def _has_leaks(self) -> bool:
+        return self._leaks and not self.failure and bool(self._describe_open())
 
-    def _check(self) -> None:
-        if self._left():
-            lines = ["the test leaves streams behind", *self._open()]
+    def _report_leaks(self) -> None:
+        if self._has_leaks():
+            lines = ["the test leaves streams open", *self._describe_open()]
             self.failure = ".\n".join([*lines, "Leave the block of open_stream(), or end what runs the app"])
 
-    def _open(self) -> list[str]:
-        """What is open that was not before the test, a line each."""
+    def _describe_open(self) -> list[str]:
+        """Return one line for each stream and request that began in the test and is open."""
         lines = [
             f"  {stream!r}, a source that was not cleaned up within its cleanup_timeout"
             if stream.abandoned
@@ -269,14 +154,4 @@ class Guard:
             for stream in self._begun.streams
             if stream.state != "closed" or stream.abandoned
         ]
-        return lines + [f"  {stream!r}" for stream in open_streams if stream not in self._before]
-
-
-def _is_lost_in(frame: FrameType | None) -> bool:
-    """Whether what is raised there goes no further: out of a destructor, or what follows in `weakref`."""
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "__del__" or code.co_filename in _OF_WEAK_REFERENCES:
-            return True
-        frame = frame.f_back
-    return False
+        return lines + [f"  {request!r}" for request in open_requests if request not in self._open_before]

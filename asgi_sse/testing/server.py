@@ -1,48 +1,42 @@
-"""`running`: an app between its start-up and its shutdown, as a server has it."""
+"""`running`: an app between its start-up and its shutdown, as a server runs it."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import anyio
 
 from asgi_sse.errors import short_repr
 from asgi_sse.protocol.asgi import ASGIApp, Message, Receive, Scope, Send
 from asgi_sse.runtime import lifespan
-from asgi_sse.runtime.current import current_loop
 from asgi_sse.runtime.shutdown import ShutdownHook
 
+from .app_task import DEFAULT_TIMEOUT_S, AppTask, check_app
 from .clock import real_deadline
 
-if TYPE_CHECKING:
-    from asgi_sse.runtime.base import Child
-
-_TASK_ENDS: Final = 1.0
-"""Seconds in which an app returns from its lifespan, or raises, after it has sent its last message."""
+_RETURN_TIMEOUT_S: Final = 1.0
+"""Seconds of real time that an app has to return from its lifespan, or to raise, after its last message."""
 
 
 class RunningApp:
-    """An app that has started up. Made by `running`.
+    """An app that has started up. `running` makes it.
 
-    It is an ASGI app itself: give it to `open_stream` and to `StreamingASGITransport` in place of the app.
+    It is an ASGI app itself: pass it to `open_stream` and `StreamingASGITransport` in place of the app.
 
     Attributes:
-        state: What the app has put into the lifespan's state: each request has a copy of it.
+        state: What the app put into the lifespan state. Each request gets a copy.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.state: dict[str, Any] = {}
         self._app = app
         self._requests: list[Scope] = []
-        self._changed = anyio.Event()
-        self._child: Child | None = None
-        self._sent: list[Message] = []
-        self._asked = False
+        self._lifespan = AppTask()
+        self._answers: list[Message] = []  # of the lifespan: to the start-up, then to the shutdown
+        self._shutdown_sent = False
         self._stopping = False
         self._stopped = False
-        self._returned = False
-        self._error: Exception | None = None
-        # What `server.server_of` finds behind each send: by it, the streams of two servers are told apart.
+        # `server_of` finds these two through each send, and so tells the streams of two servers apart.
         self.config = self
         self.shutdown_hook = ShutdownHook()
 
@@ -55,7 +49,7 @@ class RunningApp:
         """
         if self._stopped:
             raise RuntimeError(
-                f"{scope.get('path', '/')}: this server has stopped, and takes no request; open the stream before "
+                f"{scope.get('path', '/')}: this server has stopped and accepts no requests; open the stream before "
                 "stop(), or enter running() again"
             )
         scope = {**scope, "state": {**self.state, **scope.get("state", {})}}
@@ -64,123 +58,117 @@ class RunningApp:
             await self._app(scope, receive, _Connection(self, send).send)
         finally:
             self._requests = [other for other in self._requests if other is not scope]
-            self._notify()
+            self._lifespan.notify()
 
     async def start(self, timeout: float) -> None:
-        """Run the app's start-up. See `running`."""
-        self._child = current_loop().spawn(self._run, "asgi_sse.testing lifespan")
-        with real_deadline(timeout):
-            await self._until(lambda: bool(self._sent) or self._returned)
-        if not (self._sent or self._returned):
-            raise TimeoutError(
-                f"the start-up of {short_repr(self._app)} has not completed within {timeout:g} s; give running() another "
-                "timeout if it may take longer"
-            )
-        await self._check("startup")
-
-    async def stop(self, timeout: float = 15.0) -> None:
-        """Stop as a server does on SIGTERM: tell the streams, wait for the responses, run the shutdown.
-
-        The event streams under way end as they do when their server stops: properly, at once or with their
-        farewell, and their clients are told when to return. Idempotent. `running` calls it at its end.
+        """Run the start-up of the app.
 
         Args:
-            timeout: Seconds of real time for the responses, and again for the shutdown.
+            timeout: Seconds of real time for it.
 
         Raises:
-            AssertionError: A response goes on: a server would wait for it for ever, or cut it.
-            TimeoutError: The shutdown did not complete.
-            RuntimeError: It failed.
-            Exception: What the app raised in it.
+            TimeoutError: The start-up did not complete in time.
+            RuntimeError: The start-up failed.
+            Exception: What the app raised.
+        """
+        self._lifespan.start(self._run_lifespan, "asgi_sse.testing lifespan")
+        if not await self._wait_for_answers(1, timeout):
+            raise TimeoutError(
+                f"the start-up of {short_repr(self._app)} has not completed within {timeout:g} s; give running() a "
+                "longer timeout if the app needs it"
+            )
+        await self._check_answer("startup")
+
+    async def stop(self, timeout: float = DEFAULT_TIMEOUT_S) -> None:
+        """Stop like a server after SIGTERM: notify the streams, wait for the responses, run the shutdown of the app.
+
+        Open event streams end as they do when a server stops: properly, at once or within their grace period, and with
+        a reconnection time. `running` calls this method at the end of its block. A second call does nothing.
+
+        Args:
+            timeout: Seconds of real time for the responses, and again for the shutdown. Default: 15.
+
+        Raises:
+            AssertionError: A response goes on. A server would wait for it for ever, or cut it.
+            TimeoutError: The shutdown did not complete in time.
+            RuntimeError: The shutdown failed.
+            Exception: What the app raised in its shutdown.
         """
         if self._stopping:
             return
         self._stopping = True
         self.shutdown_hook.stopping()
         with real_deadline(timeout):
-            await self._until(lambda: not self._requests)
-        left = [f"{scope.get('method', scope['type'])} {scope['path']}" for scope in self._requests]
+            await self._lifespan.wait_until(lambda: not self._requests)
+        unfinished = [f"{scope.get('method', scope['type'])} {scope['path']}" for scope in self._requests]
         self._stopped = True
-        self._asked = True
-        self._notify()
+        self._shutdown_sent = True
+        self._lifespan.notify()
         try:
-            with real_deadline(timeout):
-                await self._until(lambda: len(self._sent) > 1 or self._returned)
+            answered = await self._wait_for_answers(2, timeout)
         finally:
             self.shutdown_hook.stopped()
-        if left:
+        if unfinished:
             raise AssertionError(
-                f"{', '.join(left)}: still running {timeout:g} s after the server began to stop. A deploy hangs here: "
-                "answer with an EventSourceResponse, or put SSEMiddleware around the app, which ends its streams"
+                f"{', '.join(unfinished)}: still running {timeout:g} s after the server began to stop. A deploy hangs "
+                "here: answer with an EventSourceResponse, or wrap the app in SSEMiddleware, which ends its streams"
             )
-        if not (len(self._sent) > 1 or self._returned):
+        if not answered:
             raise TimeoutError(f"the shutdown of {short_repr(self._app)} has not completed within {timeout:g} s")
-        await self._check("shutdown")
+        await self._check_answer("shutdown")
 
     async def leave(self) -> None:
-        """Nobody asks the app for anything more: it returns from its lifespan, or is cancelled."""
-        if len(self._sent) > 1:  # it has told that its shutdown is over, and has no more to do than to return
-            with real_deadline(_TASK_ENDS):
-                await self._until(lambda: self._returned)
-        if self._child is not None and not self._returned:
-            self._child.cancel()
-            with real_deadline(_TASK_ENDS):
-                await self._until(lambda: self._returned)
+        """End the lifespan task: wait a second if the app has shut down, else cancel it."""
+        if len(self._answers) > 1:
+            await self._lifespan.wait_returned(_RETURN_TIMEOUT_S)
+        if not self._lifespan.returned:
+            await self._lifespan.cancel()
 
-    async def _check(self, phase: str) -> None:
-        """Raise what went wrong, if the app has not told that `phase` is complete."""
-        last = self._sent[-1] if self._sent else None
-        if last is not None and last["type"] == f"lifespan.{phase}.complete" and not self._returned:
+    async def _wait_for_answers(self, count: int, timeout: float) -> bool:
+        def done() -> bool:
+            return len(self._answers) >= count or self._lifespan.returned
+
+        with real_deadline(timeout):
+            await self._lifespan.wait_until(done)
+        return done()
+
+    async def _check_answer(self, phase: str) -> None:
+        """Raise if the app has not answered that `phase` is complete."""
+        answer = self._answers[-1] if self._answers else None
+        complete = answer is not None and answer["type"] == f"lifespan.{phase}.complete"
+        if complete and not self._lifespan.returned:
             return
-        with real_deadline(_TASK_ENDS):
-            await self._until(lambda: self._returned)  # its own exception tells more than its message
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-        if last is None or last["type"] != f"lifespan.{phase}.complete":
-            raise RuntimeError(f"the {phase} failed: {last.get('message', '') if last else 'the app returned'}")
+        await self._lifespan.wait_returned(_RETURN_TIMEOUT_S)  # the app's own exception says more than its message
+        self._lifespan.raise_error()
+        if not complete:
+            raise RuntimeError(f"the {phase} failed: {answer.get('message', '') if answer else 'the app returned'}")
 
-    async def _run(self) -> None:
+    async def _run_lifespan(self) -> None:
         scope: Scope = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": self.state}
-        try:
-            # It answers in place of an app that has no lifespan, as Django.
-            await lifespan.chain(
-                self._app,
-                scope,
-                self._receive,
-                _Connection(self, self._send).send,
-                startup=_nothing,
-                shutdown=_nothing,
-                strict=False,
-            )
-        except Exception as exc:
-            self._error = exc
-        finally:
-            self._returned = True
-            self._notify()
+        # `chain` answers for an app that has no lifespan support, such as Django.
+        await lifespan.chain(
+            self._app,
+            scope,
+            self._receive,
+            _Connection(self, self._send).send,
+            startup=_do_nothing,
+            shutdown=_do_nothing,
+            strict=False,
+        )
 
     async def _receive(self) -> Message:
-        if not self._sent:
+        if not self._answers:
             return {"type": "lifespan.startup"}
-        while not self._asked:
-            await self._changed.wait()
+        await self._lifespan.wait_until(lambda: self._shutdown_sent)
         return {"type": "lifespan.shutdown"}
 
     async def _send(self, message: Message) -> None:
-        self._sent.append(message)
-        self._notify()
-
-    async def _until(self, condition: Callable[[], bool]) -> None:
-        while not condition():
-            await self._changed.wait()
-
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = anyio.Event()
+        self._answers.append(message)
+        self._lifespan.notify()
 
 
 class _Connection:
-    """Whose ``send`` a request, or the lifespan, of a server is."""
+    """The owner of the ``send`` of a request or of the lifespan, by which `server_of` finds its server."""
 
     def __init__(self, server: RunningApp, send: Send) -> None:
         self.config = server
@@ -190,32 +178,32 @@ class _Connection:
         await self._send(message)
 
 
-async def _nothing() -> None:
-    """Nothing of ours happens at the start-up, and at the shutdown."""
+async def _do_nothing() -> None:
+    pass
 
 
 @asynccontextmanager
-async def running(app: ASGIApp, *, timeout: float = 15.0) -> AsyncIterator[RunningApp]:
-    """Run the lifespan of `app` around a block, in which streams can be opened on it.
+async def running(app: ASGIApp, *, timeout: float = DEFAULT_TIMEOUT_S) -> AsyncIterator[RunningApp]:
+    """Run the lifespan of `app` around a block in which streams can be opened on it.
 
-    An app that has no lifespan, as Django, has none. Servers in one event loop do not end each other's streams.
+    An app without lifespan support, such as Django, may be run as well. Several servers in one event loop do not end
+    each other's streams.
 
     Args:
         app: Any ASGI app.
-        timeout: Seconds of real time for the start-up, and as of `RunningApp.stop`.
+        timeout: Seconds of real time for the start-up, for the responses at the end, and for the shutdown. Default: 15.
 
     Yields:
         The app to send requests to.
 
     Raises:
-        TypeError: `app` is none.
+        TypeError: `app` is not callable.
         RuntimeError: The start-up or the shutdown failed.
-        TimeoutError: It did not complete.
-        AssertionError: At the end a response goes on, which would hold a server.
+        TimeoutError: The start-up or the shutdown did not complete in time.
+        AssertionError: A response goes on at the end, which would hold a server.
         Exception: What the app raised in its start-up or shutdown.
     """
-    if not callable(app):
-        raise TypeError(f"app={short_repr(app)} is not an ASGI app; give what a server is given")
+    check_app(app)
     server = RunningApp(app)
     try:
         await server.start(timeout)
@@ -226,7 +214,7 @@ async def running(app: ASGIApp, *, timeout: float = 15.0) -> AsyncIterator[Runni
                 try:
                     await server.stop(timeout)
                 except Exception as exc:
-                    error.add_note(f"And on stopping the app: {type(exc).__name__}: {exc}")
+                    error.add_note(f"While stopping the app: {type(exc).__name__}: {exc}")
             raise
         with anyio.CancelScope(shield=True):
             await server.stop(timeout)

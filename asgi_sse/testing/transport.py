@@ -1,4 +1,4 @@
-"""`StreamingASGITransport`: httpx against an app in-process, on responses that do not end."""
+"""`StreamingASGITransport`: httpx against an app in-process, for responses that do not end."""
 
 import sys
 from collections.abc import AsyncIterator
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 
-from asgi_sse.errors import short_repr
 from asgi_sse.protocol.asgi import ASGIApp, Scope
 
+from .app_task import check_app
 from .stream import OpenStream
 
 if TYPE_CHECKING:
@@ -18,25 +18,27 @@ if TYPE_CHECKING:
 
     _Base = httpx.AsyncBaseTransport
 else:
-    _Base = object  # its three methods are ours: so httpx is not imported, and httpx2, its successor, does as well
+    # This class defines all three methods, so httpx need not be imported, and its successor httpx2 works as well.
+    _Base = object
 
 
 class StreamingASGITransport(_Base):
-    """In place of httpx's ``ASGITransport``, which gives a response only when the app has returned.
+    """A replacement for httpx's ``ASGITransport``, which returns a response only after the app has returned.
 
-    The head is given when it comes, the body piece by piece; closing the response is a disconnect, and waits
-    until the app has returned. The client's read timeout counts between the pieces (httpx's default: 5 s).
+    This transport returns the response once its start is there, and its body chunk by chunk. Closing the response
+    disconnects, and waits until the app has returned. The client's read timeout applies to each chunk (httpx's default
+    is 5 s).
 
     Args:
         app: Any ASGI app.
-        raise_app_exceptions: Whether what the app raises is raised from the request, or from reading. Without, it
-            is a 500 before the head, and after it a body that was cut.
-        root_path: The ``root_path`` of the scope.
+        raise_app_exceptions: Whether to raise what the app raises, from the request or from reading. Default: True. If
+            False, an error before the response start becomes a 500, and a later error a body that is cut.
+        root_path: The ``root_path`` of the scope. Default: empty.
         client: The client's address and port.
-        capacity: As of `open_stream`.
+        capacity: The number of unread body messages at which the app's ``send`` waits. Default: 16.
 
     Raises:
-        TypeError: `app` is none.
+        TypeError: `app` is not callable.
     """
 
     def __init__(
@@ -48,10 +50,9 @@ class StreamingASGITransport(_Base):
         client: tuple[str, int] = ("127.0.0.1", 50000),
         capacity: int = 16,
     ) -> None:
-        if not callable(app):
-            raise TypeError(f"app={short_repr(app)} is not an ASGI app; give what a server is given")
+        check_app(app)
         self._app = app
-        self._raise = raise_app_exceptions
+        self._raise_app_exceptions = raise_app_exceptions
         self._root_path = root_path
         self._client = client
         self._capacity = capacity
@@ -68,13 +69,42 @@ class StreamingASGITransport(_Base):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Nothing is held between requests."""
+        """Do nothing: the transport holds nothing between requests."""
 
     async def handle_async_request(self, request: "httpx.Request") -> "httpx.Response":
-        """Send one request. See httpx's ``AsyncBaseTransport``."""
-        httpx = sys.modules[type(request).__module__.partition(".")[0]]  # the one whose client asks, httpx or httpx2
+        """Send a request and return its response as soon as the response start is there.
+
+        Args:
+            request: The request of httpx or httpx2.
+
+        Raises:
+            httpx.ReadTimeout: The response start did not come within the client's read timeout.
+            Exception: What the app raised before it, if `raise_app_exceptions`.
+        """
+        httpx = sys.modules[type(request).__module__.partition(".")[0]]  # the client's own module: httpx or httpx2
+        read_timeout = request.extensions.get("timeout", {}).get("read")
+        seconds = float("inf") if read_timeout is None else float(read_timeout)
+        stream = OpenStream(self._app, self._scope_of(request), await request.aread(), self._capacity)
+        stream.start()
+        try:
+            with anyio.move_on_after(seconds) as deadline:
+                await stream.wait_for_start()
+            if deadline.cancelled_caught:
+                raise httpx.ReadTimeout(f"no response within {seconds:g} s: {stream!r}", request=request)
+        except BaseException as exc:
+            with anyio.CancelScope(shield=True):
+                await stream.disconnect()
+            if self._raise_app_exceptions or not stream.is_app_error(exc):
+                raise
+            return httpx.Response(500)  # type: ignore[no-any-return]
+
+        body_class = _make_body_class(httpx.AsyncByteStream)
+        body = body_class(stream, seconds, request, httpx, raise_app_exceptions=self._raise_app_exceptions)
+        return httpx.Response(stream.status, headers=stream.raw_headers, stream=body)  # type: ignore[no-any-return]
+
+    def _scope_of(self, request: "httpx.Request") -> Scope:
         url = request.url
-        scope: Scope = {
+        return {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.4"},
             "http_version": "1.1",
@@ -88,66 +118,50 @@ class StreamingASGITransport(_Base):
             "client": self._client,
             "server": (url.host, url.port or (443 if url.scheme == "https" else 80)),
         }
-        timeout = request.extensions.get("timeout", {}).get("read")
-        seconds = float("inf") if timeout is None else float(timeout)
-        stream = OpenStream(self._app, scope, await request.aread(), self._capacity)
-        stream.start()
-        try:
-            with anyio.fail_after(seconds):
-                await stream.wait_for_head()
-        except BaseException as exc:
-            with anyio.CancelScope(shield=True):
-                await stream.disconnect()
-            if isinstance(exc, TimeoutError) and not stream.raised(exc):
-                raise httpx.ReadTimeout(f"no response within {seconds:g} s: {stream!r}", request=request) from None
-            if self._raise or not stream.raised(exc):
-                raise
-            return httpx.Response(500)  # type: ignore[no-any-return]
-
-        body = _body_class(httpx.AsyncByteStream)(stream, seconds, request, httpx, raising=self._raise)
-        return httpx.Response(stream.status, headers=stream.raw_headers, stream=body)  # type: ignore[no-any-return]
 
 
 class _Body:
-    """The body of a response; with the ``AsyncByteStream`` of the client's module it is one of its streams."""
+    """The body of a response, to be combined with the ``AsyncByteStream`` of the client's module."""
 
-    def __init__(self, stream: OpenStream, seconds: float, request: Any, httpx: Any, *, raising: bool) -> None:
+    def __init__(
+        self, stream: OpenStream, seconds: float, request: Any, httpx: Any, *, raise_app_exceptions: bool
+    ) -> None:
         self._stream = stream
         self._seconds = seconds
         self._request = request
         self._httpx = httpx
-        self._raising = raising
+        self._raise_app_exceptions = raise_app_exceptions
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        stream = self._stream
         while chunk := await self._read():
-            if self._request.method != "HEAD":  # of which a server sends the head alone
+            if self._request.method != "HEAD":  # a server sends no body for HEAD
                 yield chunk
-        if not stream.complete:
+        if not self._stream.complete:
             raise self._httpx.RemoteProtocolError(
-                f"the app returned before the end of the body, at which a server cuts the connection: {stream!r}",
+                f"the app returned before the end of the body, so a server cuts the connection: {self._stream!r}",
                 request=self._request,
             )
 
     async def _read(self) -> bytes:
         try:
-            return await self._stream.read(self._seconds)
-        except Exception as exc:
-            if isinstance(exc, TimeoutError) and not self._stream.raised(exc):
-                raise self._httpx.ReadTimeout(str(exc), request=self._request) from None
-            if self._raising:
+            chunk = await self._stream.try_read(self._seconds)
+        except Exception:  # the app's
+            if self._raise_app_exceptions:
                 raise
             return b""
+        if isinstance(chunk, TimeoutError):
+            raise self._httpx.ReadTimeout(str(chunk), request=self._request)
+        return chunk
 
     async def aclose(self) -> None:
         with anyio.CancelScope(shield=True):
             try:
                 await self._stream.disconnect()
             except Exception as exc:
-                if self._raising or not self._stream.raised(exc):
+                if self._raise_app_exceptions or not self._stream.is_app_error(exc):
                     raise
 
 
 @cache
-def _body_class(base: type) -> Any:
+def _make_body_class(base: type) -> Any:
     return type("ResponseBody", (_Body, base), {})

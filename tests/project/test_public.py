@@ -41,7 +41,9 @@ SURFACE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in SURFACE.items() for name in names])
+@pytest.mark.parametrize(
+    ("module", "name"), [(module, name) for module, names in SURFACE.items() for name in sorted(names)]
+)
 def test_public_name_can_be_imported_and_is_documented(module: str, name: str) -> None:
     assert inspect.getdoc(getattr(import_module(module), name))
 
