@@ -1,1 +1,1 @@
-"""The demo that ``python -m asgi_sse`` serves: a page that shows what streams can do."""
+"""The demo of ``asgi-sse demo``: a page that shows event streams at work."""

@@ -1,6 +1,6 @@
-"""The demo as an ASGI app: a page, and the streams that feed it.
+"""The demo as an ASGI app: the page and its streams.
 
-``python -m asgi_sse`` serves it, as does any ASGI server: ``hypercorn asgi_sse.cli.demo.app:app``.
+``python -m asgi_sse`` serves it. Any ASGI server can: ``hypercorn asgi_sse.cli.demo.app:app``.
 """
 
 from typing import Any, Final
@@ -11,49 +11,51 @@ from asgi_sse.middleware.middleware import SSEMiddleware
 from asgi_sse.routing.request import HTTPError, Request
 from asgi_sse.stream.registry import StreamRegistry
 
-from .limits import command
+from .limits import page_command
 from .meter import Meter
 from .page import PageFile
 from .room import Room
 from .story import Story
-from .stream_list import Roll
+from .stream_list import StreamList
 from .swarm import Swarm
 from .ticks import Ticks
 
-_DRAIN_TIMEOUT: Final = 0.5
-"""Seconds until a client that does not read is dropped: Ctrl-C is to end the demo within one."""
+_DRAIN_TIMEOUT_S: Final = 0.5
+"""Time for clients that do not read at shutdown. Ctrl-C should end the demo within a second."""
 
 _HISTORY: Final = 300
-"""Events that each channel keeps, for pages that come back."""
+"""Events that each channel keeps for pages that reconnect."""
 
-_MOST_PAGES: Final = 200
-_POST_BYTES: Final = 4096
+_MAX_PAGES: Final = 200
+_MAX_POST_BYTES: Final = 4096
 
 
 def create_demo() -> SSEMiddleware:
-    """The demo: the page at ``/``, its stream at ``/live``, a story at ``/story``, figures alone at ``/figures``."""
-    registry = StreamRegistry(drain_timeout=_DRAIN_TIMEOUT)
+    """Create the app: the page at ``/``, its stream at ``/live``, a story at ``/story``, the load at ``/figures``."""
+    registry = StreamRegistry(drain_timeout=_DRAIN_TIMEOUT_S)
 
-    def recount(_: Subscription) -> None:
+    def update_counts(_: Subscription) -> None:
         for part in (room, figures, streams):
-            part.recount()
+            part.update_count()
 
     broker = Broker(
         history=_HISTORY,
-        max_subscribers=_MOST_PAGES,
-        on_join=recount,
-        on_leave=recount,
-        run_grace=0,  # nothing here is worth waiting for, when the server stops
+        max_subscribers=_MAX_PAGES,
+        on_join=update_counts,
+        on_leave=update_counts,
+        run_grace=0,  # at shutdown, no run of the demo is worth waiting for
     )
-    room, roll, story, swarm = Room(broker), Roll(registry, broker), Story(broker), Swarm(broker, "/crowd")
-    figures, streams = Ticks(broker, "figures", Meter().read), Ticks(broker, roll.channel, roll.read)
+    room, stream_list, story = Room(broker), StreamList(registry, broker), Story(broker)
+    swarm = Swarm(broker, "/crowd")
+    figures = Ticks(broker, "figures", Meter().read)
+    streams = Ticks(broker, stream_list.channel, stream_list.read)
 
     def state() -> dict[str, Any]:
-        parts = {"room": room.state(), "streams": roll.state(), "story": story.state(), "swarm": swarm.state()}
+        parts = {"room": room.state(), "streams": stream_list.state(), "story": story.state(), "swarm": swarm.state()}
         return {"event": "state", "data": parts}
 
-    async def pull_source(request: Request) -> Subscription:
-        # All in one stream: over HTTP/1.1 a browser opens six connections to a server, for all of its tabs together.
+    async def live(request: Request) -> Subscription:
+        # One stream for all channels: over HTTP/1.1, the tabs of a browser share six connections to a server.
         await figures.begin()
         await streams.begin()
         channels = figures.channel, streams.channel, room.channel, story.channel, swarm.channel
@@ -64,16 +66,16 @@ def create_demo() -> SSEMiddleware:
         return broker.subscribe(figures.channel, last_event_id=request.last_event_id)
 
     async def say(request: Request) -> None:
-        await room.say(await request.json(limit=_POST_BYTES))
+        await room.say(await request.json(limit=_MAX_POST_BYTES))
         raise HTTPError(204)
 
     async def tell(_: Request) -> None:
         raise HTTPError(201, await story.begin())
 
     async def drain(request: Request) -> None:
-        await swarm.call(request)
-        await swarm.drained()
-        # As begin_drain(), but for one thing: who comes back is taken again at once.
+        await swarm.connect(request)
+        await swarm.announce_drain()
+        # Ends the streams as begin_drain() does, but reconnecting clients get a stream again at once.
         registry.end(registry)
         raise HTTPError(204)
 
@@ -82,13 +84,14 @@ def create_demo() -> SSEMiddleware:
             "/": PageFile("page.html"),
             "/page.css": PageFile("page.css"),
             "/page.js": PageFile("page.js"),
-            "/live": pull_source,
+            "/streams.js": PageFile("streams.js"),
+            "/live": live,
             "/figures": only_figures,
             "/story": broker.endpoint(runs=True),
             "/crowd": broker.channel("crowd"),
-            "/say": command(say),
-            "/tell": command(tell),
-            "/drain": command(drain),
+            "/say": page_command(say),
+            "/tell": page_command(tell),
+            "/drain": page_command(drain),
         },
         registry=registry,
         broker=broker,

@@ -1,4 +1,4 @@
-"""What a request from a page may ask for: from where, how much, and how often."""
+"""Limits on the requests of a page: from which origin they come, and how often."""
 
 import time
 from collections.abc import Awaitable, Callable
@@ -8,40 +8,40 @@ from typing import Any
 from asgi_sse.routing.request import HTTPError, Request
 
 
-class Allowance:
-    """So many at once, and so many a second after that.
+class RateLimit:
+    """A limit on the number of requests: a burst, which refills over time.
 
     Args:
-        burst: How many at once.
-        per_second: How many more each second.
+        burst: Requests that are allowed at once.
+        per_second: Requests that are allowed again after each second.
     """
 
     def __init__(self, burst: int, per_second: float) -> None:
         self._burst = burst
         self._per_second = per_second
         self._left = float(burst)
-        self._at = time.monotonic()
+        self._checked_at = time.monotonic()
 
     def take(self) -> None:
-        """Use one of them.
+        """Count one request.
 
         Raises:
-            HTTPError: 429, there is none left.
+            HTTPError: 429, the limit is reached.
         """
         now = time.monotonic()
-        self._left = min(self._burst, self._left + (now - self._at) * self._per_second)
-        self._at = now
+        self._left = min(self._burst, self._left + (now - self._checked_at) * self._per_second)
+        self._checked_at = now
         if self._left < 1:
             seconds = ceil((1 - self._left) / self._per_second)
-            raise HTTPError(429, f"too often; again in {seconds} s", {"retry-after": str(seconds)})
+            raise HTTPError(429, f"too many requests; try again in {seconds} s", {"retry-after": str(seconds)})
         self._left -= 1
 
 
-def command(do: Callable[[Request], Awaitable[Any]]) -> Callable[[Request], Awaitable[Any]]:
-    """An endpoint that does something: by POST, and not from the pages of other sites.
+def page_command(do: Callable[[Request], Awaitable[Any]]) -> Callable[[Request], Awaitable[Any]]:
+    """Return an endpoint that accepts only POST, and refuses pages of other origins.
 
-    Any page of the web can have a browser send a POST to this machine. What a browser says of where it comes from,
-    no script can change; what is no browser says nothing, and could say anything.
+    Any page on the web can make a browser POST to this machine. No script can forge the headers in which the browser
+    names the page's origin. Clients other than browsers can send anything, but no foreign page controls them.
     """
 
     async def answer(request: Request) -> Any:
@@ -50,10 +50,10 @@ def command(do: Callable[[Request], Awaitable[Any]]) -> Callable[[Request], Awai
         site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
         if site is not None:
             allowed = site == "same-origin"
-        else:  # over plain HTTP from another machine, or an old browser
+        else:  # browsers omit the header over plain HTTP from another machine, and old ones always do
             allowed = origin is None or origin.partition("://")[2] == request.headers.get("host")
         if not allowed:
-            raise HTTPError(403, "a page of another origin may not ask for this")
+            raise HTTPError(403, "pages of other origins may not send this request")
         return await do(request)
 
     return answer

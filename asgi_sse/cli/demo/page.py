@@ -1,4 +1,4 @@
-"""The page's files, and the headers that keep anything else out of it."""
+"""The page's files, with headers that keep other content out of the page."""
 
 from importlib.resources import files
 from typing import Final
@@ -22,10 +22,10 @@ _HEADERS: Final = (
 
 
 class PageFile:
-    """Answers with one file of the page.
+    """An ASGI app that serves one file of the page.
 
     Args:
-        name: The file's, in this folder.
+        name: The name of the file, in this folder.
     """
 
     def __init__(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""A text that is made word by word, as a language model would: a run, which goes on whoever reads it."""
+"""A text that the server writes word by word, like a language model, whether or not anyone reads it."""
 
 import random
 from collections.abc import AsyncIterator
@@ -9,34 +9,34 @@ import anyio
 from asgi_sse.broker import Broker
 from asgi_sse.protocol.event import ServerSentEvent
 
-from .limits import Allowance
-from .ticks import now
+from .limits import RateLimit
+from .ticks import now_ms
 
-_PAUSE: Final = (0.05, 0.25)
-"""Seconds between two words: at random in this range, about as a language model writes."""
+_PAUSE_S: Final = (0.05, 0.25)
+"""Range of the random pause between two words: about the speed of a language model."""
 
-_KEPT: Final = 60.0
-"""Seconds after its end for which a story can be read."""
+_KEPT_S: Final = 60.0
+"""How long a finished story can be read."""
 
 _TEXT: Final = """\
-Once upon a time there was a word that had to travel. It left a server in the morning, in an event of its own, and in
-front of it on the same wire went all the words that had been said before. Each of them carried a number, so that
-nobody who waited at the other end could lose count. Then the wire broke. A train had gone into a tunnel, or somebody
-had closed the lid of a laptop; words are never told why. But the one who told the story did not stop for that: the
-next words were made and numbered as before, and put on a shelf where they could be found. When the train came out on
-the other side, the browser called again by itself and said the last number that it had seen. So the server took from
-the shelf what came after, sent it at once, and went on with what was new. No word came twice, and none was missing.
-Somebody who came late to the station heard it all from its beginning, and nobody had to tell it again for that. And
-when the last word had been said, a small event behind it told everybody that this was the end, so that they could all
-hang up, and no one would keep calling a server that had nothing left to say.
+Once upon a time there was a word that had to travel from a server to a browser. The server put each word into an event
+and gave every event a number. Then the train with the browser went into a tunnel, and the connection broke. The server
+did not stop. It wrote the next words, gave them the next numbers, and kept them all in a log. When the train left the
+tunnel, the browser reconnected by itself. It sent the number of the last event that it had seen. The server looked that
+number up in its log and sent all later words at once. Then it went on with the new words, as if nothing had happened.
+No word arrived twice, and no word was missing. A second browser joined late. It read the same log from the first word,
+so the server did not have to write the story again. While both of them were reading, the server was restarted. Each
+browser was told to wait for a different time, so that they did not all come back in the same second. After the last
+word, the server sent one more event, which said that the story was over. Both browsers closed their streams and did not
+ask again.
 """
 
 
 class Story:
-    """Tells one story at a time, to whoever listens.
+    """Writes one story at a time. Each story is a run of the broker.
 
     Args:
-        broker: Whose runs the stories are, and on whose channel ``story`` it says how far the one under way is.
+        broker: The broker of the runs, and of the channel ``story`` with the current story's progress.
     """
 
     channel: Final = "story"
@@ -44,25 +44,25 @@ class Story:
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
         self._words = _TEXT.split()
-        self._allowance = Allowance(burst=10, per_second=1)
+        self._limit = RateLimit(burst=10, per_second=1)
         self._number = 0
-        self._made = 0
-        self._goes_on = False
+        self._written = 0
+        self._running = False
 
     async def begin(self) -> str:
-        """Begin one, unless one goes on.
+        """Start a story, or join the one that is running.
 
         Returns:
-            The name of its run.
+            The name of the run.
 
         Raises:
-            HTTPError: 429, too many were asked for.
+            HTTPError: 429, there were too many requests.
         """
-        self._allowance.take()
-        if not self._goes_on:
-            self._number, self._made, self._goes_on = self._number + 1, 0, True
-        # Two who ask at the same time get the same one, by its name.
-        run = await self._broker.run(self._name, self._tokens(), ttl=_KEPT, join=True)
+        self._limit.take()
+        if not self._running:
+            self._number, self._written, self._running = self._number + 1, 0, True
+        # Two simultaneous requests use the same name, so they get the same run.
+        run = await self._broker.run(self._name, self._tokens(), ttl=_KEPT_S, join=True)
         return run.name
 
     @property
@@ -70,19 +70,19 @@ class Story:
         return f"story/{self._number}"
 
     def state(self) -> dict[str, Any]:
-        """How far it is."""
-        return {"run": self._name, "made": self._made, "of": len(self._words), "goes_on": self._goes_on}
+        """Return the current story's progress."""
+        return {"run": self._name, "written": self._written, "of": len(self._words), "running": self._running}
 
     async def _tokens(self) -> AsyncIterator[ServerSentEvent]:
         try:
             for number, word in enumerate(self._words, 1):
-                yield ServerSentEvent({"n": number, "word": word, "at": now()}, event="token")
-                self._tell(number)
-                await anyio.sleep(random.uniform(*_PAUSE))  # noqa: S311 (it guards nothing)
+                yield ServerSentEvent({"n": number, "word": word, "at": now_ms()}, event="token")
+                self._publish_progress(number)
+                await anyio.sleep(random.uniform(*_PAUSE_S))  # noqa: S311 (not for security)
         finally:
-            self._goes_on = False
-            self._tell(self._made)
+            self._running = False
+            self._publish_progress(self._written)
 
-    def _tell(self, made: int) -> None:
-        self._made = made
+    def _publish_progress(self, written: int) -> None:
+        self._written = written
         self._broker.publish_nowait(self.channel, {"event": "story", "data": self.state()})

@@ -1,4 +1,4 @@
-"""Clients of this server, in this process, over real connections: a browser opens too few to show what a drain does."""
+"""Thirty test clients of this server, over real connections: a browser opens too few to show the effect of a drain."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
@@ -15,32 +15,32 @@ from asgi_sse.protocol.decoder import EventDecoder
 from asgi_sse.protocol.event import ServerSentEvent
 from asgi_sse.routing.request import HTTPError, Request
 
-from .limits import Allowance
-from .ticks import now
+from .limits import RateLimit
+from .ticks import now_ms
 
 _CLIENTS: Final = 30
-_STAY: Final = 12.0
-"""Seconds after the last drain for which they stay: more than the longest time that a drain may keep them away."""
+_STAY_S: Final = 12.0
+"""How long the clients stay after the last drain: longer than the longest reconnection time of a drain."""
 
-_LIFETIME: Final = 120.0
-_PATIENCE: Final = 3.0
-"""Seconds for all of them to come, on a slow machine."""
+_LIFETIME_S: Final = 120.0
+_CONNECT_TIMEOUT_S: Final = 3.0
+"""Time for all clients to connect, on a slow machine."""
 
-_NOTICE: Final = 0.1
-"""Seconds in which pages learn that their streams are about to end."""
+_NOTICE_S: Final = 0.1
+"""Time for the pages to receive the announcement of a drain before their streams end."""
 
-_RETRY: Final = 1000
-"""Milliseconds until the next try, where the server has not told any."""
+_RETRY_MS: Final = 1000
+"""Reconnection time of a client that the server gave none."""
 
 
 class Swarm:
-    """The clients, who come when they are called, and leave some seconds after.
+    """The test clients. They connect before a drain, and leave some seconds after it.
 
-    Each does what an EventSource does: it comes back after the time that it was told, with the id that it has seen.
+    Each client reconnects like EventSource: after the reconnection time from the server, with the last event id.
 
     Args:
-        broker: On whose channel ``swarm`` they say when they come and go: a run.
-        path: What they ask this server for.
+        broker: The broker of the channel ``swarm``, a run that reports when clients connect and disconnect.
+        path: The path of the stream that the clients read.
     """
 
     channel: Final = "swarm"
@@ -48,102 +48,105 @@ class Swarm:
     def __init__(self, broker: Broker, path: str) -> None:
         self._broker = broker
         self._path = path
-        self._allowance = Allowance(burst=1, per_second=0.15)
+        self._limit = RateLimit(burst=1, per_second=0.15)
         self._clients: dict[int, dict[str, Any]] = {}
         self._drained_at: int | None = None
         self._leave_at = 0.0
-        self._came: anyio.Event | None = None  # while they are waited for
+        self._changed: anyio.Event | None = None  # set at the next change of a client
 
-    async def call(self, request: Request) -> None:
-        """Have them all here.
+    async def connect(self, request: Request) -> None:
+        """Connect all clients, and wait until they are connected.
 
         Args:
-            request: One to the server that they are to come to.
+            request: A request to the server that the clients should connect to.
 
         Raises:
-            HTTPError: 429, they were called too often; 501, 503: they have no way to this server.
+            HTTPError: 429, there were too many requests; 501, the server has no port; 503, no client got a stream.
         """
         host, port = request.scope.get("server") or ("", None)
         if port is None:
-            raise HTTPError(501, "the clients need a server that listens on a port")
-        self._allowance.take()
-        self._leave_at = anyio.current_time() + _STAY
+            raise HTTPError(501, "the test clients need a server that listens on a port")
+        self._limit.take()
+        self._leave_at = anyio.current_time() + _STAY_S
         path = quote(request.scope.get("root_path", "").rstrip("/") + self._path)
         source = self._source(host, port, path)
-        await self._broker.run(self.channel, source, ttl=0, max_lifetime=_LIFETIME, join=True, on_end=self._end)
-        with anyio.move_on_after(_PATIENCE):
+        await self._broker.run(self.channel, source, ttl=0, max_lifetime=_LIFETIME_S, join=True, on_end=self._end)
+        with anyio.move_on_after(_CONNECT_TIMEOUT_S):
             while self._open < _CLIENTS:
-                self._came = anyio.Event()
-                await self._came.wait()
+                self._changed = anyio.Event()
+                await self._changed.wait()
         if not self._open:
-            raise HTTPError(503, f"the clients got no stream from port {port}")
+            raise HTTPError(503, f"the test clients got no stream from port {port}")
 
     @property
     def _open(self) -> int:
         return sum(client["state"] == "open" for client in self._clients.values())
 
-    async def drained(self) -> None:
-        """All streams are about to be ended: return when pages know that."""
-        self._drained_at = now()
-        self._leave_at = anyio.current_time() + _STAY
+    async def announce_drain(self) -> None:
+        """Publish that all streams are about to end, and wait until the pages should know it."""
+        self._drained_at = now_ms()
+        self._leave_at = anyio.current_time() + _STAY_S
         self._broker.publish_nowait(self.channel, {"event": "drain", "data": {"at": self._drained_at}})
-        await anyio.sleep(_NOTICE)
+        await anyio.sleep(_NOTICE_S)
 
     def state(self) -> dict[str, Any]:
-        """What who comes anew is shown."""
+        """Return what a new tab shows."""
         return {"clients": list(self._clients.values()), "drained_at": self._drained_at}
 
     async def _source(self, host: str, port: int, path: str) -> AsyncIterator[ServerSentEvent]:
-        said, heard = anyio.create_memory_object_stream[dict[str, Any]](2 * _CLIENTS)
-        async with said, heard, anyio.create_task_group() as tasks:
+        send, receive = anyio.create_memory_object_stream[dict[str, Any]](2 * _CLIENTS)
+        async with send, receive, anyio.create_task_group() as tasks:
             for number in range(_CLIENTS):
-                tasks.start_soon(partial(_client, number, host, port, path, said))
+                tasks.start_soon(partial(_run_client, number, host, port, path, send))
             while (left := self._leave_at - anyio.current_time()) > 0:
                 client = None
                 with anyio.move_on_after(left):
-                    client = await heard.receive()
+                    client = await receive.receive()
                 if client is not None:
                     self._clients[client["client"]] = client
-                    if self._came is not None:
-                        self._came.set()
+                    if self._changed is not None:
+                        self._changed.set()
                     yield ServerSentEvent(client, event="swarm")
             self._clients = {}
             tasks.cancel_scope.cancel()
 
     def _end(self, _outcome: str, _error: BaseException | None) -> ServerSentEvent:
         self._clients = {}
-        return ServerSentEvent({"client": None, "state": "left", "at": now()}, event="swarm")
+        return ServerSentEvent({"client": None, "state": "left", "at": now_ms()}, event="swarm")
 
 
-async def _client(number: int, host: str, port: int, path: str, said: MemoryObjectSendStream[dict[str, Any]]) -> None:
-    retry, last_event_id = _RETRY, ""
+async def _run_client(
+    number: int, host: str, port: int, path: str, reports: MemoryObjectSendStream[dict[str, Any]]
+) -> None:
+    """Read the stream and reconnect until cancelled, and report each change."""
+    retry_ms, last_event_id = _RETRY_MS, ""
 
-    async def say(state: str, **more: int) -> None:
-        await said.send({"client": number, "state": state, "at": now(), **more})
+    async def report(state: str, **more: int) -> None:
+        await reports.send({"client": number, "state": state, "at": now_ms(), **more})
 
     while True:
-        decoder = EventDecoder()  # a block that was cut is of no event
+        decoder = EventDecoder()  # a new one for each connection, which drops an event that was cut off
         decoder.last_event_id = last_event_id
         try:
             async with await anyio.connect_tcp(host, port) as stream:
-                await _follow(stream, f"{host}:{port}", path, decoder, partial(say, "open"))
+                await _read_stream(stream, f"{host}:{port}", path, decoder, partial(report, "open"))
         except (OSError, anyio.BrokenResourceError, h11.RemoteProtocolError):
-            pass  # cut: a client comes back from that as from a proper end
-        retry, last_event_id = retry if decoder.retry is None else decoder.retry, decoder.last_event_id
-        await say("away", retry=retry)
-        await anyio.sleep(retry / 1000)
+            pass  # the connection was cut; the client reconnects as after a proper end
+        retry_ms, last_event_id = retry_ms if decoder.retry is None else decoder.retry, decoder.last_event_id
+        await report("away", retry=retry_ms)
+        await anyio.sleep(retry_ms / 1000)
 
 
-async def _follow(
+async def _read_stream(
     stream: ByteStream, authority: str, path: str, decoder: EventDecoder, opened: Callable[[], Awaitable[None]]
 ) -> None:
-    """One request, until the end of its event stream. `opened` is called when its head has come."""
+    """Send one request and read its event stream to the end; call `opened` at the response headers."""
     http = h11.Connection(h11.CLIENT)
     headers = [("host", authority), ("accept", "text/event-stream")]
     if decoder.last_event_id:
         headers.append(("last-event-id", decoder.last_event_id))
-    head = http.send(h11.Request(method="GET", target=path, headers=headers)) or b""
-    await stream.send(head + (http.send(h11.EndOfMessage()) or b""))
+    request = http.send(h11.Request(method="GET", target=path, headers=headers)) or b""
+    await stream.send(request + (http.send(h11.EndOfMessage()) or b""))
     while not isinstance(event := http.next_event(), h11.EndOfMessage | h11.ConnectionClosed):
         if event is h11.NEED_DATA:
             try:

@@ -1,4 +1,4 @@
-"""What is looked at each second, while somebody wants to know."""
+"""A reading every second, while anyone subscribes to it."""
 
 import time
 from collections.abc import AsyncIterator, Callable
@@ -9,49 +9,49 @@ import anyio
 from asgi_sse.broker import Broker
 from asgi_sse.protocol.event import ServerSentEvent
 
-_INTERVAL: Final = 1.0
-_FIRST_INTERVAL: Final = 0.1
-"""Seconds that the first figures are measured over: rates need two looks, and the client is waiting."""
+_INTERVAL_S: Final = 1.0
+_FIRST_INTERVAL_S: Final = 0.1
+"""Time that the first reading covers: rates need two readings, and the client is waiting."""
 
-_BYTES: Final = 256 * 1024
-"""Memory for the events, of which there is no end: some minutes of them, for a page that was hidden."""
+_MAX_LOG_BYTES: Final = 256 * 1024
+"""Memory for the events of an endless run: some minutes of them, for a page that was hidden."""
 
 
 class Ticks:
-    """A run that publishes what `read` gives, once a second, and rests while nobody reads it.
+    """Publishes a reading every second, as a run of the broker. It pauses while nobody subscribes.
 
     Args:
-        broker: Whose run it is.
-        channel: Its name, and the type of its events.
-        read: Gives the figures as of now.
+        broker: The broker of the run.
+        channel: The name of the run, and the type of its events.
+        read: Returns the current reading.
     """
 
     def __init__(self, broker: Broker, channel: str, read: Callable[[], dict[str, Any]]) -> None:
         self.channel = channel
         self._broker = broker
         self._read = read
-        self._wanted: anyio.Event | None = None  # while it rests
+        self._subscribed: anyio.Event | None = None  # only while the run pauses
 
     async def begin(self) -> None:
-        """Begin, unless it goes on."""
-        await self._broker.run(self.channel, self._source(), ttl=0, max_bytes=_BYTES, join=True)
+        """Start the run, unless it is running."""
+        await self._broker.run(self.channel, self._source(), ttl=0, max_bytes=_MAX_LOG_BYTES, join=True)
 
-    def recount(self) -> None:
-        """Somebody came or left."""
-        if self._wanted is not None and self._broker.subscribers(self.channel):
-            self._wanted.set()
+    def update_count(self) -> None:
+        """Continue a paused run if it has subscribers again."""
+        if self._subscribed is not None and self._broker.subscribers(self.channel):
+            self._subscribed.set()
 
     async def _source(self) -> AsyncIterator[ServerSentEvent]:
         while True:
-            self._read()  # for rates since now
-            await anyio.sleep(_FIRST_INTERVAL)
+            self._read()  # starts the interval of the first rates
+            await anyio.sleep(_FIRST_INTERVAL_S)
             while self._broker.subscribers(self.channel):
-                yield ServerSentEvent({**self._read(), "at": now()}, event=self.channel)
-                await anyio.sleep(_INTERVAL)
-            self._wanted = anyio.Event()
-            await self._wanted.wait()
+                yield ServerSentEvent({**self._read(), "at": now_ms()}, event=self.channel)
+                await anyio.sleep(_INTERVAL_S)
+            self._subscribed = anyio.Event()
+            await self._subscribed.wait()
 
 
-def now() -> int:
-    """Milliseconds since 1970, as browsers count them."""
+def now_ms() -> int:
+    """Return the milliseconds since 1970, as Date.now() does in browsers."""
     return round(time.time() * 1000)

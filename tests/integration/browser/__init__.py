@@ -1,1 +1,1 @@
-"""Tests with a real browser. A package, so that one of them serves all modules and is gone before other tests."""
+"""Tests in a real browser. A package, so that one browser serves all modules and is closed before other tests run."""

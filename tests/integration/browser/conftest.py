@@ -1,4 +1,4 @@
-"""One headless Chromium for the tests of this folder; they are skipped where there is none."""
+"""One headless Chromium for the tests of this folder, which are skipped without Chromium."""
 
 import shutil
 import threading
@@ -10,18 +10,18 @@ import pytest
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
-NO_PLAYWRIGHT = "the browser is driven by Playwright, which is not installed"
-ENOUGH = 60_000  # milliseconds for whatever a test waits for, on a slow machine
+NO_PLAYWRIGHT = "Playwright is not installed"
+TIMEOUT_MS = 60_000  # for any one step on a slow machine
 
 
-@pytest.fixture(scope="package")  # not of the session: while it is driven, no event loop can run in this thread
+@pytest.fixture(scope="package")  # not "session": while Playwright runs, no event loop can run in this thread
 def browser() -> Iterator[Any]:
     if CHROMIUM is None:
-        pytest.skip("there is no chromium or google-chrome on the PATH")
+        pytest.skip("neither chromium nor google-chrome is on the PATH")
     sync_api = pytest.importorskip("playwright.sync_api", reason=NO_PLAYWRIGHT, exc_type=ImportError)
-    sync_api.expect.set_options(timeout=ENOUGH)
+    sync_api.expect.set_options(timeout=TIMEOUT_MS)
     with sync_api.sync_playwright() as playwright:
-        # Without its sandbox it runs as root, too, as in a container; it opens our own pages alone.
+        # Chromium refuses to run as root, such as in a container, with its sandbox. It only opens our own pages.
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield browser
         browser.close()
@@ -29,35 +29,38 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def context(browser: Any) -> Iterator[Any]:
-    """What the pages of a module share: cookies, connections, locks."""
+    """The browser context of a module, with the cookies, connections and locks that its pages share."""
     with browser.new_context() as context:
         yield context
 
 
 @pytest.fixture
 def open_page(browser: Any, context: Any) -> Iterator[Callable[..., Any]]:
-    """Opens a page: ``open_page(url)``, or ``open_page(url, **options)`` for one with a context of its own.
+    """Open a page with ``open_page(url)``, or in a context of its own with ``open_page(url, **options)``.
 
-    At the end of the test no page may have told of an error, but those that were taken out of ``page.errors``.
+    A test fails if a page reports an error, unless the test removes the error from ``page.errors``.
     """
-    own, pages = [], []
+    contexts, pages = [], []
 
-    def open_one(url: str, **options: Any) -> Any:
+    def open_url(url: str, **options: Any) -> Any:
         if options:
-            own.append(browser.new_context(**options))
-        page = (own[-1] if options else context).new_page()
-        page.set_default_timeout(ENOUGH)
+            contexts.append(browser.new_context(**options))
+        page = (contexts[-1] if options else context).new_page()
+        page.set_default_timeout(TIMEOUT_MS)
         page.errors = []
         page.on("pageerror", lambda error: page.errors.append(str(error)))
-        page.on("console", lambda told: page.errors.append(told.text) if told.type in ("error", "warning") else None)
+        page.on(
+            "console",
+            lambda message: page.errors.append(message.text) if message.type in ("error", "warning") else None,
+        )
         page.goto(url)
         pages.append(page)
         return page
 
-    yield open_one
+    yield open_url
     errors = [page.errors for page in pages]
-    for thing in (*pages, *own):
-        thing.close()
+    for opened in (*pages, *contexts):
+        opened.close()
     assert errors == [[] for _ in pages]
 
 
@@ -71,12 +74,12 @@ class BlankPage(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture(scope="module")
 def other_origin() -> Iterator[str]:
-    """A server of a blank page, at an origin of its own."""
+    """The URL of a blank page of another origin."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), BlankPage)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
