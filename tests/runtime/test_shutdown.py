@@ -505,7 +505,7 @@ def test_bad_input() -> None:
 
 
 async def test_bad_timeout() -> None:
-    with pytest.raises(ValueError, match="timeout=-1"):
+    with pytest.raises(ValueError, match="timeout must be at least 0 or None, got -1"):
         await StreamRegistry().drain(-1)
 
 

@@ -894,7 +894,7 @@ def test_a_test_that_hangs_or_leaves_streams_fails(pytester: pytest.Pytester, pl
     result.stdout.fnmatch_lines([*HUNG, "If it waits for a response: httpx's ASGITransport*"])
     result.stdout.fnmatch_lines([*HUNG, "  <OpenStream GET /ticks 200 open>.", "If it waits*"])
     assert "AssertionError: of itself" in text
-    for wrong in ("got an unexpected keyword argument 'timouts'", "timeout='5' is str; give a number, or None"):
+    for wrong in ("got an unexpected keyword argument 'timouts'", "timeout must be a number or None, got '5'"):
         assert f"{wrong}; it takes timeout=, seconds or None, and leaks=, a bool" in text
     if not trio:
         result.stdout.fnmatch_lines(["the test leaves streams behind.", "  <Stream /ticks open>*", "  <OpenStream*"])
