@@ -46,8 +46,8 @@ class EventDecoder:
         self._limit = max_event_bytes
         self._at_start = True
         self._skip_lf = False
-        # The beginning of a line whose end has not arrived. The bytearray grows in place: with two bytes in each chunk, a
-        # list of the chunks would take 50 times the memory of their bytes.
+        # The beginning of a line whose end has not arrived. The bytearray grows in place. A list of chunks of two bytes
+        # would take 50 times the memory of the bytes.
         self._partial = bytearray()
         self._data: list[bytes] = []
         self._event = b""

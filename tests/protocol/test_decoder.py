@@ -38,7 +38,7 @@ def test_decoding_follows_the_vectors(vector: dict[str, Any], cut: str | int) ->
     chunks = [expand(chunk).encode("latin-1") for chunk in vector["chunks"]]
     if cut != "as given":
         whole = b"".join(chunks)
-        # For the few large vectors, pieces of about 100 bytes cut as many kinds of places as single bytes, seconds faster.
+        # Large vectors are cut into pieces of about 100 bytes, which meet as many kinds of places and save seconds.
         chunks = [whole] if isinstance(cut, str) else pieces(whole, cut if len(whole) < 100_000 else cut + 100)
     events, last_event_id, retry = decode(chunks)
     expected = vector["expect"]
