@@ -1,4 +1,4 @@
-"""Both event loops for every async test, on a virtual clock unless a test asks for real time."""
+"""Run every async test on asyncio and trio, with a virtual clock unless the test is marked ``real_time``."""
 
 import asyncio
 import signal
@@ -13,11 +13,12 @@ from trio.testing import MockClock
 from asgi_sse.testing import VirtualTimeLoop
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # As of a job in the background of a shell script; the tests send it to processes, which would inherit that.
+    # A shell script starts background jobs with SIGINT ignored. The tests send SIGINT to their processes, which would
+    # inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# An example has no deadline of 0.2 s, nor has making it: a machine that is busy may take longer over any.
+# No deadline of 0.2 s for an example, and none for generating it: a busy machine may take longer.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 

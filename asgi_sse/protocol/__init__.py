@@ -1,1 +1,1 @@
-"""Pure values without I/O: events, the decoder, ASGI types and argument checks."""
+"""Pure values without I/O: events, the decoder, headers, ASGI types and argument checks."""

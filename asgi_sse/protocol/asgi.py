@@ -1,4 +1,4 @@
-"""ASGI aliases, as loose as Starlette's, so that any framework's app and any server's callables fit."""
+"""Type aliases of ASGI, as loose as Starlette's, so that the app of any framework and any server fit them."""
 
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Literal, TypeAlias
@@ -14,7 +14,7 @@ CloseReason: TypeAlias = Literal[
     "disconnected",  # the client left, or the server cancelled the request
     "drained",  # the server is stopping
     "timed_out",  # the client did not take a message within send_timeout
-    "overflowed",  # the client fell further behind than a channel keeps
+    "overflowed",  # the channel's log trimmed events that the client had not read
     "failed",  # the source, or a callback of the stream, raised
-    "expired",  # max_lifetime is over
+    "expired",  # the stream reached its max_lifetime
 ]

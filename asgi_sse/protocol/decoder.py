@@ -1,6 +1,6 @@
-"""Bytes of an event stream, in any chunking, to events. No I/O.
+"""A decoder of event streams: takes bytes in chunks of any size, and returns events. No I/O.
 
-Rules: WHATWG HTML, 9.2.6 "Interpreting an event stream"; the steps below keep its order.
+The rules are those of WHATWG HTML, 9.2.6 "Interpreting an event stream", in the order of that section.
 """
 
 import re
@@ -18,16 +18,19 @@ _LINE_END: Final = re.compile(rb"\r\n|\r|\n")
 class EventDecoder:
     """Decodes one event stream, exactly as browsers do.
 
-    At the end of the stream just drop the decoder: a block without its closing blank line is
-    discarded, its id too. For the next connection make a new one, and carry `last_event_id` over.
+    When the stream ends, discard the decoder: a block without its closing blank line does not count, and
+    neither does its id. For the next connection, create a new decoder and copy `last_event_id` to it.
 
     Args:
-        max_event_bytes: How many bytes one event may hold: its data, event and id lines without
-            line ends, and any one line. Default: no limit.
+        max_event_bytes: The most bytes that an event may have. The data, event and id lines of the event
+            count together, without line ends, and each line counts alone. Default: no limit.
 
     Attributes:
-        last_event_id: What to send as ``Last-Event-ID`` on reconnecting; ``""`` if nothing.
-        retry: The reconnection time in milliseconds that the stream asked for last, if any.
+        last_event_id: The ``Last-Event-ID`` to send when reconnecting; ``""`` for none.
+        retry: The last reconnection time that the stream sent, in milliseconds; ``None`` if it sent none.
+
+    Raises:
+        ValueError: `max_event_bytes` is less than 1.
     """
 
     __slots__ = (
@@ -37,35 +40,40 @@ class EventDecoder:
 
     def __init__(self, *, max_event_bytes: int | None = None) -> None:
         if max_event_bytes is not None and max_event_bytes < 1:
-            raise ValueError(f"max_event_bytes={max_event_bytes!r} would refuse every event; give 1 or more, or None")
+            raise ValueError(f"max_event_bytes must be at least 1, got {max_event_bytes!r}; pass None for no limit")
         self.last_event_id = ""
         self.retry: int | None = None
         self._limit = max_event_bytes
         self._at_start = True
         self._skip_lf = False
-        # Of a line whose end has not come. It grows in place: a list of its pieces would take 50 times what they hold,
-        # where they come two by two.
+        # The beginning of a line whose end has not arrived. The bytearray grows in place. A list of chunks of two bytes
+        # would take 50 times the memory of the bytes.
         self._partial = bytearray()
         self._data: list[bytes] = []
         self._event = b""
-        self._id: str | None = None  # None: as committed, since an id outlives its block
+        self._id: str | None = None  # None: the block has no id line, and the last id stays valid
         self._held = 0
         self._error: InvalidEventError | None = None
 
     def feed(self, chunk: bytes) -> list[ServerSentEvent]:
-        """Take the next bytes, and give the events that they complete.
+        """Decode the next bytes of the stream.
 
-        Each event has ``data``, ``event`` (``"message"`` if it had none) and ``id``, the last event
-        id as of that event.
+        Args:
+            chunk: The bytes, cut anywhere.
+
+        Returns:
+            The events that `chunk` completes. Each has ``data``, ``event`` (``"message"`` if the stream named
+            no type) and ``id``, the last event id at that point of the stream.
 
         Raises:
-            InvalidEventError: An event exceeds ``max_event_bytes``. The events before it are given
-                first; from then on every call raises. Reconnecting with `last_event_id` loses nothing.
+            InvalidEventError: An event exceeds ``max_event_bytes``. The events before it are returned first,
+                and each later call raises. A client that reconnects with `last_event_id` misses nothing.
+            TypeError: `chunk` is not bytes.
         """
         if self._error is not None:
             raise self._error
         if not isinstance(chunk, bytes | bytearray | memoryview):
-            raise TypeError(f"feed() takes the bytes of a stream, not {type(chunk).__name__}; do not decode them first")
+            raise TypeError(f"chunk must be bytes, got {type(chunk).__name__}; pass the bytes of the stream undecoded")
         chunk = bytes(chunk)
         events: list[ServerSentEvent] = []
         try:
@@ -74,7 +82,7 @@ class EventDecoder:
                     self._field(line)
                 elif (event := self._dispatch()) is not None:
                     events.append(event)
-            if not self._at_start:  # what may become a byte order mark is of no line
+            if not self._at_start:  # the beginning of a byte order mark does not count
                 self._hold(len(self._partial))
         except InvalidEventError as exc:
             self._error = exc
@@ -87,7 +95,7 @@ class EventDecoder:
             chunk = bytes(self._partial) + chunk
             self._partial.clear()
             if len(chunk) < len(_BOM) and _BOM.startswith(chunk):
-                self._partial += chunk  # one BOM is dropped, even one that comes in pieces
+                self._partial += chunk  # the start of a BOM; a whole one is dropped
                 return []
             self._at_start = False
             chunk = chunk.removeprefix(_BOM)
@@ -119,16 +127,17 @@ class EventDecoder:
                 return
             self._id = value.decode("utf-8", "replace")
         elif name == b"retry":
-            # Of bytes: ASCII digits. More than so many int() refuses where the process has set its least limit.
+            # isdigit() of bytes accepts ASCII digits only. The length limit is the lowest that a process can set for
+            # int(), so int() never raises here.
             if value.isdigit() and len(value) <= sys.int_info.str_digits_check_threshold:
                 self.retry = int(value)
             return
         else:
-            return  # a comment (its name is empty) or an unknown field
+            return  # a comment, whose name is empty, or an unknown field
         self._held += len(line)
 
     def _dispatch(self) -> ServerSentEvent | None:
-        # The id is committed first, even where no event is dispatched.
+        # The id is committed first, even if the block dispatches no event.
         if self._id is not None:
             self.last_event_id = self._id
         self._held = 0
@@ -146,5 +155,5 @@ class EventDecoder:
     def _hold(self, more: int) -> None:
         if self._limit is not None and self._held + more > self._limit:
             raise InvalidEventError(
-                f"an event exceeds max_event_bytes={self._limit}; raise the limit if such large events are meant"
+                f"an event must have at most max_event_bytes={self._limit}, got more; raise the limit to accept it"
             )

@@ -434,7 +434,7 @@ def test_wrong_arguments_are_told_at_once(response: Any) -> None:
     adapter_apps.APPS["django"]()  # its responses ask for settings
     with pytest.raises(TypeError, match="put it in a list"):
         response("text")
-    with pytest.raises(ValueError, match="ping=-1"):
+    with pytest.raises(ValueError, match="ping must be at least 0 or None, got -1"):
         response([], ping=-1)
     with pytest.raises(ValueError, match="would inject headers"):
         response([], headers={"x": "a\r\nb"})

@@ -85,7 +85,7 @@ def test_an_event_is_encoded_as_sse_starlette_does(fields: dict[str, Any], encod
     [{"id": "a\nid: b"}, {"event": "a\rdata: b"}, {"id": "a\0"}, {"data": "\ud800"}, {"retry": -1}, {"sep": "|"}],
 )
 def test_what_would_inject_or_is_ignored_is_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"line end|NUL|UTF-8|retry=-1"):
+    with pytest.raises(ValueError, match=r"line end|NUL|UTF-8|retry must .* got -1"):
         ServerSentEvent(**fields).encode()
 
 
@@ -800,9 +800,9 @@ async def test_a_websocket_is_denied_with_a_stream() -> None:
         ({"sep": "|"}, ValueError, "sep must be one of"),
         ({"ping": "ten"}, TypeError, "ping interval must be int"),
         ({"ping": -1}, ValueError, "ping interval must be >= 0"),
-        ({"send_timeout": -1}, ValueError, "send_timeout=-1 is out of range; give at least 0"),
+        ({"send_timeout": -1}, ValueError, "send_timeout must be at least 0 or None, got -1"),
         ({"shutdown_grace_period": float("nan")}, ValueError, "shutdown_grace_period must be >= 0"),
-        ({"max_lifetime": "long"}, TypeError, "max_lifetime='long' is str"),
+        ({"max_lifetime": "long"}, TypeError, "max_lifetime must be a number or None, got 'long'"),
         ({"on_error": 1}, TypeError, "on_error=1 is not callable"),
         ({"headers": {"x": "a\r\ny: b"}}, ValueError, "would inject headers"),
         ({"registry": True}, TypeError, "registry must be a StreamRegistry, got True"),
@@ -838,7 +838,7 @@ async def test_a_line_end_in_an_id_is_raised_at_the_yield() -> None:
         yield "b"
 
     assert await body_of(EventSourceResponse(source())) == b"data: b\r\n\r\n"
-    assert "has a line end" in caught[0]
+    assert "must have no line end" in caught[0]
 
 
 async def test_what_is_raised_in_a_clean_up_behind_an_error_is_logged(caplog: pytest.LogCaptureFixture) -> None:

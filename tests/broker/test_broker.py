@@ -615,7 +615,7 @@ async def test_publishing_a_key_again_does_nothing() -> None:
     "event", [ServerSentEvent("a", id="7"), {"data": "a", "id": 1}, b"data: a\n\n", None, object()]
 )
 async def test_what_is_no_event_of_a_broker(event: Any) -> None:
-    with pytest.raises(InvalidEventError, match=r"leave the id out|is no event"):
+    with pytest.raises(InvalidEventError, match=r"leave the id out|an event must be a ServerSentEvent"):
         await Broker().publish("a", event)
 
 
@@ -641,7 +641,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(TypeError, match="last_event_id=5 is int"):
         broker.subscribe("a", last_event_id=5)  # type: ignore[arg-type]
     for name in ("max_age", "max_subscribers", "max_runs", "run_grace"):
-        with pytest.raises(TypeError, match=f"{name}='1' is str"):
+        with pytest.raises(TypeError, match=rf"{name} must be a number( or None)?, got '1'"):
             Broker(**{name: "1"})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"Channel\('a'\) is not iterable; give its subscribe"):
         EventSourceResponse(broker.channel("a"))  # type: ignore[arg-type]

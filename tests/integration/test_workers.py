@@ -105,8 +105,8 @@ def test_the_command_says_what_is_wrong(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
     for arguments, said in (
         (command(engine, "a b", "x"), "channel 'a b': give"),
-        (command(engine, "a", "x", "--event=a\nb"), "has a line end"),
-        (command(engine, "a"), "is not UTF-8"),
+        (command(engine, "a", "x", "--event=a\nb"), "must have no line end"),
+        (command(engine, "a"), "data must be UTF-8"),
         (["publish", "memory://", "a", "x"], "in its own process"),
         (["publish", "ftp://x", "a", "x"], "is no broker that is known"),
         (["publish", f"{engine.scheme}://127.0.0.1:{free_port()}", "a", "x"], "cannot connect to"),

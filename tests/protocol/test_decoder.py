@@ -1,4 +1,4 @@
-"""`EventDecoder`: the WHATWG algorithm, in any chunking."""
+"""`EventDecoder`: the WHATWG algorithm, with the stream cut anywhere."""
 
 import json
 from itertools import pairwise
@@ -15,7 +15,7 @@ VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())["vect
 
 
 def expand(value: Any) -> str:
-    """A vector's text: a string, a repetition, or a list of these."""
+    """Return the text that a vector describes: a string, a repetition, or a list of these."""
     if isinstance(value, list):
         return "".join(map(expand, value))
     text: str = value["repeat"] * value["times"] if isinstance(value, dict) else value
@@ -26,7 +26,7 @@ def pieces(data: bytes, size: int) -> list[bytes]:
     return [data[i : i + size] for i in range(0, len(data), size)]
 
 
-def run(chunks: list[bytes]) -> tuple[list[ServerSentEvent], str, int | None]:
+def decode(chunks: list[bytes]) -> tuple[list[ServerSentEvent], str, int | None]:
     decoder = EventDecoder()
     events = [event for chunk in chunks for event in decoder.feed(chunk)]
     return events, decoder.last_event_id, decoder.retry
@@ -34,13 +34,13 @@ def run(chunks: list[bytes]) -> tuple[list[ServerSentEvent], str, int | None]:
 
 @pytest.mark.parametrize("vector", [v for v in VECTORS if v["kind"] == "parse"], ids=lambda v: v["id"])
 @pytest.mark.parametrize("cut", ["as given", "whole", 1, 2, 3])
-def test_vector(vector: dict[str, Any], cut: str | int) -> None:
+def test_decoding_follows_the_vectors(vector: dict[str, Any], cut: str | int) -> None:
     chunks = [expand(chunk).encode("latin-1") for chunk in vector["chunks"]]
     if cut != "as given":
         whole = b"".join(chunks)
-        # Of the few large ones, pieces of about 100 bytes meet as many places as single bytes do, in seconds less.
+        # Large vectors are cut into pieces of about 100 bytes, which meet as many kinds of places and save seconds.
         chunks = [whole] if isinstance(cut, str) else pieces(whole, cut if len(whole) < 100_000 else cut + 100)
-    events, last_event_id, retry = run(chunks)
+    events, last_event_id, retry = decode(chunks)
     expected = vector["expect"]
     assert [(e.event, e.data, e.id) for e in events] == [
         (e["type"], expand(e["data"]), e["last_event_id"]) for e in expected["events"]
@@ -59,14 +59,14 @@ STREAM = st.lists(
 
 
 @given(STREAM, st.lists(st.integers(0, 60), max_size=8))
-def test_any_chunking_decodes_alike(stream: bytes, cuts: list[int]) -> None:
+def test_chunking_does_not_change_the_events(stream: bytes, cuts: list[int]) -> None:
     marks = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
     chunks = [stream[a:b] for a, b in pairwise(marks)]
-    assert run([stream]) == run(chunks) == run(pieces(stream, 1))
+    assert decode([stream]) == decode(chunks) == decode(pieces(stream, 1))
 
 
 @given(STREAM, st.integers(1, 20))
-def test_the_limit_does_not_depend_on_the_chunking(stream: bytes, limit: int) -> None:
+def test_chunking_does_not_change_the_limit(stream: bytes, limit: int) -> None:
     def outcome(chunks: list[bytes]) -> tuple[list[ServerSentEvent], bool]:
         decoder = EventDecoder(max_event_bytes=limit)
         events: list[ServerSentEvent] = []
@@ -80,7 +80,7 @@ def test_the_limit_does_not_depend_on_the_chunking(stream: bytes, limit: int) ->
     assert outcome([stream]) == outcome(pieces(stream, 1)) == outcome(pieces(stream, 3))
 
 
-def test_limit_raises_and_keeps_raising() -> None:
+def test_decoder_keeps_raising_after_the_limit() -> None:
     decoder = EventDecoder(max_event_bytes=10)
     assert [e.data for e in decoder.feed(b"data: 1234\n\n")] == ["1234"]
     with pytest.raises(InvalidEventError, match="max_event_bytes=10"):
@@ -89,8 +89,8 @@ def test_limit_raises_and_keeps_raising() -> None:
         decoder.feed(b"\n\n")
 
 
-def test_limit_gives_the_events_before_it_first() -> None:
-    """Whoever resumes from `last_event_id` then misses nothing."""
+def test_events_before_the_limit_are_returned_first() -> None:
+    """A client that resumes from `last_event_id` then misses nothing."""
     decoder = EventDecoder(max_event_bytes=20)
     assert [e.data for e in decoder.feed(b"id: 1\ndata: a\n\ndata: " + b"x" * 30 + b"\n\n")] == ["a"]
     assert decoder.last_event_id == "1"
@@ -98,40 +98,40 @@ def test_limit_gives_the_events_before_it_first() -> None:
         decoder.feed(b"")
 
 
-def test_comments_do_not_add_up() -> None:
+def test_comments_do_not_add_up_to_the_limit() -> None:
     decoder = EventDecoder(max_event_bytes=20)
     for _ in range(100):
         assert decoder.feed(b": ping\n") == []
     assert [e.data for e in decoder.feed(b"data: x\n\n")] == ["x"]
 
 
-def test_text_is_refused() -> None:
-    with pytest.raises(TypeError, match="not str"):
+def test_feed_refuses_text() -> None:
+    with pytest.raises(TypeError, match="chunk must be bytes, got str"):
         EventDecoder().feed("data: x\n\n")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("limit", [0, -1])
-def test_bad_limit(limit: int) -> None:
-    with pytest.raises(ValueError, match="max_event_bytes"):
+def test_limit_must_be_at_least_1(limit: int) -> None:
+    with pytest.raises(ValueError, match=f"max_event_bytes must be at least 1, got {limit}"):
         EventDecoder(max_event_bytes=limit)
 
 
-def test_last_event_id_is_carried_over() -> None:
+def test_last_event_id_can_be_copied_to_the_next_decoder() -> None:
     decoder = EventDecoder()
     decoder.last_event_id = "41"
     assert decoder.feed(b"data: x\n\n") == [ServerSentEvent("x", event="message", id="41")]
 
 
-def test_cr_is_a_line_end_at_once() -> None:
-    """An event is not held back for a LF that may belong to its CR."""
+def test_cr_ends_a_line_at_once() -> None:
+    """The decoder does not wait for an LF that may follow the CR."""
     decoder = EventDecoder()
     assert [e.data for e in decoder.feed(b"data: x\r\r")] == ["x"]
     assert decoder.feed(b"\n") == []
     assert [e.data for e in decoder.feed(b"data: y\n\n")] == ["y"]
 
 
-def test_a_long_event_in_small_pieces_takes_linear_time() -> None:
-    """Joined once, not with every piece: else these 20,000 pieces would copy 10 GB."""
+def test_long_event_in_small_pieces_takes_linear_time() -> None:
+    """The pieces are joined once. Joining with every piece would copy 10 GB for these 20,000 pieces."""
     decoder = EventDecoder()
     for chunk in [b"data: ", *([b"x" * 50] * 20_000)]:
         assert decoder.feed(chunk) == []
@@ -139,7 +139,7 @@ def test_a_long_event_in_small_pieces_takes_linear_time() -> None:
     assert event.data == "x" * 1_000_000
 
 
-def test_a_retry_of_absurd_length_is_ignored() -> None:
+def test_retry_of_absurd_length_is_ignored() -> None:
     decoder = EventDecoder()
     decoder.feed(b"retry: " + b"9" * 5000 + b"\n\n")
     assert decoder.retry is None

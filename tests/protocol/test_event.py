@@ -1,4 +1,4 @@
-"""`ServerSentEvent` and `JSONServerSentEvent`: what is built, what is refused, what goes on the wire."""
+"""`ServerSentEvent` and `JSONServerSentEvent`: their values, their errors and their bytes."""
 
 import copy
 import enum
@@ -32,7 +32,7 @@ def decode(data: bytes) -> list[ServerSentEvent]:
 
 @pytest.mark.parametrize("vector", [v for v in VECTORS if v["kind"] == "encode"], ids=lambda v: v["id"])
 @pytest.mark.parametrize("sep", ["\n", "\r\n", "\r"])
-def test_vector(vector: dict[str, Any], sep: str) -> None:
+def test_encoding_follows_the_vectors(vector: dict[str, Any], sep: str) -> None:
     arguments = dict(vector["input"])
     if vector["id"] == "encode/lone-surrogate":
         arguments["data"] = "\ud800"
@@ -54,7 +54,7 @@ def test_wire_format() -> None:
     assert event.encode("\r") == event.encode().replace(b"\n", b"\r")
 
 
-class Colour(str, enum.Enum):  # noqa: UP042 (the older kind is the harder one)
+class Colour(str, enum.Enum):  # noqa: UP042 (str() of this older kind gives the name, so it is the harder one)
     RED = "red"
 
 
@@ -83,13 +83,13 @@ class Level(enum.IntEnum):
         ("a\r\nb\rc\nd", "a\nb\nc\nd"),
     ],
 )
-def test_data(data: Any, text: str) -> None:
+def test_data_becomes_text(data: Any, text: str) -> None:
     event = ServerSentEvent(data)
     assert event.data == text
     assert decode(event.encode()) == [ServerSentEvent(text, event="message", id="")]
 
 
-def test_json() -> None:
+def test_json_event_always_encodes_json() -> None:
     assert JSONServerSentEvent("text").data == '"text"'
     assert JSONServerSentEvent(None).data == "null"
     assert JSONServerSentEvent({"a": 1}, event="e", id=1, retry=2, comment="c").encode() == (
@@ -97,30 +97,30 @@ def test_json() -> None:
     )
 
 
-def test_fields_are_text() -> None:
+def test_fields_become_text() -> None:
     event = ServerSentEvent("x", id=Level.HIGH, event=Colour.RED, retry=0, comment="c\r\nd")
     assert (event.id, event.event, event.retry, event.comment) == ("3", "red", 0, "c\nd")
     assert ServerSentEvent("x", event="").event is None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("arguments", "message"),
     [
-        ({"data": "x", "id": "a\nb"}, "id="),
-        ({"data": "x", "id": "a\rb"}, "id="),
-        ({"data": "x", "id": "a\0b"}, "NUL"),
+        ({"data": "x", "id": "a\nb"}, "id must have no line end"),
+        ({"data": "x", "id": "a\rb"}, "id must have no line end"),
+        ({"data": "x", "id": "a\0b"}, "id must have no NUL"),
         ({"data": "x", "id": "\ud800"}, "surrogate"),
-        ({"data": "x", "id": 1.5}, "id=1.5"),
-        ({"data": "x", "id": True}, "id=True"),
-        ({"data": "x", "id": b"1"}, "id=b'1'"),
-        ({"data": "x", "event": "a\nb"}, "event="),
-        ({"data": "x", "event": 3}, "event=3"),
+        ({"data": "x", "id": 1.5}, "id must be a str or int, got 1.5"),
+        ({"data": "x", "id": True}, "id must be a str or int, got True"),
+        ({"data": "x", "id": b"1"}, "id must be a str or int, got b'1'"),
+        ({"data": "x", "event": "a\nb"}, "event must have no line end"),
+        ({"data": "x", "event": 3}, "event must be a str, got 3"),
         ({"data": "x", "event": "\udfff"}, "surrogate"),
-        ({"data": "x", "retry": -1}, "retry=-1"),
-        ({"data": "x", "retry": True}, "retry=True"),
-        ({"data": "x", "retry": 1.5}, "retry=1.5"),
-        ({"data": "x", "retry": "5"}, "retry='5'"),
-        ({"data": "x", "comment": 5}, "comment=5"),
+        ({"data": "x", "retry": -1}, "at least 0, got -1"),
+        ({"data": "x", "retry": True}, "at least 0, got True"),
+        ({"data": "x", "retry": 1.5}, "at least 0, got 1.5"),
+        ({"data": "x", "retry": "5"}, "at least 0, got '5'"),
+        ({"data": "x", "comment": 5}, "comment must be a str, got 5"),
         ({"data": "x", "comment": "\ud800"}, "surrogate"),
         ({"data": "\ud800"}, "surrogate"),
         ({"data": b"\xff"}, "UTF-8"),
@@ -130,19 +130,19 @@ def test_fields_are_text() -> None:
         ({"data": {1, 2}}, "JSON"),
         ({"data": object()}, "JSON"),
         ({"data": 10**5000}, "JSON"),
-        ({"event": "done"}, "data=''"),
+        ({"event": "done"}, "pass data=''"),
         ({}, "nothing to send"),
     ],
 )
-def test_refused_when_built(arguments: dict[str, Any], named: str) -> None:
+def test_constructor_refuses_what_no_client_can_read(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidEventError) as caught:
         ServerSentEvent(**arguments)
-    assert named in str(caught.value)
+    assert message in str(caught.value)
     assert isinstance(caught.value, ValueError)
     assert isinstance(caught.value, SSEError)
 
 
-def test_refused_json() -> None:
+def test_json_event_refuses_a_circular_value() -> None:
     loop: list[Any] = []
     loop.append(loop)
     with pytest.raises(InvalidEventError, match="JSON"):
@@ -150,12 +150,12 @@ def test_refused_json() -> None:
 
 
 @pytest.mark.parametrize("sep", ["", "\n\n", "x", "\u2028"])
-def test_bad_separator(sep: str) -> None:
-    with pytest.raises(ValueError, match="sep="):
+def test_encode_refuses_another_separator(sep: str) -> None:
+    with pytest.raises(ValueError, match="sep must be a line end"):
         ServerSentEvent("x").encode(sep)
 
 
-def test_immutable_value() -> None:
+def test_event_is_an_immutable_value() -> None:
     event = ServerSentEvent("x", id=1)
     with pytest.raises(AttributeError):
         event.data = "y"  # type: ignore[misc]
@@ -183,7 +183,7 @@ LINE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n
     comment=st.none() | TEXT,
     sep=st.sampled_from(["\n", "\r\n", "\r"]),
 )
-def test_what_is_encoded_is_decoded(
+def test_decoder_returns_what_was_encoded(
     data: str, event: str | None, id_: str | None, retry: int | None, comment: str | None, sep: str
 ) -> None:
     built = ServerSentEvent(data, event=event, id=id_, retry=retry, comment=comment)
@@ -195,7 +195,7 @@ def test_what_is_encoded_is_decoded(
 
 
 @given(st.binary())
-def test_no_field_injects_another(junk: bytes) -> None:
+def test_no_field_injects_another_field(junk: bytes) -> None:
     text = junk.decode("latin-1")
     for name in ("id", "event"):
         try:
@@ -225,8 +225,8 @@ _lines = st.text(st.sampled_from("ab \x00\n\r\x1b\x7f-é\u2028\ud800"), max_size
         | _lines
     )
 )
-def test_an_item_is_the_event_that_it_stands_for(items: list[Any]) -> None:
-    """Byte for byte, and refused alike, whichever way through the encoder it takes."""
+def test_item_is_sent_as_the_event_it_describes(items: list[Any]) -> None:
+    """The short way through the encoder gives the same bytes and the same refusals as the long one."""
     expected = b""
     for item in items:
         with suppress(InvalidEventError, TypeError):

@@ -595,7 +595,7 @@ async def test_a_request_that_was_taken_for_something_else_is_shown() -> None:
         yield name
 
     for path, shown in (("/a/b?c=d", "<Request GET /a/b>"), ("/a/x%0Ay", r"<Request GET '/a/x\ny'>")):
-        with pytest.raises(InvalidEventError, match=re.escape(f"a source yielded {shown}")):
+        with pytest.raises(InvalidEventError, match=re.escape(f"cannot encode {shown}")):
             async with open_stream(create_app({"/a/{name}": greet}), path):
                 pass
 
@@ -669,7 +669,7 @@ async def a_coroutine() -> None:
         (lambda: create_app({"/": EventSourceResponse([])}), TypeError, "one request"),
         (lambda: create_app({"/": lambda a, b: None}), TypeError, "2 arguments"),
         (lambda: create_app({}, pong=5), TypeError, "'pong'"),
-        (lambda: create_app({}, ping=-5), ValueError, "ping=-5"),
+        (lambda: create_app({}, ping=-5), ValueError, "ping must be at least 0 or None, got -5"),
         (lambda: create_app({}, drain_timeout=3), TypeError, "registry=StreamRegistry(drain_timeout=3)"),
         (lambda: create_app({}, drain_retry=(1, 2)), TypeError, "registry=StreamRegistry(drain_retry=(1, 2))"),
         (lambda: create_app({}, registry=True), TypeError, "registry must be a StreamRegistry, got True"),

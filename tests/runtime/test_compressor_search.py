@@ -1,4 +1,4 @@
-"""The guard against compressors in the stack, inside of the wrapper and around it."""
+"""Compressors in the stack, inside SSEMiddleware and around it: they are found, bypassed, refused or reported."""
 
 import gzip
 import logging
@@ -16,11 +16,11 @@ from asgi_sse.testing import OpenStream, VirtualTimeLoop, open_stream
 
 pytestmark = pytest.mark.anyio
 
-ASKS = {"Accept": "text/event-stream", "Accept-Encoding": "gzip"}
+EVENT_STREAM_REQUEST = {"Accept": "text/event-stream", "Accept-Encoding": "gzip"}
 
 
 class GZipMiddleware:
-    """As the worst of those that exist: it encodes whatever comes, and gives it out at the end."""
+    """Behaves as the worst existing compressors do: encodes every response and sends it at the end."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -48,21 +48,24 @@ class GZipMiddleware:
 
 
 class Collector:
-    """Collects a response without a word in its head."""
+    """Holds back a response without adding a response header.
 
-    def __init__(self, app: Any, *, head_too: bool) -> None:
+    With `headers_too` it also holds the headers, until the first part of the body.
+    """
+
+    def __init__(self, app: Any, *, headers_too: bool) -> None:
         self.app = app
-        self.head_too = head_too
+        self.headers_too = headers_too
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         messages: list[Any] = []
 
         async def collect(message: Any) -> None:
-            if message["type"] == "http.response.start" and not self.head_too:
+            if message["type"] == "http.response.start" and not self.headers_too:
                 await send(message)
                 return
             messages.append(message)
-            if message["type"] == "http.response.body" and (self.head_too or not message.get("more_body", False)):
+            if message["type"] == "http.response.body" and (self.headers_too or not message.get("more_body", False)):
                 for one in messages:
                     await send(one)
                 messages.clear()
@@ -78,8 +81,8 @@ async def events() -> AsyncIterator[str]:
 
 async def app_with_ours(scope: Any, receive: Any, send: Any) -> None:
     if scope["path"] == "/page":
-        head = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]}
-        await send(head)
+        start = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]}
+        await send(start)
         await send({"type": "http.response.body", "body": b"page"})
         return
     await EventSourceResponse(events())(scope, receive, send)
@@ -96,9 +99,9 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-async def test_bypass(caplog: pytest.LogCaptureFixture) -> None:
+async def test_event_stream_requests_bypass_the_compressor(caplog: pytest.LogCaptureFixture) -> None:
     app = SSEMiddleware(GZipMiddleware(app_with_ours))
-    async with open_stream(app, headers=ASKS) as stream:
+    async with open_stream(app, headers=EVENT_STREAM_REQUEST) as stream:
         assert "content-encoding" not in stream.headers
         began = anyio.current_time()
         assert (await stream.receive()).data == "0"
@@ -107,11 +110,11 @@ async def test_bypass(caplog: pytest.LogCaptureFixture) -> None:
     async with open_stream(app, "/page", headers={"Accept-Encoding": "gzip"}) as stream:
         assert stream.headers["content-encoding"] == "gzip"
     assert app.registry.statistics().compressed == {}
-    assert warnings(caplog) == []  # of a compressor that is not known, a name is no proof
+    assert warnings(caplog) == []  # the compressor is unknown, and a name alone proves nothing
 
 
-async def test_what_asks_for_no_events_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    """``fetch`` says that it accepts anything."""
+async def test_compressed_stream_without_accept_header_is_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:
+    """``fetch`` sends ``Accept: */*``, so the request does not bypass the compressor."""
     app = SSEMiddleware(GZipMiddleware(app_with_ours))
     for _ in range(2):
         async with open_stream(app, headers={"Accept": "*/*", "Accept-Encoding": "gzip"}) as stream:
@@ -119,17 +122,15 @@ async def test_what_asks_for_no_events_is_warned_of(caplog: pytest.LogCaptureFix
             await text(stream)
     assert app.registry.statistics().compressed == {"encoded": 2, "buffered": 2}
     first, second = warnings(caplog)
-    assert (
-        "the event stream / left the app gzip-encoded. The cause is probably test_compressor_search.GZipMiddleware (app)"
-        in first
-    )
+    cause = "The cause is probably test_compressor_search.GZipMiddleware (app)"
+    assert f"the event stream / left the app gzip-encoded. {cause}" in first
     assert "has sent events, but none has left the app" in second
 
 
-async def test_refuse() -> None:
+async def test_refused_stream_gets_a_500_that_names_the_compressor() -> None:
     seen = []
 
-    async def watches(scope: Any, receive: Any, send: Any) -> None:
+    async def waits_for_disconnect(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
         await send({"type": "http.response.body", "body": b"data: x\n\n", "more_body": True})
         while (message := await receive())["type"] != "http.disconnect":
@@ -138,8 +139,8 @@ async def test_refuse() -> None:
         await send({"type": "http.response.body", "body": b"data: x\n\n", "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
-    app = SSEMiddleware(GZipMiddleware(watches), compressors="refuse")
-    async with open_stream(app, headers=ASKS) as stream:
+    app = SSEMiddleware(GZipMiddleware(waits_for_disconnect), compressors="refuse")
+    async with open_stream(app, headers=EVENT_STREAM_REQUEST) as stream:
         assert stream.status == 500
         answer = await text(stream)
         assert "gzip-encoded by a middleware" in answer
@@ -148,20 +149,20 @@ async def test_refuse() -> None:
         assert stream.complete
         await anyio.sleep(1)
     assert seen == ["http.disconnect"]
-    async with open_stream(SSEMiddleware(app_with_ours, compressors="refuse"), headers=ASKS) as stream:
+    async with open_stream(SSEMiddleware(app_with_ours, compressors="refuse"), headers=EVENT_STREAM_REQUEST) as stream:
         assert "data: 2" in await text(stream)
 
 
-async def test_refused_streams_of_ours_end_quietly() -> None:
+async def test_refused_response_of_ours_leaves_no_stream() -> None:
     app = SSEMiddleware(GZipMiddleware(app_with_ours), compressors="refuse")
-    async with open_stream(app, headers=ASKS) as stream:
+    async with open_stream(app, headers=EVENT_STREAM_REQUEST) as stream:
         assert stream.status == 500
         await text(stream)
         await anyio.sleep(10)
     assert len(app.registry) == 0
 
 
-async def test_a_refused_app_that_never_asks_is_cancelled() -> None:
+async def test_refused_app_that_never_receives_is_cancelled() -> None:
     seen = []
 
     async def only_sends(scope: Any, receive: Any, send: Any) -> None:
@@ -174,57 +175,57 @@ async def test_a_refused_app_that_never_asks_is_cancelled() -> None:
             seen.append("finally")
 
     app = SSEMiddleware(GZipMiddleware(only_sends), compressors="refuse")
-    async with open_stream(app, headers=ASKS) as stream:
+    async with open_stream(app, headers=EVENT_STREAM_REQUEST) as stream:
         assert stream.status == 500
         await text(stream)
         await anyio.sleep(1)
         assert seen == ["finally"]
 
 
-async def test_off(caplog: pytest.LogCaptureFixture) -> None:
+async def test_off_compresses_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     app = SSEMiddleware(GZipMiddleware(app_with_ours), compressors="off")
-    async with open_stream(app, headers=ASKS) as stream:
+    async with open_stream(app, headers=EVENT_STREAM_REQUEST) as stream:
         assert stream.headers["content-encoding"] == "gzip"
         await text(stream)
     assert warnings(caplog) == []
     assert app.registry.statistics().compressed == {}
 
 
-async def test_what_is_buffered_or_held_is_told_apart(caplog: pytest.LogCaptureFixture) -> None:
-    app = SSEMiddleware(Collector(app_with_ours, head_too=False))
+async def test_buffered_and_held_streams_are_counted_apart(caplog: pytest.LogCaptureFixture) -> None:
+    app = SSEMiddleware(Collector(app_with_ours, headers_too=False))
     async with open_stream(app) as stream:
         await text(stream)
     assert app.registry.statistics().compressed == {"buffered": 1}
     (line,) = warnings(caplog)
     assert "none has left the app" in line
 
-    async def quiet(scope: Any, receive: Any, send: Any) -> None:
+    async def starts_late(scope: Any, receive: Any, send: Any) -> None:
         async def source() -> AsyncIterator[str]:
             await anyio.sleep(5)
             yield "late"
 
         await EventSourceResponse(source(), retry=None, opening_comment=False)(scope, receive, send)
 
-    app = SSEMiddleware(Collector(quiet, head_too=True), open_timeout=0.1)
+    app = SSEMiddleware(Collector(starts_late, headers_too=True), open_timeout=0.1)
     async with open_stream(app) as stream:
         await text(stream)
     assert app.registry.statistics().compressed == {"held": 1}
-    assert len(warnings(caplog)) == 1  # with our opening comment nothing is held, so it is no more than information
+    assert len(warnings(caplog)) == 1  # an opening comment releases the headers, so this is logged at INFO only
 
 
-seen: list[str] = []
+warned: list[str] = []  # of all variants of the next test, because the warning comes once per process
 
 
-async def test_around_us(caplog: pytest.LogCaptureFixture) -> None:
+async def test_compressor_around_the_app_is_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:
     app = SSEMiddleware(app_with_ours, {"/route": events})
     for path in ("/route", "/inner"):
-        async with open_stream(GZipMiddleware(app), path, headers=ASKS) as stream:
+        async with open_stream(GZipMiddleware(app), path, headers=EVENT_STREAM_REQUEST) as stream:
             assert stream.headers["content-encoding"] == "gzip"
             await text(stream)
     assert app.registry.statistics().compressed == {"encoded": 2}
-    seen.extend(warnings(caplog))  # once a process, since who is around us is none of the wrapper's
-    assert len(seen) == 1
-    assert "was gzip-encoded by test_compressor_search.GZipMiddleware" in seen[0]
+    warned.extend(warnings(caplog))
+    assert len(warned) == 1
+    assert "was gzip-encoded by test_compressor_search.GZipMiddleware" in warned[0]
 
 
 def closure(app: Any) -> Any:
@@ -249,8 +250,8 @@ LAYERS = {"closure": closure, "base_http": base_http, "gzip": GZipMiddleware, "o
 
 @settings(max_examples=40, deadline=None)
 @given(st.permutations(["closure", "base_http", "gzip", "ours"]), st.booleans())
-def test_a_compressor_at_every_place_of_a_stack(order: list[str], accepts: bool) -> None:
-    """Inside it is bypassed, around us it is seen, and without one there is no alarm."""
+def test_compressor_is_handled_at_every_place_of_a_stack(order: list[str], accepts: bool) -> None:
+    """A compressor inside is bypassed, one around us is counted, and a stack without one counts nothing."""
 
     async def main(layers: list[str]) -> None:
         app: Any = app_with_ours
@@ -276,6 +277,6 @@ def test_a_compressor_at_every_place_of_a_stack(order: list[str], accepts: bool)
 
 
 @pytest.mark.parametrize("compression", ["gzip", None, True])
-def test_bad_input(compression: Any) -> None:
+def test_compressors_option_refuses_unknown_values(compression: Any) -> None:
     with pytest.raises(ValueError, match="compressors="):
         SSEMiddleware(app_with_ours, compressors=compression)

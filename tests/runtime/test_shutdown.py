@@ -1,4 +1,4 @@
-"""How a registry learns that its server stops, and what that leaves behind: nothing."""
+"""How a registry learns that its server is stopping, and that nothing remains of the watch afterwards."""
 
 import asyncio
 import gc
@@ -36,7 +36,7 @@ async def idle() -> AsyncIterator[str]:
 
 @pytest.fixture
 def handled() -> Iterator[list[int]]:
-    """The numbers of the signals that a handler of ours, as a server's, was called with."""
+    """Install a handler for SIGTERM as a server does; return the list of the signals that it receives."""
     numbers: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
@@ -47,7 +47,7 @@ def handled() -> Iterator[list[int]]:
     signal.signal(signal.SIGTERM, before)
 
 
-async def the_end_of(stream: Any) -> bytes:
+async def read_to_end(stream: Any) -> bytes:
     body = b""
     while chunk := await stream.read(timeout=60):
         body += chunk
@@ -57,7 +57,7 @@ async def the_end_of(stream: Any) -> bytes:
 # Signals
 
 
-async def test_a_signal_drains_and_reaches_who_handled_it_before(
+async def test_signal_drains_and_reaches_the_previous_handler(
     handled: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "asgi_sse")
@@ -66,8 +66,8 @@ async def test_a_signal_drains_and_reaches_who_handled_it_before(
         await stream.receive()
         await other.receive()
         signal.raise_signal(signal.SIGTERM)
-        assert b"retry: " in await the_end_of(stream)
-        assert b"retry: " in await the_end_of(other)
+        assert b"retry: " in await read_to_end(stream)
+        assert b"retry: " in await read_to_end(other)
         assert stream.complete
         assert other.complete
     assert handled == [signal.SIGTERM]
@@ -77,35 +77,35 @@ async def test_a_signal_drains_and_reaches_who_handled_it_before(
     assert "drained 2 streams (SIGTERM)" in line
 
 
-async def test_a_bare_response_needs_nothing_to_be_drained(handled: list[int]) -> None:
+async def test_signal_drains_a_response_without_an_app(handled: list[int]) -> None:
     async with open_stream(EventSourceResponse(idle())) as stream:
         await stream.receive()
         signal.raise_signal(signal.SIGTERM)
-        assert b"retry: " in await the_end_of(stream)
+        assert b"retry: " in await read_to_end(stream)
         assert stream.complete
-    async with open_stream(EventSourceResponse(idle())) as stream:  # the server is still about to stop
-        assert b"data" not in await the_end_of(stream)
+    async with open_stream(EventSourceResponse(idle())) as stream:  # the server is still expected to stop
+        assert b"data" not in await read_to_end(stream)
     assert handled
 
 
-async def test_a_signal_that_stops_no_server_is_forgotten(handled: list[int]) -> None:
+async def test_signal_that_stops_no_server_expires(handled: list[int]) -> None:
     app = create_app({"/": idle}, registry=StreamRegistry(drain_timeout=2))
     async with open_stream(app) as stream:
         await stream.receive()
         signal.raise_signal(signal.SIGTERM)
-        await the_end_of(stream)
+        await read_to_end(stream)
     assert handled
     async with open_stream(app) as stream:
-        assert b"data" not in await the_end_of(stream)
+        assert b"data" not in await read_to_end(stream)
     await anyio.sleep(8)
     async with open_stream(app) as stream:
         assert (await stream.receive()).data == "first"
-        signal.raise_signal(signal.SIGTERM)  # and the next one counts again
-        await the_end_of(stream)
+        signal.raise_signal(signal.SIGTERM)  # the next signal counts again
+        await read_to_end(stream)
         assert stream.complete
 
 
-async def test_without_signals(handled: list[int]) -> None:
+async def test_signals_false_leaves_the_handlers_alone(handled: list[int]) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     app = create_app({"/": idle}, signals=False)
     async with open_stream(app) as stream:
@@ -117,17 +117,17 @@ async def test_without_signals(handled: list[int]) -> None:
     assert handled
 
 
-async def test_python_s_own_handlers_stay(anyio_backend_name: str) -> None:
-    """asyncio.Runner's for Ctrl-C too, and trio's: a KeyboardInterrupt is not for us."""
+async def test_default_handlers_of_python_stay(anyio_backend_name: str) -> None:
+    """This includes the handlers of asyncio.Runner and trio for Ctrl-C, which only raise KeyboardInterrupt."""
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     async with open_stream(create_app({"/": idle})) as stream:
         await stream.receive()
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_a_handler_that_was_put_over_ours_stays(handled: list[int]) -> None:
+def test_handler_that_was_set_over_ours_stays(handled: list[int]) -> None:
     def theirs(number: int, frame: Any) -> None:
-        """Somebody else's, set later."""
+        """Handle nothing; this handler is set after ours."""
 
     async def main() -> None:
         app = create_app({"/": idle})
@@ -142,7 +142,7 @@ def test_a_handler_that_was_put_over_ours_stays(handled: list[int]) -> None:
     gc.collect()
 
 
-def test_apps_that_come_and_go_leave_nothing(handled: list[int]) -> None:
+def test_short_lived_apps_leave_no_objects_and_no_handlers(handled: list[int]) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     apps: list[weakref.ref[Any]] = []
 
@@ -196,7 +196,7 @@ def bare_app() -> Any:
 
 
 def closure_app() -> Any:
-    """As Starlette's own middlewares do, it wraps ``send`` in a function."""
+    """An app that wraps ``send`` in a function, as the middlewares of Starlette do."""
     inner = bare_app()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -218,7 +218,7 @@ def two_servers(app: Any) -> Iterator[tuple[Served, Served]]:
 
 
 @pytest.mark.parametrize("make", [lambda: create_app({"/": idle}), bare_app, closure_app])
-def test_two_servers_in_one_process_leave_each_other_alone(make: Callable[[], Any]) -> None:
+def test_stopping_one_of_two_servers_in_a_process_keeps_the_other(make: Callable[[], Any]) -> None:
     with two_servers(make()) as (first, second):
         with first.connect() as doomed, second.connect() as other:
             read_until(doomed, b"data: first")
@@ -266,7 +266,7 @@ class Holder:
 
 
 async def serve_once(config: uvicorn.Config) -> bytes:
-    """Serve in this event loop, with one client that has had an event when the server is to stop; gives its body."""
+    """Serve in this event loop, stop the server when one client has received an event, and return the client's body."""
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
     while not server.started:
@@ -283,7 +283,7 @@ async def serve_once(config: uvicorn.Config) -> bytes:
 
 @pytest.mark.parametrize("same_config", [True, False])
 @pytest.mark.parametrize("make", [lambda: create_app({"/": idle}), bare_app, base_http_app, wrapped_base_http_app])
-def test_servers_one_after_another_in_one_event_loop(make: Callable[[], Any], same_config: bool) -> None:
+def test_consecutive_servers_in_one_event_loop_each_drain(make: Callable[[], Any], same_config: bool) -> None:
     async def main() -> None:
         app = make()
         configs = [uvicorn.Config(app, port=free_port(), log_level="critical") for _ in range(3)]
@@ -295,7 +295,7 @@ def test_servers_one_after_another_in_one_event_loop(make: Callable[[], Any], sa
 
 
 @pytest.mark.parametrize("make", [lambda: create_app({"/": idle}), bare_app])
-def test_servers_that_have_stopped_leave_nothing(make: Callable[[], Any]) -> None:
+def test_stopped_servers_leave_no_app_and_no_event_loop(make: Callable[[], Any]) -> None:
     apps: list[weakref.ref[Any]] = []
     loops: list[weakref.ref[Any]] = []
 
@@ -313,7 +313,7 @@ def test_servers_that_have_stopped_leave_nothing(make: Callable[[], Any]) -> Non
     assert not any(ref() for ref in loops)
 
 
-def test_one_app_serves_again_after_its_server_has_stopped() -> None:
+def test_app_serves_again_after_its_server_has_stopped() -> None:
     app = create_app({"/": idle})
     for _ in range(3):
         server = Served(app)
@@ -322,10 +322,10 @@ def test_one_app_serves_again_after_its_server_has_stopped() -> None:
             server.stop()
             read_until(sock, b"0\r\n\r\n")
         assert not app.registry.draining
-        assert "shutdown" not in vars(server.server)  # as it was
+        assert "shutdown" not in vars(server.server)  # our hook is removed
 
 
-def test_a_shutdown_that_somebody_else_replaced_is_kept() -> None:
+def test_shutdown_replaced_by_other_code_is_called_and_restored() -> None:
     called = []
     server = Served(create_app({"/": idle}))
     original = server.server.shutdown
@@ -343,8 +343,8 @@ def test_a_shutdown_that_somebody_else_replaced_is_kept() -> None:
     assert server.server.shutdown is theirs
 
 
-def test_a_server_that_is_not_known_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
-    """Signals and the lifespan remain."""
+def test_unknown_server_is_logged_and_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    """Signals and the lifespan still report its shutdown."""
     caplog.set_level(logging.DEBUG, "asgi_sse")
 
     async def main() -> None:
@@ -355,7 +355,7 @@ def test_a_server_that_is_not_known_is_no_error(caplog: pytest.LogCaptureFixture
     assert "found 0 servers to watch" in caplog.text
 
 
-def test_a_server_that_cannot_be_watched_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+def test_server_that_refuses_the_hook_is_logged_and_no_error(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "asgi_sse")
 
     class Frozen(uvicorn.Server):
@@ -375,7 +375,7 @@ def test_a_server_that_cannot_be_watched_is_no_error(caplog: pytest.LogCaptureFi
 
 
 async def run_lifespan(app: Any, between: Callable[[], Any] = lambda: None) -> list[str]:
-    """Start and stop `app`; gives the types of what it answered."""
+    """Start and stop `app`; return the types of its answers."""
     answers: list[str] = []
     messages = iter(["lifespan.startup", "lifespan.shutdown"])
     scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}
@@ -400,7 +400,7 @@ async def run_lifespan(app: Any, between: Callable[[], Any] = lambda: None) -> l
 COMPLETE = ["lifespan.startup.complete", "lifespan.shutdown.complete"]
 
 
-async def test_the_lifespan_reaches_the_app_after_the_streams_have_ended() -> None:
+async def test_app_shuts_down_after_the_streams_have_ended() -> None:
     order: list[Any] = []
 
     async def source() -> AsyncIterator[str]:
@@ -426,7 +426,7 @@ async def test_the_lifespan_reaches_the_app_after_the_streams_have_ended() -> No
             async with open_stream(app) as stream:
                 await stream.receive()
                 opened.set()
-                await the_end_of(stream)
+                await read_to_end(stream)
 
         opened = anyio.Event()
         tasks.start_soon(client)
@@ -439,7 +439,7 @@ async def raises(scope: Any, receive: Any, send: Any) -> None:
 
 
 async def returns(scope: Any, receive: Any, send: Any) -> None:
-    """Whatever it is asked."""
+    """Return without an answer."""
 
 
 async def returns_after_start(scope: Any, receive: Any, send: Any) -> None:
@@ -447,23 +447,23 @@ async def returns_after_start(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "lifespan.startup.complete"})
 
 
-async def takes_and_returns(scope: Any, receive: Any, send: Any) -> None:
+async def receives_and_returns(scope: Any, receive: Any, send: Any) -> None:
     await receive()
 
 
-@pytest.mark.parametrize("inner", [raises, returns, returns_after_start, takes_and_returns])
-async def test_an_app_without_a_lifespan_is_answered_in_its_place(inner: Any) -> None:
+@pytest.mark.parametrize("inner", [raises, returns, returns_after_start, receives_and_returns])
+async def test_middleware_answers_for_an_app_without_lifespan_support(inner: Any) -> None:
     assert await run_lifespan(SSEMiddleware(inner, {"/": idle})) == COMPLETE
 
 
 @pytest.mark.parametrize(("inner", "answers"), [(returns, []), (returns_after_start, COMPLETE[:1])])
-async def test_strict_leaves_the_lifespan_to_the_app(inner: Any, answers: list[str]) -> None:
+async def test_strict_lifespan_leaves_the_answers_to_the_app(inner: Any, answers: list[str]) -> None:
     assert await run_lifespan(SSEMiddleware(inner, strict_lifespan=True)) == answers
     with pytest.raises(ValueError, match="only HTTP"):
         await run_lifespan(SSEMiddleware(raises, strict_lifespan=True))
 
 
-async def test_a_start_up_that_fails_stays_fatal() -> None:
+async def test_failed_start_up_stays_fatal() -> None:
     async def fails(scope: Any, receive: Any, send: Any) -> None:
         await receive()
         await send({"type": "lifespan.startup.failed", "message": "no database"})
@@ -478,10 +478,12 @@ async def test_a_start_up_that_fails_stays_fatal() -> None:
         await run_lifespan(SSEMiddleware(breaks))
 
 
-async def test_everything_else_goes_to_the_app() -> None:
+async def test_other_paths_reach_the_app() -> None:
     seen = []
 
-    async def source() -> AsyncIterator[str]:  # no list: virtual time does not wait for its thread
+    async def source() -> AsyncIterator[
+        str
+    ]:  # a generator, because virtual time does not wait for the thread of a list
         yield "of the app"
 
     async def inner(scope: Any, receive: Any, send: Any) -> None:
@@ -490,29 +492,29 @@ async def test_everything_else_goes_to_the_app() -> None:
 
     app = SSEMiddleware(inner, {"/ours": idle}, retry=77)
     async with open_stream(app, "/theirs") as stream:
-        assert await the_end_of(stream) == b": stream opened\nretry: 77\n\ndata: of the app\n\n"
+        assert await read_to_end(stream) == b": stream opened\nretry: 77\n\ndata: of the app\n\n"
     async with open_stream(app, "/ours") as stream:
         assert (await stream.receive()).data == "first"
     assert seen == [("http", "/theirs")]
     assert app.registry.statistics().opened == 2
 
 
-def test_bad_input() -> None:
+def test_middleware_refuses_bad_arguments() -> None:
     with pytest.raises(TypeError, match="not an ASGI app"):
         SSEMiddleware({"/": idle})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="no option 'pong'"):
         SSEMiddleware(raises, pong=5)
 
 
-async def test_bad_timeout() -> None:
-    with pytest.raises(ValueError, match="timeout=-1"):
+async def test_drain_refuses_a_negative_timeout() -> None:
+    with pytest.raises(ValueError, match="timeout must be at least 0 or None, got -1"):
         await StreamRegistry().drain(-1)
 
 
-# What draining means to an endpoint
+# What an endpoint sees of a drain
 
 
-async def test_a_request_that_comes_while_its_server_stops_sees_it_at_once(handled: list[int]) -> None:
+async def test_request_during_a_shutdown_sees_draining_at_once(handled: list[int]) -> None:
     seen = []
 
     async def looks(request: Request) -> AsyncIterator[str]:
@@ -523,7 +525,7 @@ async def test_a_request_that_comes_while_its_server_stops_sees_it_at_once(handl
     async with open_stream(app, "/idle") as stream:
         await stream.receive()
         signal.raise_signal(signal.SIGTERM)
-        await the_end_of(stream)
+        await read_to_end(stream)
 
     def endpoint(request: Request) -> Any:
         seen.append(bool(request.draining))
@@ -531,12 +533,12 @@ async def test_a_request_that_comes_while_its_server_stops_sees_it_at_once(handl
 
     app = create_app({"/": endpoint}, registry=app.registry)
     async with open_stream(app) as stream:
-        assert b"data" not in await the_end_of(stream)
+        assert b"data" not in await read_to_end(stream)
     assert seen == [True]
     assert handled
 
 
-async def test_a_stop_shortens_a_drain_that_is_under_way(handled: list[int], caplog: pytest.LogCaptureFixture) -> None:
+async def test_shutdown_shortens_a_running_drain(handled: list[int], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "asgi_sse")
 
     async def long_farewell(request: Request) -> AsyncIterator[str]:
@@ -551,7 +553,7 @@ async def test_a_stop_shortens_a_drain_that_is_under_way(handled: list[int], cap
         await anyio.sleep(0.5)
         began = anyio.current_time()
         signal.raise_signal(signal.SIGTERM)
-        await the_end_of(stream)
+        await read_to_end(stream)
         assert stream.complete
         assert 1 <= anyio.current_time() - began < 1.2
     (line,) = [record.getMessage() for record in caplog.records if "drained" in record.getMessage()]
@@ -559,14 +561,14 @@ async def test_a_stop_shortens_a_drain_that_is_under_way(handled: list[int], cap
     assert handled
 
 
-def test_streams_whose_event_loop_was_closed_under_them_hold_up_nothing() -> None:
+def test_streams_of_a_closed_event_loop_do_not_delay_a_drain() -> None:
     registry = StreamRegistry()
     reasons: list[str | None] = []
     registry.when_ended(lambda stream: reasons.append(stream.reason))
     loop = asyncio.new_event_loop()
     stream = open_stream(EventSourceResponse(idle(), registry=registry))
     opened = loop.run_until_complete(stream.__aenter__())
-    loop.run_until_complete(opened.receive())  # on 3.11 a send that has not begun would be one that nobody awaited
+    loop.run_until_complete(opened.receive())  # or Python 3.11 warns about a send that was never awaited
     tasks = asyncio.all_tasks(loop)
     loop.close()
     assert len(registry) == 1
@@ -576,11 +578,11 @@ def test_streams_whose_event_loop_was_closed_under_them_hold_up_nothing() -> Non
     for task in tasks:
         task._log_destroy_pending = False  # type: ignore[attr-defined]
     del registry, stream, opened, tasks, task
-    gc.collect()  # which says nothing, or pytest would
+    gc.collect()  # pytest fails if this warns
 
 
-async def test_a_request_that_is_closed_where_it_waits_ends_its_source() -> None:
-    """Nothing can be awaited in it then."""
+async def test_closing_a_waiting_request_ends_its_source() -> None:
+    """The coroutine is closed with GeneratorExit, so it cannot await anything more."""
     begun, ended = anyio.Event(), anyio.Event()
 
     async def source() -> AsyncIterator[str]:
@@ -604,7 +606,7 @@ async def test_a_request_that_is_closed_where_it_waits_ends_its_source() -> None
     registry = StreamRegistry()
     scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
     request: Any = EventSourceResponse(source(), registry=registry)(scope, receive, send)
-    request.send(None)  # up to where it waits for its client to leave
+    request.send(None)  # runs until the request waits for its client to disconnect
     assert len(registry) == 1
     await begun.wait()
     request.close()
@@ -613,8 +615,8 @@ async def test_a_request_that_is_closed_where_it_waits_ends_its_source() -> None
     assert registry.statistics().closed == {"disconnected": 1}
 
 
-async def test_a_clean_up_does_not_outlast_the_server() -> None:
-    """Whatever ``cleanup_timeout`` allows: the drain has a deadline."""
+async def test_drain_deadline_ends_a_longer_clean_up() -> None:
+    """The deadline of the drain holds even if ``cleanup_timeout`` allows more."""
 
     async def slow() -> AsyncIterator[str]:
         try:
@@ -627,13 +629,13 @@ async def test_a_clean_up_does_not_outlast_the_server() -> None:
     async with open_stream(EventSourceResponse(slow(), registry=registry, cleanup_timeout=50)) as stream:
         await stream.receive()
         report = await registry.drain()
-        assert b"retry: " in await the_end_of(stream)
+        assert b"retry: " in await read_to_end(stream)
         assert stream.complete
     assert 3 <= report.seconds < 3.3
     assert report.cancelled == 1
 
 
-def test_no_signal_handler_is_set_at_import() -> None:
+def test_import_sets_no_signal_handler() -> None:
     code = "import signal; b = [signal.getsignal(s) for s in signal.valid_signals()]; import asgi_sse; "
     code += "assert b == [signal.getsignal(s) for s in signal.valid_signals()]"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -416,7 +416,7 @@ async def test_a_bad_item_is_raised_at_its_yield() -> None:
         yield "fine"
         yield [1, 2]
 
-    with pytest.raises(InvalidEventError, match=r"yielded \[1, 2\]"):
+    with pytest.raises(InvalidEventError, match=r"cannot encode \[1, 2\]"):
         async with open_stream(EventSourceResponse(source())) as stream:
             assert (await stream.receive()).data == "fine"
             await stream.receive()
@@ -427,7 +427,7 @@ async def test_a_bad_item_of_what_is_no_generator() -> None:
     send, receive = anyio.create_memory_object_stream[Any](1)
     async with send:
         await send.send(None)
-        with pytest.raises(InvalidEventError, match="yielded None"):
+        with pytest.raises(InvalidEventError, match="cannot encode None"):
             async with open_stream(EventSourceResponse(receive)):
                 pass
 
@@ -839,18 +839,42 @@ async def a_generator() -> AsyncIterator[str]:
         (lambda: EventSourceResponse("text"), TypeError, "put it in a list"),
         (lambda: EventSourceResponse(b"bytes"), TypeError, "put it in a list"),
         (lambda: EventSourceResponse({"data": 1}), TypeError, "put it in a list"),
-        (lambda: EventSourceResponse([], sep="x"), ValueError, "sep='x'"),
-        (lambda: EventSourceResponse([], ping=-1), ValueError, "ping=-1"),
-        (lambda: EventSourceResponse([], ping="5"), TypeError, "ping='5'"),  # type: ignore[arg-type]
-        (lambda: EventSourceResponse([], ping=True), TypeError, "ping=True"),
-        (lambda: EventSourceResponse([], ping=float("nan")), ValueError, "ping=nan"),
-        (lambda: EventSourceResponse([], send_timeout=-1), ValueError, "send_timeout=-1"),
-        (lambda: EventSourceResponse([], max_lifetime=-1), ValueError, "max_lifetime=-1"),
-        (lambda: EventSourceResponse([], cleanup_timeout=-1), ValueError, "cleanup_timeout=-1"),
-        (lambda: EventSourceResponse([], cleanup_timeout=None), TypeError, "cleanup_timeout=None"),  # type: ignore[arg-type]
-        (lambda: EventSourceResponse([], open_timeout=-1), ValueError, "open_timeout=-1"),
-        (lambda: EventSourceResponse([], retry=-1), ValueError, "retry=-1"),
-        (lambda: EventSourceResponse([], retry=1.5), ValueError, "retry=1.5"),  # type: ignore[arg-type]
+        (
+            lambda: EventSourceResponse([], sep="x"),
+            ValueError,
+            "sep must be a line end, '\\n', '\\r\\n' or '\\r', got 'x'",
+        ),
+        (lambda: EventSourceResponse([], ping=-1), ValueError, "ping must be at least 0 or None, got -1"),
+        (lambda: EventSourceResponse([], ping="5"), TypeError, "ping must be a number or None, got '5'"),  # type: ignore[arg-type]
+        (lambda: EventSourceResponse([], ping=True), TypeError, "ping must be a number or None, got True"),
+        (lambda: EventSourceResponse([], ping=float("nan")), ValueError, "ping must be at least 0 or None, got nan"),
+        (
+            lambda: EventSourceResponse([], send_timeout=-1),
+            ValueError,
+            "send_timeout must be at least 0 or None, got -1",
+        ),
+        (
+            lambda: EventSourceResponse([], max_lifetime=-1),
+            ValueError,
+            "max_lifetime must be at least 0 or None, got -1",
+        ),
+        (lambda: EventSourceResponse([], cleanup_timeout=-1), ValueError, "cleanup_timeout must be at least 0, got -1"),
+        (
+            lambda: EventSourceResponse([], cleanup_timeout=None),  # type: ignore[arg-type]
+            TypeError,
+            "cleanup_timeout must be a number, got None",
+        ),
+        (lambda: EventSourceResponse([], open_timeout=-1), ValueError, "open_timeout must be at least 0, got -1"),
+        (
+            lambda: EventSourceResponse([], retry=-1),
+            ValueError,
+            "retry must be a whole number of milliseconds, at least 0, got -1",
+        ),
+        (
+            lambda: EventSourceResponse([], retry=1.5),  # type: ignore[arg-type]
+            ValueError,
+            "retry must be a whole number of milliseconds, at least 0, got 1.5",
+        ),
         (lambda: EventSourceResponse([], on_close="x"), TypeError, "on_close='x'"),  # type: ignore[arg-type]
         (lambda: EventSourceResponse([], headers={"x": "a\r\nb"}), ValueError, "inject"),
         (lambda: EventSourceResponse([], headers={"x y": "a"}), ValueError, "'x y'"),

@@ -170,7 +170,7 @@ async def test_what_is_no_event_is_raised_at_the_yield(catches: bool, caplog: py
     run = await broker.run("chat", source())
     assert [event.data async for event in run.subscribe()] == said(1, "finished" if catches else "failed")
     assert len(caught) == (3 if catches else 1)
-    assert "is no event" in caught[0]
+    assert "an event must be a ServerSentEvent" in caught[0]
 
     class Plain:
         def __aiter__(self) -> "Plain":
@@ -725,9 +725,9 @@ async def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="channel 'a b'"):
         await broker.run("a b", words())
     for name in ("ttl", "max_lifetime", "max_bytes"):
-        with pytest.raises(ValueError, match=f"{name}=-1 is out of range"):
+        with pytest.raises(ValueError, match=rf"{name} must be (at least|more than) 0( or None)?, got -1"):
             await broker.run("chat", ["a"], **{name: -1})  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match=f"{name}='1' is str"):
+        with pytest.raises(TypeError, match=rf"{name} must be a number( or None)?, got '1'"):
             await broker.run("chat", ["a"], **{name: "1"})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="on_end=5 is not callable"):
         await broker.run("chat", ["a"], on_end=5)  # type: ignore[arg-type]
