@@ -301,16 +301,14 @@ async def test_the_streams_of_an_app_of_its_own_tell_nothing(caplog: pytest.LogC
     ids=range(10),
 )
 def test_what_is_wrong_with_a_publication_is_told_without_it(payload: bytes) -> None:
-    with pytest.raises(
-        InvalidEventError, match=f"a publication of {len(payload)} bytes is no event of a broker"
-    ) as info:
+    with pytest.raises(InvalidEventError, match=rf"^payload of {len(payload)} bytes(:| must be) ") as info:
         wire.load(payload)
     for error in chain_of(info.value):
         assert MARK not in str(error)
 
 
 def test_which_field_is_wrong_is_told() -> None:
-    with pytest.raises(InvalidEventError, match="takes no such retry"):
+    with pytest.raises(InvalidEventError, match="does not accept this value of retry"):
         wire.load(json.dumps({"data": "x", "event": "ok", "retry": -1}).encode())
     assert wire.load(wire.dump(ServerSentEvent("x", event="ok"), "finished"))[1] == "finished"
 

@@ -1,1 +1,1 @@
-"""Where a broker's events are kept: in memory, on Redis or on NATS."""
+"""Backends, which store the events of a broker: in memory, on Redis or on NATS."""

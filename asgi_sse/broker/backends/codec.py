@@ -1,8 +1,10 @@
-"""What an event is between processes: a JSON object of the arguments of `ServerSentEvent`, and of what a broker adds.
+"""The JSON format in which backends exchange events.
 
-Of any publisher that knows it, in any language: ``{"data": "…", "event": "…", "retry": …, "comment": "…"}``. What is
-read is looked at as what a source yields, since it may have been written by anybody who may write to the engine. What
-is wrong with it is told without its content: nobody but a log is told, and what was published is not for that.
+An event is a JSON object of the arguments of `ServerSentEvent`: ``{"data": "…", "event": "…", "retry": …,
+"comment": "…"}``. The last event of a run also has ``end``. Publishers in any language may write this format.
+
+Anyone who can write to the server can write a payload, so `load` validates it like an event of a source. Errors omit
+the payload, because they end up in logs.
 """
 
 from __future__ import annotations
@@ -18,34 +20,39 @@ _FIELDS: Final = frozenset({"data", "event", "retry", "comment", "end"})
 
 
 def dump(event: ServerSentEvent, end: str | None = None) -> bytes:
-    """An event, and how the run ended of which it is the last one."""
+    """Encode an event.
+
+    Args:
+        event: The event; its id is not encoded.
+        end: How the run ended, on the last event of a run.
+    """
     fields = {"data": event.data, "event": event.event, "retry": event.retry, "comment": event.comment, "end": end}
     return _dumps({name: value for name, value in fields.items() if value is not None}).encode()
 
 
 def load(payload: bytes) -> tuple[ServerSentEvent, str | None]:
-    """What `dump` was given.
+    """Decode a payload of `dump` and return the event and its ``end``.
 
     Raises:
-        InvalidEventError: It is something else.
+        InvalidEventError: The payload is not a valid event.
     """
-    what = f"a publication of {len(payload)} bytes is no event of a broker"
+    what = f"payload of {len(payload)} bytes"
     try:
         fields: Any = json.loads(payload)
     except (ValueError, RecursionError) as exc:
-        raise InvalidEventError(f"{what}: it is no JSON ({type(exc).__name__})") from None
+        raise InvalidEventError(f"{what} must be JSON, got {type(exc).__name__}; publish a JSON object") from None
     if not isinstance(fields, dict) or not _FIELDS.issuperset(fields):
-        raise InvalidEventError(f"{what}: give an object of data, event, retry, comment")
+        raise InvalidEventError(f"{what} must be a JSON object with no fields but data, event, retry and comment")
     end = fields.pop("end", None)
     if end is not None and not isinstance(end, str):
-        raise InvalidEventError(f"{what}: its end is {type(end).__name__}; give a str")
+        raise InvalidEventError(f"{what}: end must be a string, got {type(end).__name__}")
     try:
         return ServerSentEvent(**fields), end
     except InvalidEventError:
         pass
-    for name, value in fields.items():  # which one it was
+    for name, value in fields.items():  # the error names the field
         try:
             ServerSentEvent(**{"data": "", name: value})
         except InvalidEventError:
-            raise InvalidEventError(f"{what}: ServerSentEvent takes no such {name}") from None
-    raise InvalidEventError(f"{what}: ServerSentEvent takes no such fields together")
+            raise InvalidEventError(f"{what}: ServerSentEvent does not accept this value of {name}") from None
+    raise InvalidEventError(f"{what}: ServerSentEvent does not accept these fields together")

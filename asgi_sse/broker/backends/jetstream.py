@@ -1,4 +1,7 @@
-"""`JetStream`: what the back end on NATS needs of it, by one connection of nats-py that never reconnects by itself."""
+"""`JetStream`: the part of JetStream that the backend on NATS needs, on one connection of nats-py.
+
+The connection never reconnects by itself. The backend has to check the stream after a loss, before it publishes again.
+"""
 
 from __future__ import annotations
 
@@ -26,35 +29,38 @@ if TYPE_CHECKING:
 
 logger: Final = logging.getLogger(__name__)
 
-ANSWER: Final = 5.0
+REQUEST_TIMEOUT_S: Final = 5.0
 """Seconds without an answer after which a request has failed."""
 
-HEARTBEAT: Final = 1.0
-"""Seconds without an event after which a consumer says that it is there."""
+HEARTBEAT_S: Final = 1.0
+"""Seconds without an event after which the server reports that a consumer is alive."""
 
-DELIVERY: Final = "$JS.ACK."
-"""What the reply subject begins with of a message that a consumer delivers."""
+DELIVERY_PREFIX: Final = "$JS.ACK."
+"""Prefix of the reply subject of a message that a consumer delivers."""
 
-EPOCH, START = "asgi_sse.epoch", "asgi_sse.start"
-"""In a stream's metadata: the epoch that somebody has begun, and the number behind which it is."""
+_EPOCH_KEY, _START_KEY = "asgi_sse.epoch", "asgi_sse.start"
+"""Keys in a stream's metadata: an epoch that a process has begun, and the offset after which it begins."""
 
-_CLOSING: Final = 1.0
-_PENDING: Final = 256 * 1024 * 1024
-_UNUSED: Final = 30.0
-"""Seconds after which the server forgets a consumer whose process is gone."""
+_CLOSE_TIMEOUT_S: Final = 1.0
+_PENDING_BYTES: Final = 256 * 1024 * 1024
+_INACTIVE_S: Final = 30.0
+"""Seconds after which the server deletes a consumer whose process is gone."""
+
+_NAME_IN_USE: Final = 10058
+"""Error code of the server for a stream that exists with another configuration."""
 
 
-class Stream(NamedTuple):
-    """A stream, as it was at a moment.
+class StreamInfo(NamedTuple):
+    """The state of a stream at one moment.
 
     Attributes:
-        config: Its configuration.
-        epoch: Tells it from others.
-        start: The number behind which this epoch is.
-        floor: The number of the last event that it has not any more.
-        last: That of its last one.
-        size: Bytes that one takes, on average.
-        time: The server's clock, in seconds.
+        config: The configuration.
+        epoch: The epoch: a hash of the stream's creation time and the epoch in its metadata.
+        start: The offset after which the epoch begins.
+        floor: The offset of the newest event that the stream has dropped; 0 if there is none.
+        last: The offset of the last event.
+        mean_bytes: Average size of a stored event, in bytes.
+        time: The server's time, in seconds.
     """
 
     config: dict[str, Any]
@@ -62,86 +68,87 @@ class Stream(NamedTuple):
     start: int
     floor: int
     last: int
-    size: float
+    mean_bytes: float
     time: float
 
 
-class Stored(NamedTuple):
+class StoredMessage(NamedTuple):
     """A message of a stream.
 
     Attributes:
-        offset: Its number.
-        payload: What it carries.
-        time: When the server has got it, in ns.
+        offset: The sequence number in the stream.
+        payload: The payload.
+        time_ns: When the server received it, in nanoseconds.
     """
 
     offset: int
     payload: bytes
-    time: int
+    time_ns: int
 
 
 @dataclass(slots=True)
 class Delivery:
-    """What stands in the reply subject of a message that a consumer delivers.
+    """The numbers in the reply subject of a message that a consumer delivers.
 
     Attributes:
-        offset: That of the message, in the stream.
-        place: That of its delivery.
-        time: When the server has got it, in ns.
-        pending: How many follow.
+        offset: The sequence number of the message in the stream. It may have gaps, where messages were deleted.
+        sequence: The sequence number of the delivery in the consumer. It has no gaps, so a gap is a lost message.
+        time_ns: When the server received the message, in nanoseconds.
+        pending: Number of messages that the consumer will deliver after this one.
     """
 
     offset: int
-    place: int
-    time: int
+    sequence: int
+    time_ns: int
     pending: int
 
     @classmethod
     def of(cls, reply: str) -> Delivery:
-        """Read it: stream, consumer and numbers; some servers have a domain and an account before them."""
+        """Parse a reply subject: stream, consumer, numbers. Some servers put a domain and an account before them."""
         fields = reply.split(".")
         first = 5 if len(fields) == 9 else 7
         return cls(*map(int, fields[first : first + 4]))
 
 
 class Consumer:
-    """What a stream delivers, in its order; who reads it looks at the places.
+    """The messages that the server delivers from a stream, in order.
 
     Attributes:
-        messages: Those that nobody has taken yet.
-        place: That of the last delivery which was taken.
-        pending: How many there were behind that.
-        checked: The number up to which those that are left out were deleted.
-        heard: When there was anything of it, by the clock of the event loop.
+        messages: Messages that were not taken yet.
+        sequence: Consumer sequence of the last message that was taken.
+        pending: Number of messages that followed it on the server.
+        verified_offset: Offset up to which gaps are known to be deleted messages.
+        last_heard: Time of the last message, by the clock of the event loop.
+        subscription: The subscription of nats-py.
     """
 
     def __init__(self, pending: int = 0) -> None:
         self.messages: deque[Msg] = deque()
-        self.place = self.checked = 0
+        self.sequence = self.verified_offset = 0
         self.pending = pending
-        self.heard = asyncio.get_running_loop().time()
+        self.last_heard = asyncio.get_running_loop().time()
         self._arrived = asyncio.Event()
         self.subscription: Any = None
 
-    def has_more(self) -> bool:
-        """Whether there are events among the messages."""
-        return any(message.reply.startswith(DELIVERY) for message in self.messages)
+    def has_events(self) -> bool:
+        """Return whether there are events among the messages, which may also be heartbeats."""
+        return any(message.reply.startswith(DELIVERY_PREFIX) for message in self.messages)
 
     async def on_message(self, message: Msg) -> None:
-        """Put it to the others."""
+        """Add a message and wake the reader."""
         self.messages.append(message)
-        self.heard = asyncio.get_running_loop().time()
+        self.last_heard = asyncio.get_running_loop().time()
         self._arrived.set()
 
     def wake(self) -> None:
-        """There is something to look at."""
+        """Wake the reader without a message."""
         self._arrived.set()
 
     async def wait(self) -> None:
-        """Return when there is something to look at, or when there might be."""
+        """Wait for messages, a call of `wake`, or one heartbeat interval."""
         if not self.messages:
             try:
-                async with asyncio.timeout(HEARTBEAT):
+                async with asyncio.timeout(HEARTBEAT_S):
                     await self._arrived.wait()
             except TimeoutError:
                 pass
@@ -149,17 +156,17 @@ class Consumer:
 
 
 class JetStream:
-    """A connection. Once it is lost, all that is asked of it fails.
+    """A connection. Every request fails once the connection is lost.
 
     Attributes:
-        max_payload: Bytes that a message may have, with its headers.
+        max_payload: Bytes that a message may have, including its headers.
     """
 
     def __init__(self) -> None:
         self._client = nats.aio.client.Client()
         self._answers: dict[str, asyncio.Future[Msg]] = {}
         self._tokens = count()
-        self._receiver = ""
+        self._inbox = ""
         self._subscription: Any = None
         self._consumer: Consumer | None = None
         self._error: Exception | None = None
@@ -167,24 +174,24 @@ class JetStream:
 
     @classmethod
     async def connect(cls, servers: list[str]) -> JetStream:
-        """Connect to one of them.
+        """Connect to one of the servers, in random order.
 
         Raises:
-            ConnectionError: None of them can be had; of the last one, why.
+            ConnectionError: No server could be reached. The text is the error of the last one.
         """
         failed: Exception | None = None
         for server in random.sample(servers, len(servers)):
-            link = cls()
+            connection = cls()
             try:
-                async with asyncio.timeout(ANSWER):
-                    await link._open(server)
-                return link
+                async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                    await connection._open(server)
+                return connection
             except (nats.errors.Error, OSError, TimeoutError) as exc:
-                await link.close()
-                # nats-py may only say that there is no server; what has happened says more
-                failed = link._error if isinstance(exc, NoServersError) and link._error else exc
+                await connection.close()
+                # nats-py often says only that there are no servers; its error callback was told the cause.
+                failed = connection._error if isinstance(exc, NoServersError) and connection._error else exc
             except BaseException:
-                await link.close()
+                await connection.close()
                 raise
         raise ConnectionError(str(failed) or type(failed).__name__) from failed
 
@@ -193,29 +200,29 @@ class JetStream:
             [server],
             name="asgi_sse",
             allow_reconnect=False,
-            max_reconnect_attempts=1,  # 0: it would try for ever
+            max_reconnect_attempts=1,  # with 0, nats-py would try without end
             reconnect_time_wait=0,
-            connect_timeout=ceil(ANSWER),
+            connect_timeout=ceil(REQUEST_TIMEOUT_S),
             ping_interval=20,
-            # When so much waits to be sent, nats-py waits as well, and forgets meanwhile that it was cancelled. There
-            # are never more than a few batches.
-            pending_size=_PENDING,
-            flush_timeout=_CLOSING,
+            # When this many bytes wait to be sent, nats-py waits too, and then forgets that it was cancelled. The
+            # backend never has more than a few batches, so the limit is out of reach.
+            pending_size=_PENDING_BYTES,
+            flush_timeout=_CLOSE_TIMEOUT_S,
             error_cb=self._on_error,
             closed_cb=self._on_closed,
         )
         self.max_payload = self._client.max_payload
-        self._receiver = self._client.new_inbox()
-        self._subscription = await self._client.subscribe(f"{self._receiver}.*", cb=self._on_answer)
+        self._inbox = self._client.new_inbox()
+        self._subscription = await self._client.subscribe(f"{self._inbox}.*", cb=self._on_answer)
 
     async def close(self) -> None:
-        """Let go of it. Does not raise."""
+        """Close the connection. Does not raise."""
         try:
-            async with asyncio.timeout(_CLOSING):  # nats-py waits for what a dead server was to be sent
+            async with asyncio.timeout(_CLOSE_TIMEOUT_S):  # nats-py waits until a dead server has taken all data
                 await self._client.close()
         except Exception as exc:
-            logger.debug("closing the connection: %s", exc)
-        # Where that has failed, here or when nats-py lost the connection, it has left its tasks and the socket behind.
+            logger.debug("closing the connection failed: %s", exc)
+        # If closing failed, now or when nats-py lost the connection, its tasks and its socket are still there.
         consumer, self._consumer = self._consumer, None
         for subscription in (self._subscription, consumer and consumer.subscription):
             task = getattr(subscription, "_wait_for_msgs_task", None)
@@ -226,25 +233,25 @@ class JetStream:
             writer.transport.abort()
         if consumer is not None:
             consumer.wake()
-        self._fail()
+        self._fail_requests()
 
     @property
     def is_lost(self) -> bool:
-        """Whether there is no use for it any more."""
+        """Whether the connection is closed or lost, so that requests fail."""
         return not self._client.is_connected
 
     async def _on_error(self, exc: Exception) -> None:
         self._error = exc
-        logger.debug("nats-py: %r", exc)
+        logger.debug("nats-py reported %r", exc)
 
     async def _on_closed(self) -> None:
-        self._fail()
+        self._fail_requests()
 
-    def _fail(self) -> None:
+    def _fail_requests(self) -> None:
         for answer in list(self._answers.values()):
             if not answer.done():
                 answer.set_exception(ConnectionClosedError())
-                answer.exception()  # nobody may wait for it any more
+                answer.exception()  # marks it as retrieved: its caller may have stopped waiting
         if self._consumer is not None:
             self._consumer.wake()
 
@@ -255,8 +262,10 @@ class JetStream:
         if answer is not None and not answer.done():
             answer.set_result(message)
 
-    async def ask(self, subject: str, payload: bytes, headers: dict[str, str] | None = None) -> asyncio.Future[Msg]:
-        """Send a request. In what order several are asked, in that they are sent."""
+    async def send_request(
+        self, subject: str, payload: bytes, headers: dict[str, str] | None = None
+    ) -> asyncio.Future[Msg]:
+        """Send a request and return a future of its answer. Requests are sent in the order of calls."""
         if self.is_lost:
             raise ConnectionClosedError
         token = str(next(self._tokens))
@@ -264,122 +273,142 @@ class JetStream:
         self._answers[token] = answer
         answer.add_done_callback(lambda _: self._answers.pop(token, None))
         try:
-            await self._client.publish(subject, payload, f"{self._receiver}.{token}", headers=headers)
+            await self._client.publish(subject, payload, f"{self._inbox}.{token}", headers=headers)
         except BaseException:
             answer.cancel()
             raise
         return answer
 
-    async def say(self, subject: str) -> None:
-        """Send nothing, to a subject that waits for it."""
+    async def reply(self, subject: str) -> None:
+        """Send an empty message, such as the answer to flow control."""
         await self._client.publish(subject, b"")
 
-    async def request(self, subject: str, what: Any, headers: dict[str, str] | None = None) -> dict[str, Any]:
-        """Ask for an answer in JSON.
+    async def request(self, subject: str, content: Any, headers: dict[str, str] | None = None) -> dict[str, Any]:
+        """Send a request and return its JSON answer.
+
+        Args:
+            subject: The subject.
+            content: Bytes to send, or a value to send as JSON.
+            headers: Headers to send.
 
         Raises:
-            APIError: It is an error.
-            NoRespondersError: There is nobody to answer it: no JetStream, or no stream of that subject.
-            TimeoutError: There was none.
+            APIError: The server answered with an error.
+            NoRespondersError: Nothing answers on this subject: JetStream is off, or no stream has the subject.
+            TimeoutError: There was no answer within 5 seconds.
         """
-        payload = what if isinstance(what, bytes) else json.dumps(what).encode()
-        async with asyncio.timeout(ANSWER):
-            return answer_of(await (await self.ask(subject, payload, headers)))
+        payload = content if isinstance(content, bytes) else json.dumps(content).encode()
+        async with asyncio.timeout(REQUEST_TIMEOUT_S):
+            return parse_answer(await (await self.send_request(subject, payload, headers)))
 
     # Streams
 
-    async def stream(self, name: str) -> Stream:
-        """Look at one.
+    async def stream_info(self, name: str) -> StreamInfo:
+        """Return the state of a stream.
 
         Raises:
-            NotFoundError: There is none.
+            NotFoundError: There is no such stream.
         """
         info = await self.request(f"$JS.API.STREAM.INFO.{name}", {})
         state, config = info["state"], info["config"]
         metadata = config.get("metadata") or {}
-        told = metadata.get(START, "")
-        identity = f"{info['created']}|{metadata.get(EPOCH, '')}"
+        start = metadata.get(_START_KEY, "")
+        identity = f"{info['created']}|{metadata.get(_EPOCH_KEY, '')}"
         last = state["last_seq"]
-        return Stream(
+        return StreamInfo(
             config=config,
             epoch=blake2s(identity.encode(), digest_size=8).hexdigest(),
-            start=min(int(told), last) if told.isdecimal() else 0,
+            start=min(int(start), last) if start.isdecimal() else 0,
             floor=max(state["first_seq"] - 1, 0),
             last=last,
-            size=state["bytes"] / max(state["messages"], 1),
+            mean_bytes=state["bytes"] / max(state["messages"], 1),
             time=_nanoseconds(info["ts"]) / 1e9,
         )
 
-    async def make_stream(self, config: dict[str, Any]) -> None:
-        """Make one, unless there is one of that name."""
+    async def create_stream(self, config: dict[str, Any]) -> None:
+        """Create a stream, unless there is one of this name; its owner chose the configuration."""
         name = config["name"]
         try:
             await self.request(f"$JS.API.STREAM.CREATE.{name}", config)
         except APIError as exc:
-            if exc.err_code != 10058:  # there is one with another configuration, which is its owner's choice
+            if exc.err_code != _NAME_IN_USE:
                 raise
 
     async def begin_epoch(self, name: str, *, instead_of: str) -> None:
-        """What is in the stream by now is of another epoch from what follows; unless somebody else has said so."""
-        stream = await self.stream(name)
-        if stream.epoch != instead_of:
-            return
-        kept = {key: value for key, value in (stream.config.get("metadata") or {}).items() if not key.startswith("_")}
-        metadata = {**kept, EPOCH: secrets.token_hex(8), START: str(stream.last)}
-        await self.request(f"$JS.API.STREAM.UPDATE.{name}", {**stream.config, "metadata": metadata})
+        """Begin a new epoch after the last message, unless another process has begun one.
 
-    async def message(self, stream: str, **which: Any) -> Stored | None:
-        """A message, as the leader has it: by ``seq``, ``last_by_subj``, or ``seq`` and ``next_by_subj``."""
+        Args:
+            name: The name of the stream.
+            instead_of: The epoch to replace.
+        """
+        info = await self.stream_info(name)
+        if info.epoch != instead_of:
+            return
+        kept = {key: value for key, value in (info.config.get("metadata") or {}).items() if not key.startswith("_")}
+        metadata = {**kept, _EPOCH_KEY: secrets.token_hex(8), _START_KEY: str(info.last)}
+        await self.request(f"$JS.API.STREAM.UPDATE.{name}", {**info.config, "metadata": metadata})
+
+    async def get_message(self, stream: str, **query: Any) -> StoredMessage | None:
+        """Return a message from the leader of a stream, or ``None``.
+
+        Args:
+            stream: The name of the stream.
+            query: ``seq``, ``last_by_subj``, or ``seq`` and ``next_by_subj``.
+        """
         try:
-            answer = await self.request(f"$JS.API.STREAM.MSG.GET.{stream}", which)
+            answer = await self.request(f"$JS.API.STREAM.MSG.GET.{stream}", query)
         except NotFoundError:
             return None
         found = answer["message"]
-        return Stored(found["seq"], base64.b64decode(found.get("data") or b""), _nanoseconds(found["time"]))
+        return StoredMessage(found["seq"], base64.b64decode(found.get("data") or b""), _nanoseconds(found["time"]))
 
     async def consume(self, stream: str, start: int) -> Consumer:
-        """What the stream has from a number on, and what it gets."""
-        receiver = self._client.new_inbox()
-        await self.release()
+        """Create a consumer of all messages of a stream from an offset on. It replaces the one before.
+
+        Args:
+            stream: The name of the stream.
+            start: The first offset.
+        """
+        inbox = self._client.new_inbox()
+        await self.stop_consumer()
         consumer = self._consumer = Consumer()
-        # No limit here, at which nats-py would drop messages: the server waits for our answers to its flow control.
+        # Without limits: at a limit, nats-py would drop messages. The server waits for answers to its flow control.
         consumer.subscription = await self._client.subscribe(
-            receiver, cb=consumer.on_message, pending_msgs_limit=0, pending_bytes_limit=0
+            inbox, cb=consumer.on_message, pending_msgs_limit=0, pending_bytes_limit=0
         )
         name = f"asgi_sse_{secrets.token_hex(8)}"
         config = {
             "name": name,
-            "deliver_subject": receiver,
+            "deliver_subject": inbox,
             "deliver_policy": "by_start_sequence",
             "opt_start_seq": max(start, 1),
             "ack_policy": "none",
             "max_deliver": 1,
             "replay_policy": "instant",
             "flow_control": True,
-            "idle_heartbeat": int(HEARTBEAT * 1e9),
-            "inactive_threshold": int(_UNUSED * 1e9),
+            "idle_heartbeat": int(HEARTBEAT_S * 1e9),
+            "inactive_threshold": int(_INACTIVE_S * 1e9),
             "mem_storage": True,
             "num_replicas": 1,
         }
-        made = await self.request(
+        created = await self.request(
             f"$JS.API.CONSUMER.CREATE.{stream}.{name}", {"stream_name": stream, "config": config, "action": "create"}
         )
-        consumer.pending = made.get("num_pending", 0)
+        consumer.pending = created.get("num_pending", 0)
         return consumer
 
-    async def release(self) -> None:
-        """What was consumed is not wanted any more."""
+    async def stop_consumer(self) -> None:
+        """Unsubscribe the current consumer; the server deletes it after 30 seconds."""
         consumer, self._consumer = self._consumer, None
         if consumer is not None and consumer.subscription is not None and not self.is_lost:
             await consumer.subscription.unsubscribe()
 
 
-def answer_of(message: Msg) -> dict[str, Any]:
-    """What an answer says.
+def parse_answer(message: Msg) -> dict[str, Any]:
+    """Return the JSON of an answer.
 
     Raises:
-        APIError: It is an error.
-        NoRespondersError: There was nobody to answer.
+        APIError: The server answered with an error.
+        NoRespondersError: Nothing answers on this subject.
     """
     if (message.headers or {}).get("Status") == "503":
         raise NoRespondersError
@@ -390,30 +419,34 @@ def answer_of(message: Msg) -> dict[str, Any]:
 
 
 def _nanoseconds(text: str) -> int:
-    """A time as Go writes it, with up to nine digits behind the seconds."""
+    """Parse a time as Go writes it, with up to nine digits of a second."""
     seconds, _, fraction = text.removesuffix("Z").partition(".")
     return int(datetime.fromisoformat(f"{seconds}+00:00").timestamp()) * 10**9 + int(fraction.ljust(9, "0"))
 
 
-def servers_of(url: str) -> list[str]:
-    """The servers of a URL; the scheme and the user of the first one are those of all that have none."""
-    scheme, _, places = url.partition("://")
+def split_servers(url: str) -> list[str]:
+    """Return the URLs of the servers in a URL. Servers without a scheme or a user have those of the first one.
+
+    Raises:
+        ValueError: The URL has no server.
+    """
+    scheme, _, addresses = url.partition("://")
     servers: list[str] = []
-    user = ""
-    for place in places.split(","):
-        own, separator, rest = place.strip().rpartition("://")
-        given, at, host = rest.rpartition("@")
-        user = user or given
-        login = given if at else user
+    first_login = ""
+    for address in addresses.split(","):
+        own_scheme, separator, rest = address.strip().rpartition("://")
+        own_login, at, host = rest.rpartition("@")
+        first_login = first_login or own_login
+        login = own_login if at else first_login
         if host:
-            servers.append(f"{own if separator else scheme}://{login + '@' if login else ''}{host}")
+            servers.append(f"{own_scheme if separator else scheme}://{login + '@' if login else ''}{host}")
     if not servers:
-        raise ValueError(f"url={shown_server(url)!r} names no server; give nats://HOST:PORT")
+        raise ValueError(f"url must name a server, got {redact_server(url)!r}; pass one like nats://HOST:PORT")
     return servers
 
 
-def shown_server(url: str) -> str:
-    """A URL without its password, or its token."""
+def redact_server(url: str) -> str:
+    """Return the URL of a server without its password or token."""
     head, at, tail = url.rpartition("@")
     if not at:
         return url

@@ -1,4 +1,4 @@
-"""The back end in memory: the dispatcher's log is all there is."""
+"""`MemoryBackend`: keeps the events of a broker in this process."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .base import Backend, BrokerStatistics, Publication, RunLease
 if TYPE_CHECKING:
     from asgi_sse.broker.dispatcher import Dispatcher
 
-_IDEMPOTENCY_WINDOW: Final = 120.0
-"""Seconds for which a key is known: as long as NATS JetStream does by default."""
+_IDEMPOTENCY_WINDOW_S: Final = 120.0
+"""Seconds for which a key is known: the default of NATS JetStream."""
 
-_IDEMPOTENCY_KEYS: Final = 1_000_000
+_MAX_IDEMPOTENCY_KEYS: Final = 1_000_000
 
 
 class MemoryBackend(Backend):
-    """Promises what `Backend` does to the readers of this process; they all lose everything when it ends."""
+    """Stores events in the dispatcher's log, which is the only one. All events are lost when the process ends."""
 
     is_alone = True
 
@@ -31,41 +31,42 @@ class MemoryBackend(Backend):
         self._keys: OrderedDict[tuple[str, str], tuple[float, str]] = OrderedDict()
 
     async def open(self) -> None:
-        """See `Backend`."""
+        """Do nothing: memory is always open."""
 
     async def close(self) -> None:
-        """See `Backend`."""
+        """Do nothing: the events stay until the process ends."""
 
     async def publish(self, publication: Publication, *, wait: bool = False) -> str:  # noqa: ARG002 (nothing to wait for)
-        """See `Backend`."""
+        """Append the event and return its id."""
         return self.publish_nowait(publication)
 
     def post(self, publication: Publication) -> None:
-        """See `Backend`."""
+        """Append the event."""
         self.publish_nowait(publication)
 
     def publish_nowait(self, publication: Publication) -> str:
-        """As `publish`, from any thread.
+        """Append the event and return its id. May be called from any thread.
 
         Raises:
-            BrokerError: There were more than a million keys within two minutes.
+            BrokerError: More than a million idempotency keys were used within two minutes.
         """
         if publication.key is None:
             return self._append(publication)
-        place = publication.channel, publication.key
+        key = publication.channel, publication.key
         with self._keys_lock:
             now = clock()
-            while self._keys and next(iter(self._keys.values()))[0] <= now - _IDEMPOTENCY_WINDOW:
+            while self._keys and next(iter(self._keys.values()))[0] <= now - _IDEMPOTENCY_WINDOW_S:
                 self._keys.popitem(last=False)
-            known = self._keys.get(place)
+            known = self._keys.get(key)
             if known is not None:
                 return known[1]
-            if len(self._keys) >= _IDEMPOTENCY_KEYS:
+            if len(self._keys) >= _MAX_IDEMPOTENCY_KEYS:
                 raise BrokerError(
-                    f"more than {_IDEMPOTENCY_KEYS} idempotency keys within {_IDEMPOTENCY_WINDOW:g} s: publish without"
+                    f"memory:// takes at most {_MAX_IDEMPOTENCY_KEYS} idempotency keys within "
+                    f"{_IDEMPOTENCY_WINDOW_S:g} s; publish without a key, or more slowly"
                 )
             event_id = self._append(publication)
-            self._keys[place] = now, event_id
+            self._keys[key] = now, event_id
             return event_id
 
     def _append(self, publication: Publication) -> str:
@@ -74,24 +75,32 @@ class MemoryBackend(Backend):
         return self.dispatcher.log.id_of(entry.offset)
 
     def check_open(self) -> None:
-        """See `Backend`: it always is."""
+        """Do nothing: memory is always open."""
 
     def statistics(self) -> BrokerStatistics:
-        """See `Backend`."""
-        return self._statistics("local")
+        """Return the counters; the state is ``local``."""
+        return self._make_statistics("local")
 
-    async def lease(self, name: str, max_bytes: int, ttl: float, *, again: bool, over: int) -> tuple[RunLease, bool]:  # noqa: ARG002
-        """See `Backend`: the runs of this process are all there are, and it knows them."""
+    async def acquire_lease(
+        self,
+        name: str,  # noqa: ARG002
+        max_bytes: int,
+        ttl: float,
+        *,
+        replace_ended: bool,  # noqa: ARG002
+        ended_start: int,  # noqa: ARG002
+    ) -> tuple[RunLease, bool]:
+        """Return a new lease: the broker already knows all runs, which are in this process."""
         log = self.dispatcher.log
         return RunLease("", log.epoch, log.last_offset, max_bytes, ttl), True
 
-    async def find(self, name: str) -> RunLease | None:  # noqa: ARG002
-        """See `Backend`."""
+    async def find_lease(self, name: str) -> RunLease | None:  # noqa: ARG002
+        """Return ``None``: no other process has runs."""
         return None
 
-    async def renew(self, name: str, lease: RunLease) -> bool:  # noqa: ARG002
-        """See `Backend`."""
+    async def renew_lease(self, name: str, lease: RunLease) -> bool:  # noqa: ARG002
+        """Return True: no other process can take the run over."""
         return True
 
-    def ask_to_stop(self, name: str, holder: str) -> None:
-        """See `Backend`: it is never another process."""
+    def request_cancel(self, name: str, holder: str) -> None:
+        """Do nothing: no other process holds a run."""

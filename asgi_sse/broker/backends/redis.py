@@ -1,28 +1,31 @@
-"""The back end on Redis 6.2 or later, or Valkey: Redis Streams, by one script.
+"""The backend on Redis 6.2 or later, or Valkey. It uses Redis Streams and Lua scripts, which are in ``scripts/``.
 
-Its keys, with the prefix in braces, so that a cluster has them on one node:
+These are its keys. The prefix p is in braces, so that a cluster keeps all of them on one node.
 
-- ``{p}:meta``, a hash: the ``epoch``, ``n`` (the last number), ``start`` (the number at which the epoch began),
-  ``root`` (the first epoch of these numbers, for what is not lost with an epoch), ``floor`` (the last number of the
-  channels that were forgotten), ``history``, ``channels`` and ``age`` (the limits, for who has none).
-- ``{p}:log``, a stream that every process reads: each event as ``n-0``, with its channel ``c``, its payload ``e``, the
-  number ``l`` of the one before it in its channel, the time ``t`` in ms and the epoch ``x``.
-- ``{p}:c:CHANNEL``, a stream: the same events under the same ids, for who resumes behind what a process has in memory.
-- ``{p}:last``, a sorted set: the last number of each channel.
-- ``{p}:w:NODE``: what a process has published last, so that it may try again when it has got no answer.
-- ``{p}:k:…``: the root and number of each idempotency key.
-- ``{p}:r:RUN``, a hash: a run, see `RunLease`.
+- ``{p}:meta``: a hash with the state of the log. Its fields are ``epoch``, ``n`` (the last offset), ``start`` (the
+  offset at which the epoch began), ``floor`` (the last offset of all forgotten channels) and ``root`` (the epoch in
+  which these offsets began at 1; idempotency keys stay valid in the epochs that follow it). ``history``, ``channels``
+  and ``age`` are the limits for publishers that have none.
+- ``{p}:log``: a stream of all events, which every process reads. An entry has the id ``<offset>-0``, the channel ``c``,
+  the payload ``e``, the offset ``l`` of the event before it in its channel, the time ``t`` in ms and the epoch ``x``.
+- ``{p}:c:CHANNEL``: a stream of the events of one channel, with the same ids, for subscribers that resume from before
+  what a process has in memory.
+- ``{p}:last``: a sorted set with the last offset of each channel.
+- ``{p}:w:ID``: a hash with the last batch that a process published, for a retry after a lost answer.
+- ``{p}:k:…``: the root and the offset of each idempotency key.
+- ``{p}:r:RUN``: a hash with the lease of a run, see `RunLease`.
 
-Who reads the log looks at each number and epoch: an entry that is not the next one means that there was more than the
-log keeps, or that somebody has emptied it, and ``XREAD`` would not say so. After each lost connection, the last entry
-that was read is compared with what stands in its place now: a server that has come back with less than it had
-acknowledged, or a replica that took over behind its master, gives another one, or none.
+``XREAD`` does not report missing entries, so the reader checks the offset and the epoch of each entry. If an entry is
+not the next one, the log was trimmed too soon, or was emptied. After each lost connection, the backend compares the
+last entry that it read with the entry of that offset now. They differ, or there is none, if the server has come back
+with less than it had acknowledged, or if a replica that was behind its master took over.
 """
 
 from __future__ import annotations
 
 import secrets
 from functools import partial
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from redis.exceptions import (
@@ -43,68 +46,72 @@ from redis.exceptions import (
 from asgi_sse.broker.dispatcher import clock
 from asgi_sse.errors import InvalidEventError
 
-from . import codec as wire
-from . import redis_script
-from .base import Publication, RunLease
-from .redis_client import RedisURL, shown_url
-from .remote import CONTROL, Item, RemoteBackend, logger
+from . import codec
+from .base import RunLease
+from .redis_client import RedisURL, redact_url
+from .remote import CONTROL, PendingPublication, RemoteBackend, logger
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from asgi_sse.broker.dispatcher import Dispatcher
     from asgi_sse.broker.ring import Entry
 
 _BLOCK_MS: Final = 1000
-"""How long a read waits for something to come, before it is asked whether the log is still the same."""
+"""Milliseconds that a read waits for an event before the backend checks that the log is still the same."""
 
-_COUNT: Final = 256
-"""Entries that one read takes, at the most."""
+_READ_COUNT: Final = 256
+"""Entries that one read takes at most."""
 
 _LEASE_MS: Final = 30_000
-"""For how long a run goes on of whose process nothing is heard."""
+"""Milliseconds after which a lease expires, unless it is renewed."""
 
-_ANY: Final = 2**53
-"""More than any number."""
+_MAX_OFFSET: Final = 2**53
+"""Greater than any offset."""
 
-_CHUNK: Final = 100
-"""Channels that are asked for at once."""
+_CHANNELS_PER_PIPELINE: Final = 100
+
+_SCRIPTS: Final = [
+    files("asgi_sse.broker.backends").joinpath("scripts", f"{name}.lua").read_text(encoding="utf-8")
+    for name in ("publish", "lease", "renew", "release")
+]
 
 
-class _Last(NamedTuple):
-    """The entry of the log that was read last."""
+class _LastEntry(NamedTuple):
+    """The entry of the log that was read last, to recognise the log after a reconnect."""
 
     offset: int
     fields: dict[bytes, bytes]
 
-    def is_at(self, found: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> bool | None:
-        """Whether it is the one that was found in its place; ``None``: there was none."""
-        for _, fields in found:
+    def matches(self, entries: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> bool | None:
+        """Return whether the server's entry of this offset is the same; ``None`` if `entries` is empty."""
+        for _, fields in entries:
             return all(fields.get(name) == self.fields.get(name) for name in (b"e", b"t", b"l"))
         return None
 
 
 class RedisBackend(RemoteBackend):
-    """See the module.
+    """Stores events in Redis Streams; see the module for the keys.
 
     Args:
-        dispatcher: Where events go.
-        url: As redis-py takes it: ``redis://``, ``rediss://`` or ``unix://``; with ``+cluster`` a cluster; with
-            ``+sentinel`` a master by its sentinels: ``redis+sentinel://HOST:PORT,HOST:PORT/SERVICE/DB``, whose user and
-            password are the master's, and those of the sentinels ``?sentinel_username=…&sentinel_password=…``.
-        prefix: Of its keys.
-        timeout: See `RemoteBackend`.
-        burst: See there.
-        history: Events that each channel keeps; ``None``: as others have set it.
-        max_channels: Channels that are kept.
-        max_age: Seconds for which they are, after their last event.
+        dispatcher: Receives the events.
+        url: A URL of redis-py: ``redis://``, ``rediss://`` or ``unix://``. With ``+cluster`` after the scheme, it is a
+            node of a cluster. With ``+sentinel``, it names sentinels and the service whose master they know:
+            ``redis+sentinel://HOST:PORT,HOST:PORT/SERVICE/DB``. Its user and password are the master's; those of the
+            sentinels are ``?sentinel_username=…&sentinel_password=…``.
+        prefix: Prefix of the keys.
+        timeout: Seconds that publishing and queries of runs may take; see `RemoteBackend`.
+        burst: Events after which streams get a turn; see `RemoteBackend`.
+        history: Events that each channel keeps. ``None``: the limits that another process has stored apply.
+        max_channels: Number of channels to keep.
+        max_age: Seconds for which a channel is kept after its last event; ``None``: no limit.
     """
 
-    transient = (
-        *RemoteBackend.transient, RedisConnectionError, RedisTimeoutError, BusyLoadingError, ReadOnlyError,
+    transient_errors = (
+        *RemoteBackend.transient_errors, RedisConnectionError, RedisTimeoutError, BusyLoadingError, ReadOnlyError,
         ClusterDownError, TryAgainError, SlotNotCoveredError,
     )  # fmt: skip
-    starting = (BusyLoadingError,)
+    starting_errors = (BusyLoadingError,)
 
     def __init__(
         self,
@@ -118,122 +125,131 @@ class RedisBackend(RemoteBackend):
         max_channels: int,
         max_age: float | None,
     ) -> None:
-        self._connect_to = RedisURL(url)
-        super().__init__(dispatcher, shown_url(url), timeout=timeout, burst=burst)
+        self._redis_url = RedisURL(url)
+        super().__init__(dispatcher, redact_url(url), timeout=timeout, burst=burst)
         self._prefix = f"{{{prefix}}}:"
-        age = 0 if max_age is None else max(1, int(max_age * 1000))
-        self._limits: list[Any] = ["", "", ""] if history is None else [history, max_channels, age]
+        age_ms = 0 if max_age is None else max(1, int(max_age * 1000))
+        self._limits: list[Any] = ["", "", ""] if history is None else [history, max_channels, age_ms]
         self._client: Any = None
-        self._closers: list[Any] = []
-        self._last: _Last | None = None
-        self._run_id = b""
-        self._count = _COUNT  # entries that the next read takes
-        self._known: tuple[str, int] = "", 0  # the epoch and last number that the engine has had, as far as it has said
-        self._skew = 0.0  # of `clock` to the engine's, in seconds
+        self._clients: list[Any] = []  # all that have to be closed
+        self._last_entry: _LastEntry | None = None
+        self._server_run_id = b""
+        self._read_count = _READ_COUNT  # entries that the next read takes
+        self._seen_end: tuple[str, int] = "", 0  # the epoch and the last offset that the server has returned
+        self._clock_skew_s = 0.0  # `clock` minus the server's time
 
     # Connection
 
     async def _connect(self) -> None:
-        self._client, self._closers = self._connect_to.connect()
-        self._publish_script = self._client.register_script(redis_script.PUBLISH)
-        self._lease_script = self._client.register_script(redis_script.CLAIM)
-        self._release_script = self._client.register_script(redis_script.RELEASE)
-        self._renew_script = self._client.register_script(redis_script.RENEW)
+        self._client, self._clients = self._redis_url.connect()
+        self._publish_script, self._lease_script, self._renew_script, self._release_script = map(
+            self._client.register_script, _SCRIPTS
+        )
 
     async def _disconnect(self) -> None:
-        closers, self._closers = self._closers, []
-        for client in closers:
+        clients, self._clients = self._clients, []
+        for client in clients:
             try:
                 await client.aclose()
             except Exception as exc:
-                logger.debug("closing %s: %s", self.url, exc, extra=self._extra)
+                logger.debug("closing %s failed: %s", self.url, exc, extra=self._log_extra)
 
     def _key(self, name: str) -> str:
         return self._prefix + name
 
-    def _stream(self, channel: str) -> str:
+    def _channel_key(self, channel: str) -> str:
         return f"{self._prefix}c:{channel}"
 
-    async def _call(self, items: list[Item], attempt: int, *, instead_of: str = "") -> list[Any]:
-        """Run the script, and give its answer: epoch, number, time, start, ids."""
-        epoch, known = (instead_of, _ANY) if instead_of else self._what_is_known()
+    async def _run_publish_script(
+        self, batch: list[PendingPublication], attempt: int, *, replace_epoch: str = ""
+    ) -> list[Any]:
+        """Run ``publish.lua`` and return its answer: epoch, last offset, time in ms, start of the epoch, ids.
+
+        Args:
+            batch: What to publish. Empty: only check the log.
+            attempt: See `_send`.
+            replace_epoch: Begin a new epoch if the log still has this one.
+        """
+        epoch, known = (replace_epoch, _MAX_OFFSET) if replace_epoch else self._known_end()
         keys = [self._key(name) for name in ("meta", "log", "last", f"w:{self._holder}")]
         arguments: list[Any] = [secrets.token_hex(4), epoch, attempt, *self._limits, self._key("c:"), known]
-        for item in items:
-            one = item.publication
-            keys.append(self._stream(one.channel))
+        for pending in batch:
+            one = pending.publication
+            keys.append(self._channel_key(one.channel))
             if one.key is None and one.keep_after is None and one.ttl is None and one.end is None:
-                arguments += [item.payload, ""]
+                arguments += [pending.payload, ""]
                 continue
             if one.key is not None:
                 keys.append(self._key(f"k:{len(one.channel)}:{one.channel}:{one.key}"))
             keep = "" if one.keep_after is None else f"{one.keep_after + 1}-0"
-            ttl = "" if one.ttl is None else max(1, int(one.ttl * 1000))
+            ttl_ms = "" if one.ttl is None else max(1, int(one.ttl * 1000))
             run = "" if one.end is None else self._key(f"r:{one.channel}")
-            arguments += [item.payload, "+", int(one.key is not None), keep, ttl, run, one.end or ""]
+            arguments += [pending.payload, "+", int(one.key is not None), keep, ttl_ms, run, one.end or ""]
         answer: list[Any] = await self._publish_script(keys=keys, args=arguments)
         epoch, offset = answer[0].decode(), int(answer[1])
-        self._known = epoch, max(offset, self._known[1]) if epoch == self._known[0] else offset
+        self._seen_end = epoch, max(offset, self._seen_end[1]) if epoch == self._seen_end[0] else offset
         return answer
 
-    def _what_is_known(self) -> tuple[str, int]:
-        """An epoch, and a number that the engine has had in it.
+    def _known_end(self) -> tuple[str, int]:
+        """Return an epoch, and the greatest offset that the server is known to have had in it.
 
-        One that has less now has lost events. That is seen before anything is published to it, or an id that was given
-        already would be given once more, until somebody who reads sees it.
+        A server that has less has lost events. The script checks this before it publishes. Otherwise it could give an
+        id a second time, until a reader notices the loss.
         """
         log = self.dispatcher.log
-        epoch, offset = self._known
+        epoch, offset = self._seen_end
         return epoch, max(offset, log.last_offset) if epoch == log.epoch else offset
 
-    async def _position(self) -> tuple[str, int]:
-        epoch, offset, *_ = await self._call([], 0)
+    async def _fetch_log_end(self) -> tuple[str, int]:
+        epoch, offset, *_ = await self._run_publish_script([], 0)
         return epoch.decode(), int(offset)
 
-    async def _epoch(self) -> tuple[str, int]:
-        epoch, _, _, start, _ = await self._call([], 0)
+    async def _fetch_epoch_start(self) -> tuple[str, int]:
+        epoch, _, _, start, _ = await self._run_publish_script([], 0)
         return epoch.decode(), int(start)
 
-    # Reading
+    # Following the log
 
     async def _catch_up(self, *, first: bool) -> None:
         log = self.dispatcher.log
         while True:
-            epoch, last_offset, now, start, _ = await self._call([], 0)
+            epoch, last_offset, now_ms, start, _ = await self._run_publish_script([], 0)
             epoch, last_offset, start = epoch.decode(), int(last_offset), int(start)
-            self._skew = clock() - int(now) / 1000
-            run_id = await self._find_run_id()
+            self._clock_skew_s = clock() - int(now_ms) / 1000
+            run_id = await self._fetch_server_run_id()
             if first or epoch != log.epoch:
                 break
-            if await self._is_continued(last_offset, same_process=run_id == self._run_id != b""):
-                self._run_id = run_id
+            if await self._is_same_log(last_offset, same_process=run_id == self._server_run_id != b""):
+                self._server_run_id = run_id
                 if log.last_offset < last_offset:
                     await self._fill_gap(last_offset)
                 return
-            # Somebody may hold an id of what was lost: from now on there are others. All processes agree on them.
-            logger.warning(
-                "%s has lost events that it had acknowledged: readers are told by a reset", self.url, extra=self._extra
-            )
-            await self._call([], 0, instead_of=epoch)
-        self._run_id = run_id
+            # Clients may have ids of lost events, so all later ids get another epoch. The first process to get here
+            # begins it, and the others find it.
+            self._warn_of_lost_events()
+            await self._run_publish_script([], 0, replace_epoch=epoch)
+        self._server_run_id = run_id
         known: list[tuple[str, int]] = []
         floor = start
         if first:
-            known, floor = await self._survey(last_offset)
-        else:  # what was published since this epoch began follows
+            known, floor = await self._fetch_channel_offsets(last_offset)
+        else:  # events that were published since this epoch began are read next
             last_offset = start
         await self._restart(epoch, last_offset, known, floor)
 
     async def _restart(self, epoch: str, last_offset: int, known: list[tuple[str, int]], floor: int) -> None:
-        if self._state == "connecting":  # see that we may
+        if self._state == "connecting":  # fail now if the user may not run XREAD
             await self._client.xread({self._key("log"): f"{last_offset}-0"}, count=1)
         found = await self._client.xrange(self._key("log"), f"{last_offset}-0", f"{last_offset}-0")
-        self._last = _Last(last_offset, found[0][1]) if found else None
+        self._last_entry = _LastEntry(last_offset, found[0][1]) if found else None
         self.dispatcher.restart(epoch, last_offset, known, floor=floor)
-        self._restarted()
+        self._after_restart()
 
-    async def _survey(self, last_offset: int) -> tuple[list[tuple[str, int]], int]:
-        """The last number of each channel, and that of those that were forgotten, as of `last_offset`."""
+    async def _fetch_channel_offsets(self, last_offset: int) -> tuple[list[tuple[str, int]], int]:
+        """Return the last offset of each channel, and that of all forgotten channels.
+
+        Offsets after `last_offset` are cut to it, since those events have not been read yet.
+        """
         pipeline = self._client.pipeline(transaction=False)
         pipeline.zrange(self._key("last"), 0, -1, withscores=True)
         pipeline.hget(self._key("meta"), "floor")
@@ -241,207 +257,233 @@ class RedisBackend(RemoteBackend):
         offsets = [(name.decode(), min(int(score), last_offset)) for name, score in known if name != CONTROL.encode()]
         return offsets, min(int(floor or 0), last_offset)
 
-    async def _find_run_id(self) -> bytes:
+    async def _fetch_server_run_id(self) -> bytes:
+        """Return the id that a server process draws when it starts; empty if the user may not run ``INFO``."""
         try:
             info = await self._client.info("server")
-        except ResponseError:  # not allowed to
+        except ResponseError:
             return b""
         return str(info.get("run_id", "")).encode()
 
-    async def _is_continued(self, last_offset: int, *, same_process: bool) -> bool:
-        """Whether what was read last still stands in its place."""
+    async def _is_same_log(self, last_offset: int, *, same_process: bool) -> bool:
+        """Return whether the server still has the entry that was read last.
+
+        Args:
+            last_offset: The end of the server's log.
+            same_process: Whether the server has not been restarted since.
+        """
         own = self.dispatcher.log.last_offset
         if last_offset < own:
             return False
-        if same_process:  # it has been there all the time, and would have begun another epoch
+        if same_process:  # a process that loses its keys begins another epoch
             return True
-        last = self._last
+        last = self._last_entry
         if last is None:
-            return own == 0  # nothing to compare, and an engine that is another one
-        at = f"{last.offset}-0"
-        found = last.is_at(await self._client.xrange(self._key("log"), at, at))
+            return own == 0  # another process, and no entry to compare
+        entry_id = f"{last.offset}-0"
+        found = last.matches(await self._client.xrange(self._key("log"), entry_id, entry_id))
         if found is None and b"c" in last.fields:
-            found = last.is_at(await self._client.xrange(self._stream(last.fields[b"c"].decode()), at, at))
+            found = last.matches(
+                await self._client.xrange(self._channel_key(last.fields[b"c"].decode()), entry_id, entry_id)
+            )
         return found is True
 
-    async def _read(self) -> None:
+    async def _read_log(self) -> None:
         log, key = self.dispatcher.log, self._key("log")
         while True:
             try:
-                answer = await self._client.xread({key: f"{log.last_offset}-0"}, count=self._count, block=_BLOCK_MS)
+                answer = await self._client.xread(
+                    {key: f"{log.last_offset}-0"}, count=self._read_count, block=_BLOCK_MS
+                )
             except RedisTimeoutError:
-                self._count = max(1, self._count // 4)  # so many large ones may not come in time, and never would
+                # So many large entries may not arrive within the timeout, and never would.
+                self._read_count = max(1, self._read_count // 4)
                 raise
-            self._count = min(_COUNT, self._count + 8)
-            entries = [entry for _, batch in _pairs(answer) for entry in batch]
-            for place, (entry_id, fields) in enumerate(entries, 1):
+            self._read_count = min(_READ_COUNT, self._read_count + 8)
+            entries = [entry for _, batch in _streams_of(answer) for entry in batch]
+            for taken, (entry_id, fields) in enumerate(entries, 1):
                 if fields is None or _offset(entry_id) != log.last_offset + 1 or fields.get(b"x") != log.epoch.encode():
                     return
                 self._receive(log.last_offset + 1, fields[b"c"].decode(), fields)
-                self._last = _Last(log.last_offset, fields)
-                if place % self._burst == 0:
-                    await self._rest()
+                self._last_entry = _LastEntry(log.last_offset, fields)
+                if taken % self._burst == 0:
+                    await self._yield_to_streams()
             if entries:
-                await self._rest()
-            elif await self._position() != (log.epoch, log.last_offset):
+                await self._yield_to_streams()
+            elif await self._fetch_log_end() != (log.epoch, log.last_offset):
                 return
 
     def _receive(self, offset: int, channel: str, fields: dict[bytes, bytes]) -> None:
+        """Pass an entry to the dispatcher."""
         self._received += 1
         if channel == CONTROL:
             self.dispatcher.log.skip(offset)
-            self._controlled(fields[b"e"])
+            self._handle_control(fields[b"e"])
             return
-        entry = self._event(offset, fields)
-        if entry is None:
+        decoded = self._decode(offset, fields)
+        if decoded is None:
             self.dispatcher.log.skip(offset)
         else:
-            event, end = entry
-            self.dispatcher.publish(channel, event, offset=offset, time=self._time(fields), end=end)
+            event, end = decoded
+            self.dispatcher.publish(channel, event, offset=offset, time=self._published_at(fields), end=end)
 
-    def _event(self, offset: int, fields: dict[bytes, bytes]) -> Any:
+    def _decode(self, offset: int, fields: dict[bytes, bytes]) -> Any:
+        """Return the event of an entry and its ``end``; log an invalid payload and return ``None``."""
         try:
-            return wire.load(fields[b"e"])
+            return codec.load(fields[b"e"])
         except InvalidEventError:
-            logger.exception("event %d of %s is left out", offset, self.url, extra=self._extra)
+            logger.exception("skipped invalid event %d of %s", offset, self.url, extra=self._log_extra)
             return None
 
-    def _time(self, fields: dict[bytes, bytes]) -> float:
-        return int(fields[b"t"]) / 1000 + self._skew
+    def _published_at(self, fields: dict[bytes, bytes]) -> float:
+        """Return the time of an entry, by `clock`."""
+        return int(fields[b"t"]) / 1000 + self._clock_skew_s
 
     async def _fill_gap(self, last_offset: int) -> None:
-        """The log does not have any more what comes next: get it from the channels that are read here."""
+        """Catch up from the channels' streams, since the log was trimmed past this process."""
         log = self.dispatcher.log
         pipeline = self._client.pipeline(transaction=False)
-        # Those with something behind `last_offset` too: they may have something before it as well.
+        # A channel with events after `last_offset` may also have some before it.
         pipeline.zrangebyscore(self._key("last"), f"({log.last_offset}", "+inf", withscores=True)
         pipeline.hget(self._key("meta"), "floor")
         pipeline.xrange(self._key("log"), f"({log.last_offset}-0", f"{log.last_offset + 1}-0")
         changed, floor, following = await pipeline.execute()
         if following:
-            return  # it was only behind
-        last_offset = max([last_offset, *(int(score) for _, score in changed)])  # as of then
+            return  # the log still has the next entry
+        last_offset = max([last_offset, *(int(score) for _, score in changed)])
         if int(floor or 0) > log.last_offset:
-            # Channels were forgotten meanwhile, and nobody knows which ones.
-            await self._restart(log.epoch, last_offset, *await self._survey(last_offset))
+            # The server has forgotten channels meanwhile, and their names are lost.
+            await self._restart(log.epoch, last_offset, *await self._fetch_channel_offsets(last_offset))
             return
-        wanted = [
-            name.decode() for name, _ in changed if name == CONTROL.encode() or self.dispatcher.is_wanted(name.decode())
-        ]
-        missed = {name.decode(): int(score) for name, score in changed}
-        found: list[tuple[int, str, dict[bytes, bytes] | None]] = []
-        for channel, entries in await self._channels(wanted, after=log.last_offset, until=last_offset):
-            if entries and (int(entries[0][1][b"l"]) <= log.last_offset or channel == CONTROL):
-                del missed[channel]  # the one before it is here
-            elif entries:
-                missed[channel] = int(entries[0][1][b"l"])
-            found += [(_offset(entry_id), channel, fields) for entry_id, fields in entries]
-        # What was missed has its place among the rest: who is told so goes on behind that, and not in front of it.
-        found += [(offset, channel, None) for channel, offset in missed.items()]
-        found.sort(key=lambda each: each[0])
-        for place, (offset, channel, fields) in enumerate(found, 1):
+        found = await self._collect_missed(changed, last_offset)
+        for taken, (offset, channel, fields) in enumerate(found, 1):
             if fields is None:
                 with self.dispatcher.lock:
                     log.skip(offset)
                 self.dispatcher.miss(channel, offset)
             else:
                 self._receive(offset, channel, fields)
-                self._last = _Last(offset, {**fields, b"c": channel.encode()})
-            if place % self._burst == 0:
-                await self._rest()
+                self._last_entry = _LastEntry(offset, {**fields, b"c": channel.encode()})
+            if taken % self._burst == 0:
+                await self._yield_to_streams()
         if log.last_offset < last_offset:
             with self.dispatcher.lock:
                 log.skip(last_offset)
-        await self._rest()
+        await self._yield_to_streams()
 
-    async def _channels(self, names: list[str], *, after: int, until: int) -> list[tuple[str, list[Any]]]:
-        """What channels have behind a number."""
+    async def _collect_missed(
+        self, changed: list[tuple[bytes, float]], last_offset: int
+    ) -> list[tuple[int, str, dict[bytes, bytes] | None]]:
+        """Return the events up to `last_offset` that were not read, in the order of their offsets.
+
+        Args:
+            changed: The channels with events that were not read, each with its last offset.
+            last_offset: Where to stop.
+
+        Returns:
+            Offset, channel and fields of each event. Without fields, events of the channel up to that offset are lost
+            or nobody here reads them. Such an entry is sorted by its offset like the others: a subscriber that gets a
+            reset for it continues after that offset.
+        """
+        own = self.dispatcher.log.last_offset
+        wanted = [
+            name.decode() for name, _ in changed if name == CONTROL.encode() or self.dispatcher.is_wanted(name.decode())
+        ]
+        missed = {name.decode(): int(score) for name, score in changed}
+        found: list[tuple[int, str, dict[bytes, bytes] | None]] = []
+        for channel, entries in await self._read_channels(wanted, after=own, until=last_offset):
+            if entries and (int(entries[0][1][b"l"]) <= own or channel == CONTROL):
+                del missed[channel]  # the event before the first one was read
+            elif entries:
+                missed[channel] = int(entries[0][1][b"l"])
+            found += [(_offset(entry_id), channel, fields) for entry_id, fields in entries]
+        found += [(offset, channel, None) for channel, offset in missed.items()]
+        found.sort(key=lambda each: each[0])
+        return found
+
+    async def _read_channels(self, names: list[str], *, after: int, until: int) -> list[tuple[str, list[Any]]]:
+        """Return the entries of channels with offsets greater than `after`, up to and including `until`."""
         found: list[tuple[str, list[Any]]] = []
-        for first in range(0, len(names), _CHUNK):
-            chunk = names[first : first + _CHUNK]
+        for chunk in _chunks(names):
             pipeline = self._client.pipeline(transaction=False)
             for name in chunk:
-                pipeline.xrange(self._stream(name), f"({after}-0", f"{until}-0")
+                pipeline.xrange(self._channel_key(name), f"({after}-0", f"{until}-0")
             found += zip(chunk, await pipeline.execute(), strict=True)
         return found
 
-    async def _recall(self, channels: list[str]) -> None:
+    async def _load_channels(self, channels: list[str]) -> None:
         log = self.dispatcher.log
         epoch, last_offset = log.epoch, log.last_offset
-        scores: dict[str, int] = {}
-        for first in range(0, len(channels), _CHUNK):
-            chunk = channels[first : first + _CHUNK]
+        offsets: dict[str, int] = {}
+        for chunk in _chunks(channels):
             pipeline = self._client.pipeline(transaction=False)
             for name in chunk:
                 pipeline.zscore(self._key("last"), name)
             pipeline.hget(self._key("meta"), "floor")
-            *last, floor = await pipeline.execute()
-            scores.update(
-                {name: int(floor if score is None else score) for name, score in zip(chunk, last, strict=True)}
+            *scores, floor = await pipeline.execute()
+            offsets.update(
+                {name: int(floor if score is None else score) for name, score in zip(chunk, scores, strict=True)}
             )
-        for channel, entries in await self._channels(channels, after=0, until=last_offset):
-            made: list[Entry] = []
+        for channel, entries in await self._read_channels(channels, after=0, until=last_offset):
+            loaded: list[Entry] = []
             for entry_id, fields in entries:
-                event = self._event(_offset(entry_id), fields)
-                if event is not None:
-                    made.append(log.entry(_offset(entry_id), channel, event[0], self._time(fields), end=event[1]))
+                decoded = self._decode(_offset(entry_id), fields)
+                if decoded is not None:
+                    event, end = decoded
+                    loaded.append(log.entry(_offset(entry_id), channel, event, self._published_at(fields), end=end))
             with self.dispatcher.lock:
                 if log.epoch != epoch:
                     return
-                trimmed = int(entries[0][1][b"l"]) if entries else min(scores[channel], last_offset)
-                log.fill(channel, made, trimmed, last_offset)
+                trimmed = int(entries[0][1][b"l"]) if entries else min(offsets[channel], last_offset)
+                log.fill(channel, loaded, trimmed, last_offset)
 
     # Publishing
 
-    def _payload(self, publication: Publication) -> bytes:
-        return wire.dump(publication.event, publication.end)
-
-    async def _send(self, items: list[Item], attempt: int) -> list[str]:
-        *_, ids = await self._call(items, attempt)
+    async def _send(self, batch: list[PendingPublication], attempt: int) -> list[str]:
+        *_, ids = await self._run_publish_script(batch, attempt)
         if ids == b"stale":
-            raise ResponseError("a later publication of this process came before it")
+            raise ResponseError("a later batch of this process was published first")
         return str(ids, "ascii").split(" ")
 
-    # Runs
+    # Leases of runs
 
-    async def lease(
+    async def acquire_lease(
         self,
         name: str,
         max_bytes: int,
         ttl: float,
         *,
-        again: bool,
-        over: int,  # noqa: ARG002 (that a run is over is told with its last event)
+        replace_ended: bool,
+        ended_start: int,  # noqa: ARG002 (publish.lua records the end of a run together with its last event)
     ) -> tuple[RunLease, bool]:
-        """See `Backend`."""
+        """Acquire the lease of a run, or return the lease that exists."""
         token = secrets.token_hex(8)
-        return await self._lease_or_release(name, token, partial(self._lease, name, max_bytes, ttl, token, again=again))
+        acquire = partial(self._acquire_lease, name, max_bytes, ttl, token, replace_ended=replace_ended)
+        return await self._acquire_or_release(name, token, acquire)
 
-    async def _release(self, name: str, token: str) -> None:
+    async def _release_lease(self, name: str, token: str) -> None:
         await self._release_script(keys=[self._key(f"r:{name}")], args=[token])
 
-    async def _lease(self, name: str, max_bytes: int, ttl: float, token: str, *, again: bool) -> tuple[RunLease, bool]:
-        await self._sync()  # to know of the epoch
+    async def _acquire_lease(
+        self, name: str, max_bytes: int, ttl: float, token: str, *, replace_ended: bool
+    ) -> tuple[RunLease, bool]:
+        await self._sync()  # learns the current epoch
         while True:
-            new, fields = await self._lease_script(
+            acquired, fields = await self._lease_script(
                 keys=[self._key(f"r:{name}"), self._key("meta")],
-                args=[self._holder, max_bytes, ttl, int(again), _LEASE_MS, token],
+                args=[self._holder, max_bytes, ttl, int(replace_ended), _LEASE_MS, token],
             )
-            lease = _lease_of(dict(zip(fields[::2], fields[1::2], strict=True)))
-            known = await self._as_of_now(lease)
-            if new or not known.is_gone(self.dispatcher.log.epoch):
-                return known, bool(new)
-            again = True
+            lease = _parse_lease(dict(zip(fields[::2], fields[1::2], strict=True)))
+            lease = await self._in_current_epoch(lease)
+            if acquired or not lease.is_gone(self.dispatcher.log.epoch):
+                return lease, bool(acquired)
+            replace_ended = True
 
-    async def _find(self, name: str) -> RunLease | None:
+    async def _fetch_lease(self, name: str) -> RunLease | None:
         fields = await self._client.hgetall(self._key(f"r:{name}"))
-        return _lease_of(fields) if fields else None
+        return _parse_lease(fields) if fields else None
 
-    async def renew(self, name: str, lease: RunLease) -> bool:
-        """See `Backend`."""
-        return await self._here(partial(self._patiently, partial(self._renew, name, lease)))
-
-    async def _renew(self, name: str, lease: RunLease) -> bool:
+    async def _renew_lease(self, name: str, lease: RunLease) -> bool:
         arguments = [self._holder, _LEASE_MS, lease.epoch, lease.start]
         for field in ("max_bytes", "ttl", "outcome", "final", "epoch", "start"):
             arguments += [field, getattr(lease, field)]
@@ -449,7 +491,7 @@ class RedisBackend(RemoteBackend):
         return bool(await self._renew_script(keys=[self._key(f"r:{name}")], args=arguments))
 
 
-def _lease_of(fields: dict[bytes, bytes]) -> RunLease:
+def _parse_lease(fields: dict[bytes, bytes]) -> RunLease:
     text = {name.decode(): value.decode() for name, value in fields.items()}
     return RunLease(
         holder=text["holder"],
@@ -467,8 +509,14 @@ def _offset(entry_id: bytes) -> int:
     return int(entry_id.partition(b"-")[0])
 
 
-def _pairs(answer: Any) -> Iterable[tuple[bytes, Any]]:
-    """Streams with their entries, as RESP2 and RESP3 have them."""
+def _chunks(channels: list[str]) -> Iterator[list[str]]:
+    """Split channels into lists for one pipeline each."""
+    for first in range(0, len(channels), _CHANNELS_PER_PIPELINE):
+        yield channels[first : first + _CHANNELS_PER_PIPELINE]
+
+
+def _streams_of(answer: Any) -> Iterable[tuple[bytes, Any]]:
+    """Return the streams of an answer to ``XREAD`` with their entries, from its RESP2 or RESP3 format."""
     if isinstance(answer, dict):
         return [(name, entry) for name, batches in answer.items() for entry in batches]
     return answer or ()

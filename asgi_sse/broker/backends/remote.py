@@ -1,7 +1,7 @@
-"""`RemoteBackend`: what the back ends on other machines have in common.
+"""`RemoteBackend`: what the backends on Redis and NATS have in common.
 
-One task follows the engine's log into the dispatcher, and begins again where it was cut. Another one publishes, in the
-order of asking.
+Each has two tasks in the event loop that opened it. One follows the server's log and passes its events to the
+dispatcher; it reconnects and catches up after a fault. The other one publishes queued events in their order.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from asgi_sse.errors import BrokerError
 from asgi_sse.protocol.event import ServerSentEvent
 from asgi_sse.stream.flusher import current_flusher
 
-from . import codec as wire
+from . import codec
 from .base import Backend, BrokerStatistics, Publication, RunLease, State
 
 if TYPE_CHECKING:
@@ -36,96 +36,103 @@ T = TypeVar("T")
 logger: Final = logging.getLogger(__name__)
 
 CONTROL: Final = "!control"
-"""Where processes tell each other what is for no client: no channel may be called so."""
+"""Internal channel between processes. ``!`` is illegal in the channel names of users."""
 
-_OPENING: Final = 30.0
-"""Seconds in which a broker has to be connected, before its app's startup fails."""
+_OPEN_TIMEOUT_S: Final = 30.0
+"""Seconds that opening a broker may take before the startup of its app fails."""
 
-_ANSWER: Final = 5.0
-"""Seconds that a request has for a question, where publishers have any."""
+_QUERY_TIMEOUT_S: Final = 5.0
+"""Seconds that a query of a run may take if publishing has no time limit."""
 
-_LAST_ANSWERS: Final = 1.0
-"""Seconds for which a broker that is closed waits for what it has sent to be acknowledged."""
+_CLOSE_TIMEOUT_S: Final = 1.0
+"""Seconds for which closing waits until the events already sent are acknowledged."""
 
-_CANCEL_AGAIN: Final = 0.5
-"""Seconds after which a task that was cancelled is cancelled again."""
+_RECANCEL_S: Final = 0.5
+"""Seconds after which a task that was cancelled and still runs is cancelled again."""
 
-_QUESTIONS: Final = 16
-"""Of readers and requests, under way together: when all clients come back at once, each has one."""
+_MAX_QUERIES: Final = 16
+"""Queries of subscriptions and requests that run at the same time. When all clients return at once, each has one."""
 
-_BATCH: Final = 64
-"""Publications that are under way together."""
+_MAX_BATCH: Final = 64
+"""Events that are sent together."""
 
-_BATCH_BYTES: Final = 1024 * 1024
+_MAX_BATCH_BYTES: Final = 1024 * 1024
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
-"""Seconds between attempts; at random from half of it, so that not all processes come back at once."""
+_FIRST_DELAY_S, _MAX_DELAY_S = 0.05, 2.0
+"""Seconds between attempts. The actual delay is between half of it and all of it, so that processes do not return all
+at once."""
 
 
-class Pauses:
-    """Each longer than the one before, and at random."""
+class Backoff:
+    """Random delays between attempts, each about twice as long as the one before."""
 
     def __init__(self) -> None:
-        self._next = _FIRST_PAUSE
+        self._next = _FIRST_DELAY_S
 
     async def wait(self) -> None:
-        """Wait for the next one."""
-        pause, self._next = self._next, min(2 * self._next, _LONGEST_PAUSE)
-        await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311
+        """Wait for the next delay."""
+        delay, self._next = self._next, min(2 * self._next, _MAX_DELAY_S)
+        await asyncio.sleep(random.uniform(delay / 2, delay))  # noqa: S311
 
     def reset(self) -> None:
-        """It has worked."""
-        self._next = _FIRST_PAUSE
+        """Start again with the shortest delay, after a success."""
+        self._next = _FIRST_DELAY_S
 
 
-class Item:
-    """One publication, and who waits for it."""
+class PendingPublication:
+    """A publication that waits in the queue or for its acknowledgement.
 
-    __slots__ = ("answer", "payload", "publication", "sent")
+    Attributes:
+        publication: The event and how to store it.
+        payload: The encoded event.
+        acknowledged: Future of the event's id.
+        sent: Whether it was sent, so that the server may have it.
+    """
 
-    def __init__(self, publication: Publication, payload: bytes, answer: asyncio.Future[str]) -> None:
+    __slots__ = ("acknowledged", "payload", "publication", "sent")
+
+    def __init__(self, publication: Publication, payload: bytes, acknowledged: asyncio.Future[str]) -> None:
         self.publication = publication
         self.payload = payload
-        self.answer = answer
-        self.sent = False  # it may have come to the engine
+        self.acknowledged = acknowledged
+        self.sent = False
 
 
 class RemoteBackend(Backend):
-    """Follows an engine, and publishes to it.
+    """Follows the log of a server and publishes to it.
 
-    It lives in the event loop that has opened it, which is asyncio's; it may be called from others, and from threads
-    that have one.
+    The backend lives in the asyncio event loop that opened it. Other event loops and threads may call it.
 
     Args:
-        dispatcher: Where events go.
-        url: The engine, for messages: without a password.
-        timeout: Seconds that publishing may take, and to find or lease a run; ``None``: publishing as long as it takes,
-            runs five.
-        burst: Events after which the streams of the event loop are let to take what came.
+        dispatcher: Receives the events.
+        url: The URL of the server without its password, for messages.
+        timeout: Seconds that publishing, finding a run and acquiring its lease may take. ``None``: publishing has no
+            limit, and the queries of runs have 5 seconds.
+        burst: Events after which the streams of the event loop get a turn to send what they have.
     """
 
-    transient: ClassVar[tuple[type[BaseException], ...]] = (OSError, TimeoutError)
-    """What is tried again."""
-    starting: ClassVar[tuple[type[BaseException], ...]] = ()
-    """What an engine says that will answer soon: then an app's startup waits."""
+    transient_errors: ClassVar[tuple[type[BaseException], ...]] = (OSError, TimeoutError)
+    """Errors after which an attempt is repeated."""
+    starting_errors: ClassVar[tuple[type[BaseException], ...]] = ()
+    """Errors of a server that will answer soon, for which the startup of an app waits."""
 
     def __init__(self, dispatcher: Dispatcher, url: str, *, timeout: float | None, burst: int) -> None:
         super().__init__(dispatcher)
         dispatcher.upstream = self
         self.url = url
-        self._extra: dict[str, object] = {"sse_engine": url}  # of log records
+        self._log_extra: dict[str, object] = {"sse_backend": url}
         self._timeout = timeout
         self._burst = burst
-        self._holder = secrets.token_hex(4)
+        self._holder = secrets.token_hex(4)  # the id of this process in leases
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._queue: deque[Item] = deque()
+        self._queue: deque[PendingPublication] = deque()
         self._queued = asyncio.Event()
-        self._batch: list[Item] = []  # under way
+        self._batch: list[PendingPublication] = []  # being sent
         self._attempts = count(1)
-        self._progress = asyncio.Event()
-        self._recalls: dict[str, asyncio.Future[None]] = {}
-        self._questions = asyncio.Semaphore(_QUESTIONS)
+        self._progress = asyncio.Event()  # set, and replaced, whenever the dispatcher's log has changed
+        self._loading: dict[str, asyncio.Future[None]] = {}
+        self._queries = asyncio.Semaphore(_MAX_QUERIES)
         self._releases: set[asyncio.Task[None]] = set()
         self._state: State = "closed"
         self._error = ""
@@ -133,153 +140,182 @@ class RemoteBackend(Backend):
         self._reconnects = 0
         self._restarts = 0
         self._round_trip = 0.0
-        self._sent_at: float | None = None  # of what is to be acknowledged
-        self._under_way: tuple[int, float] | None = None  # an event that is to come back, and when it was sent
+        self._batch_sent_at: float | None = None
+        self._awaited_event: tuple[int, float] | None = None  # offset of the measured event, and when it was sent
 
-    # What an engine is
+    # What a server has to provide
 
     @abstractmethod
     async def _connect(self) -> None:
-        """Make what is needed to talk to the engine."""
+        """Create the client. Connecting may wait until it is used."""
 
     @abstractmethod
     async def _disconnect(self) -> None:
-        """Let go of it. Must not raise."""
+        """Close all connections. Must not raise."""
 
     @abstractmethod
     async def _catch_up(self, *, first: bool) -> None:
-        """Bring the dispatcher's log to where the engine's is, or find that it is another one."""
+        """Bring the dispatcher's log to the end of the server's log.
 
-    async def _look_in(self) -> None:
-        """See that the engine is there, and find out what there is to know for publishing alone."""
-        await self._position()
-
-    @abstractmethod
-    async def _read(self) -> None:
-        """Bring what the engine has behind the tail of the dispatcher's log, for ever.
-
-        Returns:
-            It is to catch up before it reads on.
-        """
-
-    @abstractmethod
-    async def _send(self, items: list[Item], attempt: int) -> list[str]:
-        """Publish all, and give their ids.
+        If the server has another log, or has lost events, restart the dispatcher.
 
         Args:
-            items: What to publish.
-            attempt: A number that grows, but is the same each time that these items are tried.
+            first: Whether nothing was read yet since the backend was opened.
+        """
 
-        Returns:
-            As many ids as items; ``""`` for one whose publisher has its answer already.
+    async def _check_server(self) -> None:
+        """Check that the server answers, and learn what is needed to publish without following the log."""
+        await self._fetch_log_end()
+
+    @abstractmethod
+    async def _read_log(self) -> None:
+        """Pass all events after the end of the dispatcher's log to the dispatcher, without end.
+
+        Returns only if the backend has to catch up before it can read on.
         """
 
     @abstractmethod
-    async def _position(self) -> tuple[str, int]:
-        """The epoch and the last number of the engine's log."""
+    async def _send(self, batch: list[PendingPublication], attempt: int) -> list[str]:
+        """Publish a batch and return its ids.
+
+        Args:
+            batch: The publications.
+            attempt: A number that grows with each batch, and stays the same when a batch is sent again.
+
+        Returns:
+            One id for each publication; ``""`` for one whose publisher already has its result.
+        """
 
     @abstractmethod
-    async def _release(self, name: str, token: str) -> None:
-        """Undo the lease of a run that was made with this token."""
+    async def _fetch_log_end(self) -> tuple[str, int]:
+        """Return the epoch and the last offset of the server's log."""
 
     @abstractmethod
-    async def _recall(self, channels: list[str]) -> None:
-        """See `dispatcher.Upstream`."""
+    async def _fetch_epoch_start(self) -> tuple[str, int]:
+        """Return the epoch of the server's log, and the offset after which the epoch begins."""
 
-    # Life
+    @abstractmethod
+    async def _load_channels(self, channels: list[str]) -> None:
+        """Add the events of `channels` that the server keeps to the dispatcher's log."""
+
+    @abstractmethod
+    async def _fetch_lease(self, name: str) -> RunLease | None:
+        """Return the lease of a run as the server has it, in any epoch."""
+
+    @abstractmethod
+    async def _renew_lease(self, name: str, lease: RunLease) -> bool:
+        """Renew a lease once; see `renew_lease`."""
+
+    @abstractmethod
+    async def _release_lease(self, name: str, token: str) -> None:
+        """Delete the lease of a run if it was acquired with `token`."""
+
+    # Open and close
 
     async def open(self, *, follow: bool = True) -> None:
-        """See `Backend`; without `follow`, only to publish."""
-        try:
-            self._loop = asyncio.get_running_loop()
-        except RuntimeError:
-            raise BrokerError(f"{self.url} needs asyncio: its client knows no other event loop") from None
+        """Connect and catch up.
+
+        Args:
+            follow: Whether to follow the log. Without, the backend can only publish.
+
+        Raises:
+            BrokerError: The server could not be reached within 30 seconds, or no asyncio event loop is running.
+        """
+        self._loop = self._running_loop()
         self._holder = secrets.token_hex(4)
         self._queued, self._progress = asyncio.Event(), asyncio.Event()
-        self._questions = asyncio.Semaphore(_QUESTIONS)
+        self._queries = asyncio.Semaphore(_MAX_QUERIES)
         self._state = "connecting"
         try:
-            async with asyncio.timeout(_OPENING):
+            async with asyncio.timeout(_OPEN_TIMEOUT_S):
                 await self._connect()
-                await self._find_in(follow=follow)
+                await self._wait_until_started(follow=follow)
         except BaseException as exc:
             await self._disconnect()
             self._state, self._loop = "closed", None
             if isinstance(exc, Exception) and not isinstance(exc, BrokerError):
-                raise BrokerError(f"cannot connect to {self.url}: {_text(exc)}") from exc
+                raise BrokerError(f"cannot connect to {self.url}: {_describe(exc)}") from exc
             raise
         self._state, self._error = "connected", ""
-        self._tasks = [self._loop.create_task(self._publish_all(), name="asgi_sse publish")]
+        self._tasks = [self._loop.create_task(self._publish_queue(), name="asgi_sse publish")]
         if follow:
             self._tasks.append(self._loop.create_task(self._follow(), name="asgi_sse follow"))
 
-    async def _find_in(self, *, follow: bool) -> None:
-        pauses = Pauses()
+    async def _wait_until_started(self, *, follow: bool) -> None:
+        backoff = Backoff()
         while True:
             try:
-                await (self._catch_up(first=True) if follow else self._look_in())
-            except self.starting:
-                await pauses.wait()
+                await (self._catch_up(first=True) if follow else self._check_server())
+            except self.starting_errors:
+                await backoff.wait()
             else:
                 return
 
     async def close(self) -> None:
-        """See `Backend`."""
+        """Stop both tasks and close the connections.
+
+        Events that were sent have one second to be acknowledged. The rest of the queue is rejected.
+        """
         if self._loop is None:
             return
         if self._loop.is_closed():
             self._loop, self._tasks, self._state = None, [], "closed"
             return
-        await self._here(self._close)
+        await self._in_own_loop(self._close)
 
     async def _close(self) -> None:
         tasks, self._tasks = set(self._tasks), []
-        # The end of a run may be here, and be acknowledged only now.
-        under_way = [item.answer for item in (*self._batch, *self._queue) if not item.answer.done()]
+        # The last event of a run may be among them.
+        pending = (*self._batch, *self._queue)
+        unacknowledged = [each.acknowledged for each in pending if not each.acknowledged.done()]
         try:
-            if under_way and self._state == "connected":
-                await asyncio.wait(under_way, timeout=_LAST_ANSWERS)
-            while tasks:  # redis-py on Python 3.11 loses a cancellation now and then
+            if unacknowledged and self._state == "connected":
+                await asyncio.wait(unacknowledged, timeout=_CLOSE_TIMEOUT_S)
+            while tasks:  # redis-py on Python 3.11 sometimes loses a cancellation
                 for task in tasks:
                     task.cancel()
-                _, tasks = await asyncio.wait(tasks, timeout=_CANCEL_AGAIN)
+                _, tasks = await asyncio.wait(tasks, timeout=_RECANCEL_S)
             await self._disconnect()
         finally:
-            for task in tasks:  # where we were cancelled ourselves
+            for task in tasks:  # left only if this coroutine was cancelled
                 task.cancel()
             self._state, self._loop = "closed", None
-            self._sent_at = self._under_way = None
+            self._batch_sent_at = self._awaited_event = None
             self._progress.set()
 
     def check_open(self) -> asyncio.AbstractEventLoop:
-        """See `Backend`."""
+        """Return the event loop of this backend, or raise `BrokerError` unless the backend is open."""
         loop = self._loop
         if loop is None or loop.is_closed():
             raise BrokerError(
-                f"{self.url} is not open: give the broker to the app, as broker=…, or use 'async with broker'"
+                f"the broker on {self.url} is not open; pass it to the app as broker=..., or use 'async with broker'"
             )
         return loop
 
-    async def _here(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run it in the event loop of this back end."""
-        loop = self.check_open()
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
         try:
-            running = asyncio.get_running_loop()
+            return asyncio.get_running_loop()
         except RuntimeError:
-            raise BrokerError(f"{self.url} needs asyncio: its client knows no other event loop") from None
-        if running is loop:
+            raise BrokerError(
+                f"the broker on {self.url} needs asyncio, which its client is written for; run the app on asyncio"
+            ) from None
+
+    async def _in_own_loop(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run the coroutine that `make` returns in the event loop of this backend."""
+        loop = self.check_open()
+        if self._running_loop() is loop:
             return await make()
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(make(), loop))
 
     def statistics(self) -> BrokerStatistics:
-        """See `Backend`."""
-        now, sent_at, under_way = clock(), self._sent_at, self._under_way
+        """Return the current state and counters."""
+        now, batch_sent_at, awaited_event = clock(), self._batch_sent_at, self._awaited_event
         waits = [self._round_trip]
-        if sent_at is not None:
-            waits.append(now - sent_at)
-        if under_way is not None:
-            waits.append(now - under_way[1])
-        return self._statistics(
+        if batch_sent_at is not None:
+            waits.append(now - batch_sent_at)
+        if awaited_event is not None:
+            waits.append(now - awaited_event[1])
+        return self._make_statistics(
             self._state,
             error=self._error,
             received=self._received,
@@ -288,142 +324,118 @@ class RemoteBackend(Backend):
             round_trip=max(waits),
         )
 
-    # Reading
+    # Following the log
 
     async def _follow(self) -> None:
-        log, pauses = self.dispatcher.log, Pauses()
+        log, backoff = self.dispatcher.log, Backoff()
         while True:
-            place = log.epoch, log.last_offset
+            before = log.epoch, log.last_offset
             try:
                 if self._state == "connected":
-                    await self._read()
+                    await self._read_log()
                 await self._catch_up(first=False)
                 if self._state != "connected":
                     self._state, self._error = "connected", ""
                     self._reconnects += 1
-                    logger.warning("connected to %s again", self.url, extra=self._extra)
-                elif place == (log.epoch, log.last_offset):
-                    await pauses.wait()  # something stands in the log that nobody here understands
+                    logger.warning("reconnected to %s", self.url, extra=self._log_extra)
+                elif before == (log.epoch, log.last_offset):
+                    await backoff.wait()  # the log has an entry that this version cannot read past
                     continue
-                pauses.reset()
+                backoff.reset()
             except Exception as exc:
                 if not self._is_transient(exc):
-                    logger.exception("reading from %s failed, and is tried again", self.url, extra=self._extra)
+                    logger.exception("reading from %s failed; trying again", self.url, extra=self._log_extra)
                 elif self._state == "connected":
                     logger.warning(
-                        "the connection to %s is lost, and is tried again: %s", self.url, _text(exc), extra=self._extra
+                        "lost the connection to %s; trying again: %s", self.url, _describe(exc), extra=self._log_extra
                     )
-                self._state, self._error = "disconnected", _text(exc)
-                await pauses.wait()
+                self._state, self._error = "disconnected", _describe(exc)
+                await backoff.wait()
 
-    def _restarted(self) -> None:
-        """To be called where the dispatcher was restarted."""
-        self._under_way = None  # it is of a log that there is no more
+    def _warn_of_lost_events(self) -> None:
+        logger.warning(
+            "%s has lost acknowledged events; subscribers get a reset event", self.url, extra=self._log_extra
+        )
+
+    def _after_restart(self) -> None:
+        """Count a restart of the dispatcher. Called after each of them."""
+        self._awaited_event = None  # its offset belongs to the old log
         if self._state != "connecting":
             self._restarts += 1
             logger.warning(
-                "the log of %s is another one, or has lost events: readers are told by a reset",
+                "the log of %s was replaced or has lost events; subscribers get a reset event",
                 self.url,
-                extra=self._extra,
+                extra=self._log_extra,
             )
-        self._progressed()
+        self._announce_progress()
 
-    def _controlled(self, payload: bytes) -> None:
-        """To be called with each publication to `CONTROL`."""
+    def _handle_control(self, payload: bytes) -> None:
+        """Obey an event of the channel `CONTROL`."""
         try:
-            event, _ = wire.load(payload)
-            order: Any = json.loads(event.data or "")
-            name, holder = order["cancel"], order["holder"]
-        except Exception:  # anybody may have written it
-            logger.exception("an order that nobody understands came from %s", self.url, extra=self._extra)
+            event, _ = codec.load(payload)
+            command: Any = json.loads(event.data or "")
+            name, holder = command["cancel"], command["holder"]
+        except Exception:  # anyone who can write to the server can write this
+            logger.exception("ignored an invalid control event from %s", self.url, extra=self._log_extra)
             return
         if holder == self._holder:
             self.on_cancel(name)
 
-    # Runs
-
-    async def find(self, name: str) -> RunLease | None:
-        """See `Backend`."""
-        return await self._here(partial(self._in_time, partial(self._find_now, name)))
-
-    async def _find_now(self, name: str) -> RunLease | None:
-        lease = await self._question(partial(self._find, name))
-        return lease and await self._as_of_now(lease)
-
-    @abstractmethod
-    async def _find(self, name: str) -> RunLease | None:
-        """What the engine has of a run."""
-
-    async def _as_of_now(self, lease: RunLease) -> RunLease:
-        """A lease in config of the log that there is; of an earlier one, only what has ended in that.
-
-        The engine may have it from before it lost events, or from a process that did not know of that yet: a reader
-        would miss the beginning, and not be told.
-        """
-        if lease.epoch != self.dispatcher.log.epoch:
-            await self._sync()  # it may be ahead of us
-        if lease.epoch == self.dispatcher.log.epoch or lease.outcome:
-            return lease
-        epoch, start = await self._question(self._epoch)
-        return replace(lease, epoch=epoch, start=start, whole=False)
-
-    @abstractmethod
-    async def _epoch(self) -> tuple[str, int]:
-        """The engine's epoch, and the number behind which it is."""
-
-    def ask_to_stop(self, name: str, holder: str) -> None:
-        """See `Backend`."""
-        self.post(Publication(CONTROL, ServerSentEvent({"cancel": name, "holder": holder})))
-
-    def _progressed(self) -> None:
-        self._measure()
+    def _announce_progress(self) -> None:
+        """Wake all callers of `sync`, which look at the dispatcher's log again."""
+        self._measure_round_trip()
         progress, self._progress = self._progress, asyncio.Event()
         progress.set()
 
-    def _measure(self) -> None:
-        """See whether what was sent has come back: of one event at a time, and where many have come."""
-        if self._under_way is not None and self.dispatcher.log.last_offset >= self._under_way[0]:
-            self._round_trip = clock() - self._under_way[1]
-            self._under_way = None
+    def _measure_round_trip(self) -> None:
+        """Record the round trip if the measured event has come back. Called once for many events, to stay cheap."""
+        if self._awaited_event is not None and self.dispatcher.log.last_offset >= self._awaited_event[0]:
+            self._round_trip = clock() - self._awaited_event[1]
+            self._awaited_event = None
 
-    async def _rest(self) -> None:
-        """To be called after each `burst` events: streams take what they can, so that none of them is overrun."""
-        self._progressed()
+    async def _yield_to_streams(self) -> None:
+        """Let streams send what they have. Called after each `burst` events, so that no subscriber overflows."""
+        self._announce_progress()
         await current_flusher().turn()
 
+    # The upstream of the dispatcher
+
     async def sync(self) -> None:
-        """See `dispatcher.Upstream`."""
-        await self._here(self._sync)
+        """Return when the dispatcher's log has all that the server's log had at the time of the call."""
+        await self._in_own_loop(self._sync)
 
     async def _sync(self) -> None:
         log = self.dispatcher.log
         while True:
-            epoch, last_offset = await self._patiently(partial(self._question, self._position))
+            epoch, last_offset = await self._retry(partial(self._query, self._fetch_log_end))
             restarts = self._restarts
             while self._restarts == restarts:
                 if log.epoch == epoch and log.last_offset >= last_offset:
                     return
                 await self._progress.wait()
                 if self._loop is None:
-                    raise BrokerError(f"{self.url} was closed")
+                    raise BrokerError(f"the broker on {self.url} was closed")
 
     async def recall(self, channels: list[str]) -> None:
-        """See `dispatcher.Upstream`."""
-        await self._here(partial(self._recall_once, channels))
+        """Add the events of `channels` that the server keeps to the dispatcher's log."""
+        await self._in_own_loop(partial(self._load_channels_once, channels))
 
-    async def _recall_once(self, channels: list[str]) -> None:
-        """Who wants what another one is getting waits for that."""
-        wanted = [name for name in channels if name not in self._recalls]
-        others = [self._recalls[name] for name in channels if name in self._recalls]
+    async def _load_channels_once(self, channels: list[str]) -> None:
+        """Load channels; a channel that is already being loaded is only waited for."""
+        wanted = [name for name in channels if name not in self._loading]
+        tasks = [self._loading[name] for name in channels if name in self._loading]
         if wanted:
-            task = asyncio.ensure_future(self._patiently(partial(self._question, partial(self._recall, wanted))))
-            self._recalls.update(dict.fromkeys(wanted, task))
-            task.add_done_callback(lambda _: [self._recalls.pop(name, None) for name in wanted])
-            others.append(task)
-        await asyncio.gather(*map(asyncio.shield, others))
+            task = asyncio.ensure_future(self._retry(partial(self._query, partial(self._load_channels, wanted))))
+            self._loading.update(dict.fromkeys(wanted, task))
+            task.add_done_callback(lambda _: [self._loading.pop(name, None) for name in wanted])
+            tasks.append(task)
+        await asyncio.gather(*map(asyncio.shield, tasks))
 
-    async def _patiently(self, make: Callable[[], Coroutine[Any, Any, T]], limit: asyncio.Timeout | None = None) -> T:
-        pauses = Pauses()
+    # Attempts
+
+    async def _retry(self, make: Callable[[], Coroutine[Any, Any, T]], limit: asyncio.Timeout | None = None) -> T:
+        """Run `make` again after each transient error, while the backend is open."""
+        backoff = Backoff()
         while self._loop is not None:
             try:
                 return await make()
@@ -432,56 +444,95 @@ class RemoteBackend(Backend):
                     raise
                 if limit is not None and limit.expired():  # redis-py on Python 3.11 may have lost the cancellation
                     raise TimeoutError from exc
-                await pauses.wait()
-        raise BrokerError(f"{self.url} was closed")
+                await backoff.wait()
+        raise BrokerError(f"the broker on {self.url} was closed")
 
-    async def _question(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        async with self._questions:
+    async def _query(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run a query when fewer than `_MAX_QUERIES` are running."""
+        async with self._queries:
             return await make()
 
-    async def _lease_or_release(
-        self, name: str, token: str, lease: Callable[[], Coroutine[Any, Any, tuple[RunLease, bool]]]
-    ) -> tuple[RunLease, bool]:
-        try:
-            return await self._here(partial(self._in_time, lease))
-        except BaseException:  # who has asked is gone, or waits no more: nobody would run it
-            loop = self._loop
-            if loop is not None and not loop.is_closed():
-                loop.call_soon_threadsafe(self._release_soon, name, token)
-            raise
+    async def _retry_in_time(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Retry for as long as a publisher would wait. A request without a limit would keep its server from stopping.
 
-    def _release_soon(self, name: str, token: str) -> None:
-        task = asyncio.ensure_future(self._patiently(partial(self._release, name, token)))
-        self._releases.add(task)
-        task.add_done_callback(self._released)
-
-    def _released(self, task: asyncio.Task[None]) -> None:
-        self._releases.discard(task)
-        if not task.cancelled() and (exc := task.exception()) is not None:
-            logger.debug("a lease of a run was not released: %s", exc, extra=self._extra)
-
-    async def _in_time(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Try it as long as a publisher would: a request that waits for ever holds its server when that stops."""
-        seconds = _ANSWER if self._timeout is None else self._timeout
+        Raises:
+            UnavailableError: The server did not answer in time.
+        """
+        seconds = _QUERY_TIMEOUT_S if self._timeout is None else self._timeout
         try:
             async with asyncio.timeout(seconds) as limit:
-                return await self._patiently(make, limit)
+                return await self._retry(make, limit)
         except TimeoutError:
             why = f" ({self._error})" if self._error else ""
             raise UnavailableError(f"{self.url} did not answer within {seconds:g} s{why}") from None
 
     def _is_transient(self, exc: BaseException) -> bool:
-        # What uvloop raises where a connection is written to that was lost a moment ago; asyncio lets it pass.
-        return isinstance(exc, self.transient) or (isinstance(exc, RuntimeError) and "handler is closed" in str(exc))
+        # uvloop raises this RuntimeError on a write to a connection that was just lost; asyncio ignores the write.
+        return isinstance(exc, self.transient_errors) or (
+            isinstance(exc, RuntimeError) and "handler is closed" in str(exc)
+        )
+
+    # Leases of runs
+
+    async def find_lease(self, name: str) -> RunLease | None:
+        """Return the lease of a run, or ``None`` if there is none."""
+        return await self._in_own_loop(partial(self._retry_in_time, partial(self._find_lease, name)))
+
+    async def _find_lease(self, name: str) -> RunLease | None:
+        lease = await self._query(partial(self._fetch_lease, name))
+        return lease and await self._in_current_epoch(lease)
+
+    async def _in_current_epoch(self, lease: RunLease) -> RunLease:
+        """Return the lease of a running run in the current epoch, and the lease of an ended run as it is.
+
+        The server may have a lease from before it lost events, or from a holder that does not know of the loss yet. A
+        subscriber would then miss the beginning of the run without a reset.
+        """
+        if lease.epoch != self.dispatcher.log.epoch:
+            await self._sync()  # the lease may be newer than the log here
+        if lease.epoch == self.dispatcher.log.epoch or lease.outcome:
+            return lease
+        epoch, start = await self._query(self._fetch_epoch_start)
+        return replace(lease, epoch=epoch, start=start, whole=False)
+
+    async def renew_lease(self, name: str, lease: RunLease) -> bool:
+        """Renew the lease of a run; return False if another process holds it."""
+        return await self._in_own_loop(partial(self._retry, partial(self._renew_lease, name, lease)))
+
+    def request_cancel(self, name: str, holder: str) -> None:
+        """Ask the process `holder` to cancel a run, by an event of the channel `CONTROL`."""
+        self.post(Publication(CONTROL, ServerSentEvent({"cancel": name, "holder": holder})))
+
+    async def _acquire_or_release(
+        self, name: str, token: str, acquire: Callable[[], Coroutine[Any, Any, tuple[RunLease, bool]]]
+    ) -> tuple[RunLease, bool]:
+        """Acquire a lease; release it if the caller does not get it."""
+        try:
+            return await self._in_own_loop(partial(self._retry_in_time, acquire))
+        except BaseException:  # the caller left or timed out: without a release, nobody would run the run
+            loop = self._loop
+            if loop is not None and not loop.is_closed():
+                loop.call_soon_threadsafe(self._start_release, name, token)
+            raise
+
+    def _start_release(self, name: str, token: str) -> None:
+        task = asyncio.ensure_future(self._retry(partial(self._release_lease, name, token)))
+        self._releases.add(task)
+        task.add_done_callback(self._on_released)
+
+    def _on_released(self, task: asyncio.Task[None]) -> None:
+        self._releases.discard(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            logger.debug("the lease of a run was not released: %s", exc, extra=self._log_extra)
 
     # Publishing
 
     async def publish(self, publication: Publication, *, wait: bool = False) -> str:
-        """See `Backend`."""
-        return await self._here(partial(self._publish, publication, wait=wait))
+        """Publish an event and return its id, once the server has acknowledged it."""
+        return await self._in_own_loop(partial(self._publish, publication, wait=wait))
 
     def post(self, publication: Publication) -> None:
-        """See `Backend`."""
+        """Publish an event without waiting for it. A closed backend ignores it."""
         loop = self._loop
         if loop is not None and not loop.is_closed():
             loop.call_soon_threadsafe(self._post, publication)
@@ -491,109 +542,107 @@ class RemoteBackend(Backend):
             self._enqueue(publication)
         except BrokerError as exc:
             logger.warning(
-                "what was to go to channel %s was not published: %s",
+                "an event of channel %s was not published: %s",
                 publication.channel,
                 exc,
-                extra={**self._extra, "sse_channel": publication.channel},
+                extra={**self._log_extra, "sse_channel": publication.channel},
             )
 
-    def _enqueue(self, publication: Publication) -> Item:
+    def _enqueue(self, publication: Publication) -> PendingPublication:
         loop = self._loop
-        if loop is None or not self._tasks or self._tasks[0].done():  # by who ends the event loop without closing us
-            raise BrokerError(f"{self.url} was closed")
-        item = Item(publication, self._payload(publication), loop.create_future())
-        self._queue.append(item)
+        # The task is done if the event loop was shut down without closing the backend.
+        if loop is None or not self._tasks or self._tasks[0].done():
+            raise BrokerError(f"the broker on {self.url} was closed")
+        payload = codec.dump(publication.event, publication.end)
+        pending = PendingPublication(publication, payload, loop.create_future())
+        self._queue.append(pending)
         self._queued.set()
-        return item
-
-    @abstractmethod
-    def _payload(self, publication: Publication) -> bytes:
-        """What of a publication every process is to get."""
+        return pending
 
     async def _publish(self, publication: Publication, *, wait: bool) -> str:
-        item = self._enqueue(publication)
+        pending = self._enqueue(publication)
         try:
             async with asyncio.timeout(None if wait else self._timeout):
-                return await item.answer
+                return await pending.acknowledged
         except TimeoutError:
             why = f" ({self._error})" if self._error else ""
             what = f"within {self._timeout:g} s: {self.url} is {self._state}{why}"
-            if not item.sent:
-                raise BrokerError(f"not published {what}") from None
+            if not pending.sent:
+                raise BrokerError(f"the event was not published {what}") from None
             raise BrokerError(
-                f"not acknowledged {what}; it may have been published. To publish it again, give both times the same "
-                "idempotency_key"
+                f"the event was not acknowledged {what}. It may have been published; to publish it again safely, pass the "
+                "same idempotency_key both times"
             ) from None
 
-    async def _publish_all(self) -> None:
+    async def _publish_queue(self) -> None:
         try:
             await self._publish_batches()
         finally:
-            self._refuse(self._queue, f"{self.url} was closed before this was published")
+            self._reject(self._queue, f"the broker on {self.url} was closed before the event was published")
             self._queue.clear()
 
     async def _publish_batches(self) -> None:
         while True:
             await self._queued.wait()
-            batch: list[Item] = []
+            batch: list[PendingPublication] = []
             size = 0
-            while self._queue and len(batch) < _BATCH and size < _BATCH_BYTES:
-                item = self._queue.popleft()
-                if not item.answer.done():  # else its publisher did not wait so long
-                    batch.append(item)
-                    size += len(item.payload)
+            while self._queue and len(batch) < _MAX_BATCH and size < _MAX_BATCH_BYTES:
+                pending = self._queue.popleft()
+                if not pending.acknowledged.done():  # else the publisher has stopped waiting
+                    batch.append(pending)
+                    size += len(pending.payload)
             if not self._queue:
                 self._queued.clear()
             if batch:
                 self._batch = batch
                 await self._publish_batch(batch)
-                self._batch, self._sent_at = [], None
+                self._batch, self._batch_sent_at = [], None
 
-    async def _publish_batch(self, batch: list[Item]) -> None:
-        pauses, attempt = Pauses(), next(self._attempts)
-        self._sent_at = began = clock()
-        while not all(item.answer.done() for item in batch):
-            for item in batch:
-                item.sent = True
+    async def _publish_batch(self, batch: list[PendingPublication]) -> None:
+        backoff, attempt = Backoff(), next(self._attempts)
+        self._batch_sent_at = sent_at = clock()
+        while not all(pending.acknowledged.done() for pending in batch):
+            for pending in batch:
+                pending.sent = True
             try:
                 ids = await self._send(batch, attempt)
             except asyncio.CancelledError:
-                self._refuse(batch, f"{self.url} was closed; this may have been published")
+                self._reject(batch, f"the broker on {self.url} was closed; the event may have been published")
                 raise
             except Exception as exc:
                 if self._is_transient(exc):
-                    self._error = self._error or _text(exc)
-                    await pauses.wait()
+                    self._error = self._error or _describe(exc)
+                    await backoff.wait()
                 else:
-                    # A script that an error has ended has done what came before it.
-                    doubt = "" if len(batch) == 1 else "; it, or what was sent with it, may have been published"
-                    self._refuse(batch, f"{self.url} did not take it: {_text(exc)}{doubt}")
+                    # A script that stopped at an error has stored the events before it.
+                    doubt = "" if len(batch) == 1 else "; it, or others sent with it, may have been published"
+                    self._reject(batch, f"{self.url} refused the event: {_describe(exc)}{doubt}")
             else:
                 self._acknowledge(batch, ids)
-                self._expect(ids, began)
+                self._start_round_trip(ids, sent_at)
 
-    def _expect(self, ids: list[str], sent_at: float) -> None:
-        """Measure how long the last one takes to come back, unless another one is under way, or nobody reads here."""
+    def _start_round_trip(self, ids: list[str], sent_at: float) -> None:
+        """Measure the last event of a batch, unless one is being measured or this process does not follow the log."""
         epoch, _, offset = next(filter(None, reversed(ids)), "").partition("-")
-        if self._under_way is None and epoch == self.dispatcher.log.epoch and len(self._tasks) > 1:
-            self._under_way = int(offset), sent_at
-            self._measure()
+        if self._awaited_event is None and epoch == self.dispatcher.log.epoch and len(self._tasks) > 1:
+            self._awaited_event = int(offset), sent_at
+            self._measure_round_trip()
 
-    def _acknowledge(self, batch: list[Item], ids: list[str]) -> None:
+    def _acknowledge(self, batch: list[PendingPublication], ids: list[str]) -> None:
         if self._state == "connected":
             self._error = ""
-        self._published += sum(map(bool, ids))  # "" where it was refused by itself
-        for item, event_id in zip(batch, ids, strict=True):
-            if not item.answer.done():
-                item.answer.set_result(event_id)
+        self._published += sum(map(bool, ids))  # an id is "" where the event was refused
+        for pending, event_id in zip(batch, ids, strict=True):
+            if not pending.acknowledged.done():
+                pending.acknowledged.set_result(event_id)
 
-    def _refuse(self, items: Iterable[Item], why: str | BrokerError) -> None:
-        for item in items:
-            if not item.answer.done():
-                # Each waits for an error of its own, to which its traceback is added.
-                item.answer.set_exception(BrokerError(why) if isinstance(why, str) else why)
-                item.answer.exception()  # of what was posted, nobody asks
+    def _reject(self, batch: Iterable[PendingPublication], why: str | BrokerError) -> None:
+        for pending in batch:
+            if not pending.acknowledged.done():
+                # Each publisher gets an error of its own, since raising adds a traceback to it.
+                pending.acknowledged.set_exception(BrokerError(why) if isinstance(why, str) else why)
+                pending.acknowledged.exception()  # marks it as retrieved: nobody awaits a posted event
 
 
-def _text(exc: BaseException) -> str:
+def _describe(exc: BaseException) -> str:
     return str(exc) or type(exc).__name__

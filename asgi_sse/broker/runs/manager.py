@@ -92,7 +92,9 @@ class Runs(Mapping[str, Run]):
             if self._going_on() >= self._max_runs:
                 raise BrokerError(f"{self._max_runs} runs go on, the most there may be (max_runs)")
             over = -1 if known is None else known.start
-            lease, new = await self._backend.lease(name, max_bytes, ttl, again=not join, over=over)
+            lease, new = await self._backend.acquire_lease(
+                name, max_bytes, ttl, replace_ended=not join, ended_start=over
+            )
             if new:
                 with self._dispatcher.lock:
                     run = self._joined(name, lease) or self._made(name, lease, make)
@@ -118,7 +120,7 @@ class Runs(Mapping[str, Run]):
             return known
         if self._backend.is_alone:
             return known
-        lease = await self._backend.find(name)
+        lease = await self._backend.find_lease(name)
         return None if lease is None or lease.is_gone(self._dispatcher.log.epoch) else self._found(name, lease, make)
 
     def _found(
@@ -279,7 +281,7 @@ class Runs(Mapping[str, Run]):
         if run.publisher is not None or run.last_word is not None:
             await self._look_after_own(name, run)
             return
-        lease = await self._backend.find(name)
+        lease = await self._backend.find_lease(name)
         if (lease is None or lease.is_gone(self._dispatcher.log.epoch)) and run not in missing:
             missing.add(run)  # who has it may have been cut off, as we were
             return
@@ -296,14 +298,14 @@ class Runs(Mapping[str, Run]):
     async def _look_after_own(self, name: str, run: Run) -> None:
         if run.last_word is not None:
             await self._repeat_last_word(run, *run.last_word)
-        elif run.publisher is not None and not await self._backend.renew(name, run.lease):
+        elif run.publisher is not None and not await self._backend.renew_lease(name, run.lease):
             logger.warning("run %s is ended: another process has taken it for lost", name, extra={"sse_run": name})
             run.publisher.stop("lost")
 
     async def _repeat_last_word(self, run: Run, event: ServerSentEvent, outcome: Outcome) -> None:
         """The last event was acknowledged, and may have been lost with the log before it came to anybody."""
         await self._catch_up()
-        lease = await self._backend.find(run.name)
+        lease = await self._backend.find_lease(run.name)
         if run.outcome is not None:
             return
         if (
@@ -324,7 +326,7 @@ class Runs(Mapping[str, Run]):
         await self._catch_up()
         if run.outcome is not None:  # its end came when the engine had forgotten it
             return
-        if await self._backend.renew(name, run.lease):  # as ours; another process may have been faster
+        if await self._backend.renew_lease(name, run.lease):  # as ours; another process may have been faster
             logger.warning("run %s is ended: its process has not been heard of for long", name, extra={"sse_run": name})
             await run.put(final_event("lost"), "lost")
 

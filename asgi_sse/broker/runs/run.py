@@ -107,7 +107,7 @@ class Run(Channel):
         if self.publisher is not None:
             self.publisher.stop(outcome)
         else:
-            self._backend.ask_to_stop(self.name, self.lease.holder)
+            self._backend.request_cancel(self.name, self.lease.holder)
 
     async def wait(self) -> Outcome:
         """Wait until it has ended, and give how.

