@@ -277,5 +277,5 @@ def test_a_compressor_at_every_place_of_a_stack(order: list[str], accepts: bool)
 
 @pytest.mark.parametrize("compression", ["gzip", None, True])
 def test_bad_input(compression: Any) -> None:
-    with pytest.raises(ValueError, match="compressors="):
+    with pytest.raises(ValueError, match="compressors must be"):
         SSEMiddleware(app_with_ours, compressors=compression)
