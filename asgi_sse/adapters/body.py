@@ -43,7 +43,7 @@ class Body(Changing):
         self._response = response
         self._scope = current_scope.get() if scope is None else scope
         if self._scope is not None and RESPONDER_KEY in self._scope:
-            self._scope[RESPONDER_KEY].belongs_to_us()  # before the framework sends the response start
+            self._scope[RESPONDER_KEY].disable_adoption()  # before the framework sends the response start
         self._context = context
         self._loop: EventLoop | None = None
         self._chunk: bytes | None = None

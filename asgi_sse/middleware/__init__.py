@@ -1,1 +1,1 @@
-"""`SSEMiddleware` around any ASGI app, and `create_app`."""
+"""`SSEMiddleware`, which wraps any ASGI app, and `create_app`."""

@@ -1,11 +1,12 @@
-"""Adopts an event stream that an app sends by itself, and gives it what the app left out.
+"""Adoption: which event streams of an app the middleware takes over, and `AdoptedStream`, which runs them.
 
-Its bytes stay as they are. It gains keep-alive comments between its events, headers that keep proxies from
-holding it back, a send timeout, a disconnect that reaches an app which only sends, and an end when the
-server stops.
+The bytes of the app stay as they are. The stream gains keep-alive comments between its events, headers that keep
+proxies from buffering it, a send timeout, and an end when the server stops. An app that only sends learns of a
+disconnect.
 """
 
 from collections import deque
+from enum import Enum, auto
 from typing import Final
 
 import anyio
@@ -14,6 +15,7 @@ import anyio.lowlevel
 from asgi_sse.protocol.asgi import Message, Receive, Scope, Send
 from asgi_sse.protocol.headers import EVENT_STREAM_HEADERS
 from asgi_sse.runtime.base import Child, Wait
+from asgi_sse.runtime.compressors import encoding_of
 from asgi_sse.runtime.server import Server
 from asgi_sse.stream.draining import DrainingEvent
 from asgi_sse.stream.options import StreamOptions
@@ -21,62 +23,92 @@ from asgi_sse.stream.receiver import Changing
 from asgi_sse.stream.registry import StreamRegistry
 from asgi_sse.stream.stream import Stream
 
-PATIENCE: Final = 0.5
-"""Seconds that an app has to find its disconnect in ``receive()``, before it is cancelled."""
+DISCONNECT_GRACE_S: Final = 0.5
+"""Seconds that an app has to read its disconnect from ``receive()`` before it is cancelled."""
 
-_AHEAD: Final = 65_536
-"""Bytes of the request's body read before the app asks, to see the disconnect behind."""
+_READ_AHEAD_BYTES: Final = 65_536
+"""Bytes of the request body that are read before the app asks for them, to find the disconnect that follows."""
 
-_FILES: Final = ("http.response.pathsend", "http.response.zerocopysend")
-
-
-class Unfinished(Exception):  # noqa: N818 (nobody sees it: it stands for the error that the server reports)
-    """The app returned, and its body had no end."""
+_FILE_MESSAGES: Final = ("http.response.pathsend", "http.response.zerocopysend")
 
 
-def may_be_adopted(scope: Scope, start: Message, headers: dict[bytes, bytes]) -> bool:
-    """Whether a 200 with an event stream's type, not encoded, goes on and on in plain body messages."""
-    return (
-        scope["method"] != "HEAD"
-        and not start.get("trailers", False)
-        and not {b"content-length", b"content-range"} & headers.keys()
-    )
+class ResponseKind(Enum):
+    """What the start of a response says about adoption."""
+
+    OTHER = auto()
+    """Not an event stream: another content type, or a status other than 200, of which clients read no events."""
+
+    COMPRESSED = auto()
+    """An event stream with a content coding, into which no comment can be inserted."""
+
+    BOUNDED = auto()
+    """An event stream without an open end: an answer to HEAD, a part, or one with a length or trailers."""
+
+    ADOPTABLE = auto()
+    """An event stream that continues in body messages. If a file message follows, `AdoptedStream` lets it pass."""
+
+
+def classify(scope: Scope, start: Message) -> ResponseKind:
+    """Return what kind of response begins with `start`. Only a stream that is ``ADOPTABLE`` may be adopted."""
+    if start["status"] != 200:
+        return ResponseKind.OTHER
+    headers = start.get("headers", ())
+    for name, value in headers:
+        if name.lower() == b"content-type":
+            if value[:17].lower() != b"text/event-stream":
+                return ResponseKind.OTHER
+            break
+    else:
+        return ResponseKind.OTHER
+    if encoding_of(headers):
+        return ResponseKind.COMPRESSED
+    names = {name.lower() for name, _ in headers}
+    if scope["method"] == "HEAD" or start.get("trailers", False) or names & {b"content-length", b"content-range"}:
+        return ResponseKind.BOUNDED
+    return ResponseKind.ADOPTABLE
+
+
+class IncompleteBodyError(Exception):
+    """The app returned before the end of its body. It stands for the error that the server reports."""
 
 
 class AdoptedStream(Changing, Child):
-    """The app's response as a stream of ours; and the app's task as the stream's source, which is what `Child` means.
+    """Runs the app's response as a `Stream`, with the app's task as its source.
 
-    The app goes on in the request's task, so that errors and backpressure of its sends return there; the
-    stream runs in a task of its own.
+    The app continues in the request's task, so that errors and backpressure of its sends reach it there. The stream
+    runs in a task of its own.
 
     Args:
-        scope: The request's scope.
-        start: The app's head.
-        headers: Its headers, in lower case.
+        scope: The scope of the request.
+        start: The app's response start.
         receive: The server's ``receive``.
-        busy: Whether the app waits in it now.
+        receiving: Whether the app is waiting in ``receive`` now.
         send: The server's ``send``.
-        connection: The same, by which the connection is found.
+        connection: The ``send`` outside every middleware, which leads to the connection.
         server: The server.
-        registry: Where the stream runs.
-        options: How it behaves.
-        wait: Around the app's task.
+        registry: The registry that the stream runs in.
+        options: The options of the stream.
+        wait: The wait around the app, which cancels it.
+
+    Attributes:
+        head: The response start that is sent: the app's, with the headers that it lacks.
+        disconnected: Whether the client has left.
+        reading: Always false: the app's uploads do not delay the response start.
     """
 
     __slots__ = (
-        "_ahead", "_answers_again", "_app_done", "_busy", "_closed", "_error", "_messages", "_raised", "_receive",
-        "_released", "_send", "_sending", "_start", "_started", "_stream", "_stream_done", "_told", "_wait",
-        "disconnected", "head", "reading",
+        "_ahead_bytes", "_app_done", "_discard", "_disconnect_delivered", "_error", "_messages", "_passed_through",
+        "_raised", "_receive", "_receiving", "_send", "_sending", "_start", "_started", "_stopping", "_stream",
+        "_stream_done", "_wait", "disconnected", "head", "reading",
     )  # fmt: skip
 
     def __init__(
         self,
         scope: Scope,
         start: Message,
-        headers: dict[bytes, bytes],
         *,
         receive: Receive,
-        busy: bool,
+        receiving: bool,
         send: Send,
         connection: Send,
         server: Server,
@@ -87,24 +119,25 @@ class AdoptedStream(Changing, Child):
         super().__init__()
         self._start = start
         self._receive = receive
-        self._busy = busy
+        self._receiving = receiving
         self._send = send
         self._wait = wait
-        self._messages: deque[Message] = deque()  # received, and not asked for yet
+        self._messages: deque[Message] = deque()  # received, but not yet requested by the app
+        self._ahead_bytes = 0  # in these messages
         self.disconnected = False
         self.reading = False
-        self._ahead = 0  # bytes of them
-        self._told = False  # that its client has left, or that the stream is over
-        self._closed = False  # the stream is at its end: what the app still sends goes nowhere
-        self._sending = anyio.Lock(fast_acquire=True)  # a burst of events shall leave as one
+        self._disconnect_delivered = False  # the app has received http.disconnect
+        self._stopping = False  # the stream is ending, and what the app still sends is dropped
+        self._sending = anyio.Lock(fast_acquire=True)  # does not yield, so that a burst of events leaves as one message
         self._started = False
-        self._released = False
+        self._passed_through = False
         self._app_done = False
-        self._answers_again = False
+        self._discard = False  # the app sends a second response, which goes nowhere
         self._stream_done = anyio.Event()
-        self._error: BaseException | None = None  # for the app
+        self._error: BaseException | None = None  # to be raised in the app
         self._raised: BaseException | None = None
-        missing = [pair for pair in EVENT_STREAM_HEADERS if pair[0] not in headers]
+        given = {name.lower() for name, _ in start.get("headers", ())}
+        missing = [pair for pair in EVENT_STREAM_HEADERS if pair[0] not in given]
         self.head: Message = {**start, "headers": [*start.get("headers", ()), *missing]}
         self._stream = Stream(
             None,
@@ -123,59 +156,59 @@ class AdoptedStream(Changing, Child):
         server.loop.spawn(self._run, "asgi_sse adopted stream")
 
     async def _run(self) -> None:
-        # Begins in the next turn: the message behind the head may show that it is no stream.
-        if self._released:
+        # This begins in the next turn. A file message after the response start may have ended the adoption by then.
+        if self._passed_through:
             return
         self._started = True
         try:
             await self._stream.run()
-        except BaseException as exc:  # for the app's task to raise
-            self._failed(exc)
+        except BaseException as exc:  # raised in the app's task instead
+            self._keep_error(exc)
         finally:
             self._stream_done.set()
             self._notify()
 
-    # The app's side
+    # Called by the app
 
     async def receive(self) -> Message:
-        """The app's ``receive()``. The stream's watch does the reading, so that a drain can wake the app here."""
+        """Receive for the app. `watch` reads from the server, so that a drain can wake the app here."""
         while not self._messages:
-            if self.disconnected or self._closed:
-                self._told = True
-                self._let_go()
+            if self.disconnected or self._stopping:
+                self._disconnect_delivered = True
+                self._release_app()
                 return {"type": "http.disconnect"}
             if self._stream_done.is_set():
                 return await self._receive()
             await self._change()
         message = self._messages.popleft()
-        self._ahead -= len(message.get("body", b""))
+        self._ahead_bytes -= len(message.get("body", b""))
         self._notify()
         return message
 
     async def send(self, message: Message) -> None:
-        """The app's ``send()``: returns when there is room for more.
+        """Send for the app, and return when the buffer has room for more.
 
         Raises:
-            Exception: What the server's ``send`` raised.
+            Exception: The error that the server's ``send`` raised.
         """
-        if message["type"] in _FILES:
-            await self._release()
-        if message["type"] == "http.response.start" and (self._app_done or self._closed):
-            # The body is over, perhaps by us: an app that answers once more, with an error say, finds nobody.
-            self._answers_again = True
-        if self._answers_again:
+        if message["type"] in _FILE_MESSAGES:
+            await self._pass_through()
+        if message["type"] == "http.response.start" and (self._app_done or self._stopping):
+            # The body has ended, perhaps because we ended it. An app that then answers with an error has no client.
+            self._discard = True
+        if self._discard:
             await anyio.lowlevel.checkpoint()
             return
-        if self._released or message["type"] != "http.response.body":
+        if self._passed_through or message["type"] != "http.response.body":
             await self._send(message)
             return
         async with self._sending:
             body = message.get("body", b"")
             if body:
                 await self._stream.push(bytes(body))
-            if self._closed:
+            if self._stopping:
                 self._raise_error()
-                await anyio.lowlevel.checkpoint()  # an app that only sends must not starve what is to cancel it
+                await anyio.lowlevel.checkpoint()  # an app that only sends must not starve the task that cancels it
             elif not message.get("more_body", False):
                 self._app_done = True
                 self._stream.end()
@@ -183,107 +216,111 @@ class AdoptedStream(Changing, Child):
                 self._raise_error()
 
     async def finish(self, error: BaseException | None) -> None:
-        """The app has returned, or raised: wait until the stream is over.
+        """End the stream, because the app has returned or raised `error`, and wait until it has ended.
 
         Raises:
-            Exception: What the server's ``send`` raised.
+            Exception: The error that the server's ``send`` raised.
         """
-        done, self._app_done = self._app_done, True
-        if self._released:
+        complete, self._app_done = self._app_done, True
+        if self._passed_through:
             return
         cancelled = error is not None and not isinstance(error, Exception)
-        self._stream.end(error if cancelled else None if done or self._closed else error or Unfinished())
+        if cancelled:
+            self._stream.end(error)
+        else:
+            self._stream.end(None if complete or self._stopping else error or IncompleteBodyError())
         with anyio.CancelScope(shield=True):
             await self._stream_done.wait()
         if error is None:
             self._raise_error()
 
-    async def _release(self) -> None:
-        """It is a file that the server sends: as if nothing had happened."""
-        if not self._released:
-            self._released = True
+    async def _pass_through(self) -> None:
+        """Undo the adoption, since the server sends a file."""
+        if not self._passed_through:
+            self._passed_through = True
             if self._started:
-                self._stream.end(Unfinished())  # the file is what is left of it
+                self._stream.end(IncompleteBodyError())  # the file is the rest of the body
                 await self._stream_done.wait()
             else:
                 await self._send(self._start)
 
-    def _failed(self, error: BaseException | None) -> None:
-        if error is not None and error is not self._raised and not isinstance(error, Unfinished):
+    def _keep_error(self, error: BaseException | None) -> None:
+        """Keep an error of the stream for the app, unless it came from there."""
+        if error is not None and error is not self._raised and not isinstance(error, IncompleteBodyError):
             self._error = error
 
     def _raise_error(self) -> None:
         error, self._error = self._error, None
         if error is not None:
-            self._raised = error  # once: an app that deals with it has dealt with it
+            self._raised = error  # raised once: the app may handle it
             raise error
 
-    # The stream's side (stream.DisconnectWatcher)
+    # Called by the stream (`stream.DisconnectWatcher`)
 
     async def watch(self) -> None:
-        """See `stream.DisconnectWatcher`. A little ahead of the app, whose request's body may not have ended."""
+        """Return when the client has left. Reads ahead of the app, which may not have read its request body."""
         while not self.disconnected:
-            if self._busy or self._ahead > _AHEAD:
+            if self._receiving or self._ahead_bytes > _READ_AHEAD_BYTES:
                 await self._change()
                 continue
-            self._busy = True
+            self._receiving = True
             try:
                 message = await self._receive()
                 if message["type"] == "http.disconnect":
                     self.disconnected = True
                 else:
-                    self._ahead += len(message.get("body", b""))
+                    self._ahead_bytes += len(message.get("body", b""))
                     self._messages.append(message)
             finally:
-                self._busy = False
+                self._receiving = False
                 self._notify()
 
     def discard(self) -> None:
-        """See `stream.DisconnectWatcher`. The body is the app's."""
+        """Keep the request body, which the app may still read."""
 
     def received(self, message: Message | None) -> None:
-        """The app's ``receive()`` that was under way at the adoption is over, with a message or without."""
-        self._busy = False
+        """Note the end of an app's ``receive()`` that began before the adoption; ``None`` if it raised."""
+        self._receiving = False
         if message is not None and message["type"] == "http.disconnect":
-            self.disconnected = self._told = True
-            self._let_go()
+            self.disconnected = self._disconnect_delivered = True
+            self._release_app()
         self._notify()
 
-    # The app's task (_eventloop.Child)
+    # The app's task, as the stream's source (`base.Child`)
 
     def cancel(self) -> None:
-        """See `Child`. The app finds a disconnect; if it does not ask, it is cancelled."""
-        self._closed = True
-        self._failed(self._stream.send_error)
+        """Let the app receive a disconnect. It is cancelled if it does not ask for one."""
+        self._stopping = True
+        self._keep_error(self._stream.send_error)
         self._notify()
         self._stream.buffer.release()
         loop = self._stream.loop
-        loop.call_at(loop.time() + PATIENCE, self._lose_patience)
-        self._let_go()
+        loop.call_at(loop.time() + DISCONNECT_GRACE_S, self._cancel_app)
+        self._release_app()
 
-    def _let_go(self) -> None:
-        """An app that was told of the end is on its own, as it is without us: it may clean up, and do what is left."""
-        if self._told and self._closed:
+    def _release_app(self) -> None:
+        """End the stream once the app knows. It may then clean up for as long as it takes without the middleware."""
+        if self._disconnect_delivered and self._stopping:
             self._stream.end()
 
-    def _lose_patience(self) -> None:
-        if not (self._told or self._app_done):
+    def _cancel_app(self) -> None:
+        if not (self._disconnect_delivered or self._app_done):
             self._wait.cancel()
 
     def shield(self) -> None:
-        """See `Child`. The app cleans up as it likes."""
+        """Do nothing: the app decides how it cleans up."""
 
     @property
     def cancelled(self) -> bool:
-        """See `Child`."""
+        """Always false: a cancellation that leaves the app is its own."""
         return False
 
     @property
     def running(self) -> bool:
-        """See `Child`. Nothing of ours is a step of the app's task."""
+        """Always false: no code of ours runs as a step of the app's task."""
         return False
 
     def force_cancel(self) -> None:
-        """See `Child`."""
+        """Cancel the app, even in its clean-up."""
         if not self._app_done:
             self._wait.cancel(again=True)

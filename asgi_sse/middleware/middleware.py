@@ -1,8 +1,8 @@
-"""`SSEMiddleware`: event streams beside any ASGI app, and their end when its server stops."""
+"""`SSEMiddleware`: serves event streams beside any ASGI app, and ends them when the server stops."""
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import fields, replace
-from typing import Any, Final
+from typing import Any, Final, TypeAlias, Unpack
 
 from asgiref.compatibility import guarantee_single_callable
 
@@ -17,50 +17,69 @@ from asgi_sse.runtime.compressors import Guard
 from asgi_sse.runtime.server import Server, server_of
 from asgi_sse.stream.options import StreamOptions
 from asgi_sse.stream.registry import StreamRegistry, check_registry
-from asgi_sse.stream.response import SCOPE_KEY, AppContext
+from asgi_sse.stream.response import SCOPE_KEY, AppContext, StreamDefaults
 
 from .responder import Responder, ResponderConfig
 
-_OWN: Final = ("routes", "broker", "registry", "compressors", "adopt", "cors", "signals", "strict_lifespan")
-_OPTIONS: Final = tuple(field.name for field in fields(StreamOptions))
-_OF_REGISTRY: Final = ("drain_timeout", "drain_retry")
+Origins: TypeAlias = CORS | str | Iterable[str] | Callable[[str], bool] | None
+
+
+class MiddlewareOptions(StreamDefaults, total=False):
+    """The keyword arguments of `SSEMiddleware`, except for the app and its routes."""
+
+    broker: Broker | None
+    registry: StreamRegistry | None
+    compressors: str
+    adopt: bool
+    cors: Origins
+    signals: bool
+    strict_lifespan: bool
+
+
+_STREAM_OPTIONS: Final = tuple(field.name for field in fields(StreamOptions))
+_OWN_OPTIONS: Final = tuple(name for name in MiddlewareOptions.__annotations__ if name not in _STREAM_OPTIONS)
+_REGISTRY_OPTIONS: Final = ("drain_timeout", "drain_retry")
 _COMPRESSORS: Final = ("bypass", "refuse", "off")
+_OPEN_TIMEOUT_S: Final = 1.0
+"""The default ``open_timeout`` of streams under a middleware. Most sources that fail do so within a second. Until then,
+the response start is held back, so that the error can have its own status."""
 
 
 class SSEMiddleware:
-    """Serves routes of event streams beside an app, and ends all streams under it when the server stops.
+    """Serves routes of event streams beside an app, and ends all of its streams when the server stops.
 
-    Everything else goes to the app untouched. Every `EventSourceResponse` that the app returns runs in
-    the same registry, with the same defaults.
+    All other requests go to the app unchanged. Every `EventSourceResponse` that the app returns runs in the registry of
+    the middleware, with its defaults.
 
     Args:
-        app: Any ASGI app. If it has no lifespan, as Django, that is answered in its place.
-        routes: Paths such as ``"/events"`` or ``"/users/{name}"``, each with its endpoint: an async or
-            sync generator function, or a coroutine function, that takes a `Request` or nothing and
-            gives the events or a response; or any ASGI app.
-        broker: One that is opened and closed with the app. Its runs are told of the end with the streams.
-        registry: Where the streams run. Default: a new one.
-        signals: Whether to learn of the server's shutdown early, from its signals and its own state.
-            Without, an endless stream holds uvicorn and hypercorn unless the registry is drained by call.
-        compressors: What to do about middlewares inside of the app that compress event streams, which holds
-            their events back. ``"bypass"``: keep ``Accept-Encoding`` from them where a request accepts
-            ``text/event-stream``; ``"refuse"``: answer a stream that was compressed with a 500 that says by
-            whom; ``"off"``: nothing, and look for none.
-        adopt: Whether to take care of event streams that the app sends by itself: comments that keep them
-            alive, a send timeout, a disconnect that reaches them, an end when the server stops.
-        cors: Which other origins may read our routes: origins, ``"*"``, a function that is asked of each, or
-            `CORS` for more. Default: none.
-        strict_lifespan: Leave the lifespan to the app alone: if it has none, the server is told so.
-        **defaults: What `EventSourceResponse` takes about how streams behave (``ping``, ``retry``,
-            ``send_timeout``, …), as defaults of all streams.
+        app: Any ASGI app. If the app has no lifespan support, such as Django, the middleware answers for it.
+        routes: Paths such as ``"/events"`` or ``"/users/{name}"``, each with its endpoint. An endpoint is an async or
+            sync generator function or a coroutine function. It takes a `Request` or nothing, and returns events or a
+            response. Any ASGI app is an endpoint too.
+        broker: A broker that is opened and closed with the app. Its runs end together with the streams.
+        registry: The registry that the streams run in. Default: a new one.
+        compressors: What to do about middleware inside the app that compresses event streams, which delays their
+            events. ``"bypass"``: remove ``Accept-Encoding`` from requests that accept ``text/event-stream``.
+            ``"refuse"``: answer a compressed stream with a 500 that names the middleware. ``"off"``: neither act nor
+            search for compressors.
+        adopt: Whether to adopt event streams that the app sends without this library. An adopted stream gains
+            keep-alive comments, a send timeout, notice of a disconnect, and an end when the server stops.
+        cors: Which other origins may read the routes of the middleware: one origin, several, ``"*"``, a function that
+            is called with each origin, or a `CORS`. Default: none.
+        signals: Whether to learn of the server's shutdown early, from its signals and its own state. Otherwise an
+            endless stream keeps uvicorn and hypercorn from stopping, unless you call ``registry.drain()``.
+        strict_lifespan: Whether to report to the server that the app has no lifespan support. By default the middleware
+            answers in place of the app.
+        **defaults: Options of `EventSourceResponse` (``ping``, ``retry``, ``send_timeout``, …), as defaults for all
+            streams. The default ``open_timeout`` is 1 second.
 
     Attributes:
         app: The app.
-        registry: The streams that run under it.
+        registry: The registry that the streams run in.
 
     Raises:
-        TypeError: A name is unknown, or an endpoint, `broker` or `registry` is none.
-        ValueError: A route cannot be parsed or stands twice, or a default is out of range.
+        TypeError: An option is unknown, or an argument has the wrong type.
+        ValueError: A route is invalid or occurs twice, or an option is out of range.
     """
 
     def __init__(
@@ -72,51 +91,45 @@ class SSEMiddleware:
         registry: StreamRegistry | None = None,
         compressors: str = "bypass",
         adopt: bool = True,
-        cors: CORS | str | Iterable[str] | Callable[[str], bool] | None = None,
+        cors: Origins = None,
         signals: bool = True,
         strict_lifespan: bool = False,
-        **defaults: Any,
+        **defaults: Unpack[StreamDefaults],
     ) -> None:
         if not callable(app):
-            raise TypeError(f"app={app!r} is not an ASGI app; give the app, and the routes after it")
-        unknown = [name for name in defaults if name not in _OPTIONS]
-        if unknown:
-            name = unknown[0]
-            hint = f"there are {', '.join((*_OWN, *_OPTIONS))}"
-            if name in _OF_REGISTRY:
-                hint = f"it is of the registry: registry=StreamRegistry({name}={short_repr(defaults[name])})"
-            raise TypeError(f"there is no option {name!r}; {hint}")
-        if broker is not None and not isinstance(broker, Broker):
-            raise TypeError(f"broker={broker!r} is none; give a Broker")
+            raise TypeError(f"app must be an ASGI app, got {short_repr(app)}; pass the app, and the routes after it")
+        options = _stream_options(defaults)
+        if broker is not None and not isinstance(broker, Broker):  # a URL is not shown, since it may have a password
+            raise TypeError(f"broker must be a Broker, got {type(broker).__name__}; pass Broker(url)")
         if registry is not None:
             check_registry(registry)
         if compressors not in _COMPRESSORS:
-            raise ValueError(f"compressors={compressors!r}; give one of {', '.join(map(repr, _COMPRESSORS))}")
-        # Most sources that fail at all fail within a second: until then the head can wait for their status.
-        defaults.setdefault("open_timeout", 1.0)
+            raise ValueError(
+                f"compressors must be 'bypass', 'refuse' or 'off', got {short_repr(compressors)}; pass one of these"
+            )
         self.app: ASGIApp = guarantee_single_callable(app)  # type: ignore[no-untyped-call]
         self.registry = StreamRegistry() if registry is None else registry
         self._routes = make_route_table(routes or {})
-        options = StreamOptions(**defaults)
         guarded = compressors != "off"
-        self._defaults = AppContext(self.registry, options, watch=signals, guard=guarded)
+        self._context = AppContext(self.registry, options, watch=signals, guard=guarded)
         self._guard = Guard(self.app, compressors, self.registry.count_compressed) if guarded else None
+        # The app sends what opens an adopted stream and what reports its errors.
         adopted = replace(options, retry=None, opening_comment=False, open_timeout=0, on_error=None)
         self._config = ResponderConfig(self.registry, adopted if adopt else None, watch=signals, guard=self._guard)
         self._cors = cors if cors is None or isinstance(cors, CORS) else CORS(cors)
         self._strict_lifespan = strict_lifespan
         self._broker = broker
         if broker is not None:
-            self.registry.when_draining(self._draining)
-        self._servers: set[Server] = set()  # through which the broker was opened
+            self.registry.when_draining(self._begin_close)
+        self._servers: set[Server] = set()  # the servers whose lifespan has opened the broker
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one connection, or the lifespan."""
         if scope["type"] == "http":
-            scope[SCOPE_KEY] = self._defaults
+            scope[SCOPE_KEY] = self._context
             found = self._routes.find(route_path(scope))
             if found is None:
-                await self._pass(self.app, scope, receive, send)
+                await self._run_app(self.app, scope, receive, send)
                 return
             app, scope["path_params"] = found
             if self._cors is not None:
@@ -127,27 +140,27 @@ class SSEMiddleware:
             if isinstance(app, Endpoint):
                 await app(scope, receive, send)
             else:
-                await self._pass(app, scope, receive, send)
+                await self._run_app(app, scope, receive, send)
         elif scope["type"] == "lifespan":
             await self._lifespan(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
-    def _pass(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+    def _run_app(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if self._guard is None and self._config.options is None:
             return app(scope, receive, send)
         if self._guard is not None:
             self._guard.warn_once()
         return Responder(scope, receive, send, self._config).run(app)
 
-    def _draining(self, server: Server | None, within: float) -> None:
+    def _begin_close(self, server: Server | None, seconds: float) -> None:
         if self._broker is None:
             return
-        if not self._servers:  # without a lifespan, nobody has opened it
-            self._broker.begin_close(within, self)
+        if not self._servers:  # no lifespan has opened the broker
+            self._broker.begin_close(seconds, self)
         for own in list(self._servers):
             if server is None or server.covers(own) or own.covers(server):
-                self._broker.begin_close(within, (self, own))
+                self._broker.begin_close(seconds, (self, own))
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         server = server_of(send)
@@ -178,4 +191,19 @@ class SSEMiddleware:
                 self.app, scope, receive, send, startup=startup, shutdown=shutdown, strict=self._strict_lifespan
             )
         finally:
-            await close()  # where the start-up has failed
+            await close()  # if the start-up of the app failed, there was no shutdown
+
+
+def _stream_options(defaults: StreamDefaults) -> StreamOptions:
+    for name, value in defaults.items():
+        if name in _REGISTRY_OPTIONS:
+            raise TypeError(
+                f"unknown option {name!r}; it is an option of the registry: pass "
+                f"registry=StreamRegistry({name}={short_repr(value)})"
+            )
+        if name not in _STREAM_OPTIONS:
+            raise TypeError(
+                f"unknown option {name!r}; the options are {', '.join(('routes', *_OWN_OPTIONS, *_STREAM_OPTIONS))}"
+            )
+    values: dict[str, Any] = {"open_timeout": _OPEN_TIMEOUT_S, **defaults}
+    return StreamOptions(**values)

@@ -1,4 +1,4 @@
-"""One request on its way through the app around which we are, and its response on the way back."""
+"""`Responder`: one request on its way through the app inside the middleware, and its response on the way back."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ from asgi_sse.stream.registry import StreamRegistry
 from asgi_sse.stream.response import RESPONDER_KEY, current_scope
 from asgi_sse.stream.stream import Stream
 
-from .adoption import PATIENCE, AdoptedStream, may_be_adopted
+from .adoption import DISCONNECT_GRACE_S, AdoptedStream, ResponseKind, classify
 
 
 @dataclass(slots=True)
 class ResponderConfig:
-    """What holds for every request through one app.
+    """The settings of a middleware that apply to each of its requests.
 
     Attributes:
-        registry: Where streams that are adopted run.
-        options: How they behave; ``None``: none is adopted.
-        watch: Whether to watch the server's shutdown.
-        guard: What is done about compression; ``None``: nothing.
+        registry: The registry that adopted streams run in.
+        options: The options of adopted streams; ``None`` turns adoption off.
+        watch: Whether to watch the server for its shutdown.
+        guard: The policy about compressors; ``None`` to ignore them.
     """
 
     registry: StreamRegistry
@@ -38,19 +38,30 @@ class ResponderConfig:
 
 
 class Responder:
-    """Passes the messages on, and looks what kind of response they make.
+    """Wraps the ``receive`` and ``send`` of one request.
 
-    An event stream of the app's own is adopted; one of this library's, which runs inside of the app, is
-    compared: what it has sent with what has left the app.
+    An event stream that the app sends by itself is adopted. For a stream of this library that runs inside the app, the
+    responder compares what the stream has sent with what has left the app, and so detects a middleware that holds it
+    back.
+
+    Args:
+        scope: The scope of the request.
+        receive: The server's ``receive``.
+        send: The server's ``send``.
+        config: The settings of the middleware.
+
+    Attributes:
+        connection: The ``send`` outside every middleware. Inside one such as Starlette's BaseHTTPMiddleware, ``send``
+            does not lead to the connection.
     """
 
     __slots__ = (
         "_adopted",
-        "_answers_again",
         "_body_left",
         "_config",
-        "_ours",
+        "_discard",
         "_outer",
+        "_own_stream",
         "_receive",
         "_receiving",
         "_refused",
@@ -68,13 +79,11 @@ class Responder:
         self._send = send
         self._config = config
         self._outer: Responder | None = scope.get(RESPONDER_KEY)
-        # As it is outside of every middleware: inside of one such as Starlette's BaseHTTPMiddleware, ``send`` leads
-        # nowhere.
         self.connection: Send = send if self._outer is None else self._outer.connection
         self._wait = current_loop().wait()
-        self._ours = False
+        self._own_stream = False  # the response is, or will be, a stream of this library
         self._stream: Stream | None = None
-        self._answers_again = False
+        self._discard = False  # the app sends a second response, which goes nowhere
         self._adopted: AdoptedStream | None = None
         self._receiving = False
         self._refused = False
@@ -83,17 +92,17 @@ class Responder:
 
     @property
     def server(self) -> Server:
-        """The server that the request came through."""
+        """The server of the request."""
         return server_of(self.connection)
 
     async def run(self, app: ASGIApp) -> None:
         """Call `app`.
 
         Raises:
-            Exception: What `app` raised, or what the server's ``send`` did.
+            Exception: The error that `app`, or the server's ``send``, raised.
         """
-        # In the scope itself, and put back at the end: in a copy, who is around us would not see what the app adds to
-        # it, such as its route.
+        # The scope is changed in place and restored at the end. With a copy, a middleware around us would not see what
+        # the app adds to the scope, such as its route.
         scope = self._scope
         headers = scope["headers"]
         scope[RESPONDER_KEY] = self
@@ -106,22 +115,23 @@ class Responder:
                 await app(scope, self.receive, self.send)
         except BaseException as exc:
             error = exc
-            if not (self._refused and isinstance(exc, Exception)):  # else it fails since nobody listens any more
+            # A refused app fails because its stream has no client any more.
+            if not (self._refused and isinstance(exc, Exception)):
                 raise
         finally:
             try:
                 if self._adopted is not None:
                     await self._adopted.finish(error)
             finally:
-                del error  # its traceback holds this frame
+                del error  # the traceback holds this frame, which would hold the error
                 current_scope.reset(token)
                 scope["headers"] = headers
                 scope[RESPONDER_KEY] = self._outer
 
-    # The app's side
+    # Called by the app
 
     async def receive(self) -> Message:
-        """The app's ``receive()``."""
+        """Receive for the app."""
         if self._refused:
             return {"type": "http.disconnect"}
         if self._adopted is not None:
@@ -137,69 +147,72 @@ class Responder:
 
     def _received(self, message: Message | None) -> None:
         self._receiving = False
-        if self._adopted is not None:  # since then
+        if self._adopted is not None:  # the stream was adopted while the app waited
             self._adopted.received(message)
 
     async def send(self, message: Message) -> None:
-        """The app's ``send()``."""
+        """Send for the app."""
         if self._adopted is not None:
             await self._adopted.send(message)
             return
         if message["type"] == "http.response.start" and self._start_left:
-            # One that has run our stream to its end may have a response left, as MCP's SDK has: the stream was it.
-            self._answers_again = self._stream is not None and self._stream.reason is not None
-        if self._refused or self._answers_again:
-            await anyio.lowlevel.checkpoint()  # an app that only sends must let others run
+            # An app such as MCP's SDK may run our stream to its end, and then send a response of its own.
+            self._discard = self._stream is not None and self._stream.reason is not None
+        if self._refused or self._discard:
+            await anyio.lowlevel.checkpoint()  # an app that only sends must let other tasks run
             return
         if message["type"] == "http.response.start":
-            if not isinstance(message.get("headers", ()), list | tuple):  # ASGI allows any iterable, to be read once
+            if not isinstance(message.get("headers", ()), list | tuple):  # ASGI allows an iterator, which is read once
                 message = {**message, "headers": list(message["headers"])}
-            if _is_event_stream(message) and await self._meet(message):
+            if await self._take_over(message):
                 return
             self._start_left = True
         elif message["type"] == "http.response.body":
             self._body_left = True
         await self._send(message)
 
-    async def _meet(self, start: Message) -> bool:
-        """Look at the head of an event stream. True: it is dealt with."""
-        headers = {name.lower(): value for name, value in start.get("headers", ())}
+    async def _take_over(self, start: Message) -> bool:
+        """Adopt or refuse an event stream; return False if the response is sent as it is."""
+        kind = classify(self._scope, start)
+        if kind is ResponseKind.OTHER:
+            return False
+        if kind is ResponseKind.COMPRESSED:
+            return await self._report_compressed(encoding_of(start.get("headers", ())))
+        options = self._config.options
+        if kind is ResponseKind.ADOPTABLE and options is not None and not self._own_stream:
+            self._adopt(start, options)
+            return True
+        self._check_start_later(start)
+        return False
+
+    async def _report_compressed(self, encoding: str) -> bool:
+        """Report a compressed event stream; return whether it was refused."""
         guard = self._config.guard
-        encoding = encoding_of(headers.items())
-        if encoding:
-            if guard is not None:
-                guard.report("encoded", self._scope["path"], encoding)
-                if guard.refuse:
-                    await self._refuse(guard.refusal(encoding))
-                    return True
+        if guard is None:
             return False
-        if self._ours or self._config.options is None or not may_be_adopted(self._scope, start, headers):
-            self._watch_head(start)
+        guard.report("encoded", self._scope["path"], encoding)
+        if not guard.refuse:
             return False
-        self._adopt(start, headers, self._config.options)
+        self._refused = True
+        loop = current_loop()
+        loop.call_at(loop.time() + DISCONNECT_GRACE_S, self._wait.cancel)
+        await send_text(self._scope, self._send, HTTPError(500, guard.refusal(encoding)))
         return True
 
-    def _watch_head(self, start: Message) -> None:
+    def _check_start_later(self, start: Message) -> None:
         if self._config.guard is not None and isinstance(start.get("headers"), list):
             count = self._config.registry.count_compressed
             check_headers_later(start["headers"], self._send, self.server.loop, self._scope["path"], count)
 
-    async def _refuse(self, reason: str) -> None:
-        self._refused = True
-        loop = current_loop()
-        loop.call_at(loop.time() + PATIENCE, self._wait.cancel)
-        await send_text(self._scope, self._send, HTTPError(500, reason))
-
-    def _adopt(self, start: Message, headers: dict[bytes, bytes], options: StreamOptions) -> None:
+    def _adopt(self, start: Message, options: StreamOptions) -> None:
         if self._config.watch:
             self._config.registry.watch(self.server)
-        self.belongs_to_us()
+        self.disable_adoption()
         self._adopted = AdoptedStream(
             self._scope,
             start,
-            headers,
             receive=self._receive,
-            busy=self._receiving,
+            receiving=self._receiving,
             send=self._send,
             connection=self.connection,
             server=self.server,
@@ -207,22 +220,22 @@ class Responder:
             options=options,
             wait=self._wait,
         )
-        self._watch_head(self._adopted.head)
+        self._check_start_later(self._adopted.head)
 
-    # The side of a stream of our own
+    # Called by a stream of this library that answers the request
 
-    def carries(self, stream: Stream) -> None:
-        """`stream` is the response to this request, and sends it through the app's middlewares."""
+    def watch_stream(self, stream: Stream) -> None:
+        """Check soon whether `stream`, which answers this request, leaves the app without delay."""
         self._stream = stream
-        self.belongs_to_us()
+        self.disable_adoption()
         loop = stream.loop
         loop.call_at(loop.time() + CHECK_AFTER_S, partial(self._compare, stream))
 
-    def belongs_to_us(self) -> None:
-        """The response is a stream of ours, or will be: it is not to be adopted."""
-        self._ours = True
-        if self._outer is not None:  # of a wrapper around the one that has it
-            self._outer.belongs_to_us()
+    def disable_adoption(self) -> None:
+        """Adopt no stream, here and in each middleware around this one: the response is a stream of this library."""
+        self._own_stream = True
+        if self._outer is not None:
+            self._outer.disable_adoption()
 
     def _compare(self, stream: Stream) -> None:
         guard = self._config.guard
@@ -234,17 +247,8 @@ class Responder:
             guard.report("held", self._scope["path"])
 
 
-def _is_event_stream(start: Message) -> bool:
-    if start["status"] != 200:  # a client does not read events from it
-        return False
-    for name, value in start.get("headers", ()):
-        if name.lower() == b"content-type":
-            return bool(value[:17].lower() == b"text/event-stream")
-    return False
-
-
 def _without_accept_encoding(headers: Iterable[tuple[bytes, bytes]]) -> Iterable[tuple[bytes, bytes]]:
-    """The headers of a client that asks for events, as if it knew no compression; those of any other as they are."""
+    """Return `headers` without ``Accept-Encoding`` if the client accepts event streams, else unchanged."""
     for name, value in headers:
         if name == b"accept" and b"text/event-stream" in value:
             return [pair for pair in headers if pair[0] != b"accept-encoding"]

@@ -1,1 +1,1 @@
-"""Requests, routes, endpoints and CORS."""
+"""Requests, routes, endpoints and cross-origin rules."""

@@ -64,8 +64,8 @@ _HINT: Final = (
 _ALWAYS_TOLD: Final = frozenset({"ping", "retry", "send_timeout", "max_lifetime", "cleanup_timeout", "json_dumps"})
 
 
-class StreamArguments(TypedDict, total=False):
-    """What `EventSourceResponse` takes about the stream: see there."""
+class StreamDefaults(TypedDict, total=False):
+    """The options of a stream, which an app can set for all of its streams. `EventSourceResponse` documents them."""
 
     ping: float | None | EllipsisType
     ping_message_factory: Callable[[], Any] | None
@@ -79,6 +79,11 @@ class StreamArguments(TypedDict, total=False):
     on_error: Callable[[Exception], Any] | None
     on_close: Callable[[CloseReason], Any] | None
     json_dumps: JSONDumps | None | EllipsisType
+
+
+class StreamArguments(StreamDefaults, total=False):
+    """The arguments of `EventSourceResponse` about the stream."""
+
     registry: StreamRegistry | None
 
 
@@ -282,7 +287,7 @@ class EventSourceResponse:
             pull_source=pull_source,
         )
         if responder is not None:
-            responder.carries(self.stream)
+            responder.watch_stream(self.stream)
         elif defaults is None or defaults.guard:
             check_headers_later(head["headers"], send, server.loop, scope["path"], registry.count_compressed)
         if self.feeder is not None:

@@ -62,13 +62,22 @@ def test_curl_publishes_and_subscribes(hub_url: str) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--broker", "foo://bar"], "url='foo://' is no broker that is known"),
-        (["--broker", "rediss"], "url='rediss' is no broker that is known"),
-        (["--broker", "nats"], "url='nats' is no broker that is known"),
+        (
+            ["--broker", "foo://bar"],
+            "url must be memory://, or start with redis://, rediss://, unix:// or nats://, got 'foo://...'",
+        ),
+        (
+            ["--broker", "rediss"],
+            "url must be memory://, or start with redis://, rediss://, unix:// or nats://, got 'rediss'",
+        ),
+        (
+            ["--broker", "nats"],
+            "url must be memory://, or start with redis://, rediss://, unix:// or nats://, got 'nats'",
+        ),
         (["--broker", "redis://127.0.0.1:1/0"], "cannot connect to redis://127.0.0.1:1/0: "),
         (["--cors", "example.com"], "cors: 'example.com' is no origin"),
         (["--publish-token", "a b"], "each token must be printable ASCII"),
-        (["--prefix", "a b"], "prefix='a b'"),
+        (["--prefix", "a b"], "prefix must be 1 to 64 characters of A-Z a-z 0-9 _ -, got 'a b'"),
     ],
 )
 def test_invalid_options_stop_the_start(options: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
