@@ -171,7 +171,7 @@ class _SpanObserver(Observer):
         """Hide the spans of messages."""
         span = trace.get_current_span()
         if not self._message_spans and span.is_recording():
-            stream.talk_within(partial(_NotSampled, span.get_span_context()))
+            stream.send_and_receive_within(partial(_NotSampled, span.get_span_context()))
 
     def ending(self, stream: Stream) -> None:
         """Set the attributes now, since the span ends with the last message."""

@@ -149,7 +149,7 @@ class Subscription(Cursor):
     def _close(self) -> None:
         self._closed = self._stopped = True
         if self._stream is not None:
-            self._stream.loop.call_soon(self._stream.live_ended)
+            self._stream.loop.call_soon(self._stream.finish)
         if self._dispatcher.leave(self) and self._presence is not None:
             self._presence.left(self)
         self._notify()
@@ -368,7 +368,7 @@ class Subscription(Cursor):
         if not self._closed and self._at_end():
             self._closed = self._stopped = True  # what a later run of that name publishes is not for this reader
             if self._stream is not None:
-                self._stream.loop.call_soon(self._stream.live_ended)
+                self._stream.loop.call_soon(self._stream.finish)
 
     def _overflowed(self) -> None:
         super()._overflowed()
@@ -380,7 +380,7 @@ class Subscription(Cursor):
     def _get_ready(self) -> None:
         wanted = self._asked is not None or (self._snapshot is not None and self._snapshot.wanted)
         if self._stream is not None and wanted:
-            self._stream.run_beside(self._prepare_and_wake)
+            self._stream.start_helper(self._prepare_and_wake)
 
     async def _prepare_and_wake(self) -> None:
         await self.prepare()

@@ -204,14 +204,14 @@ class AdoptedStream(Changing, Child):
             return
         async with self._sending:
             body = message.get("body", b"")
-            if body:
-                await self._stream.push(bytes(body))
+            if body and self._stream.reason is None and self._stream.buffer.push(bytes(body)):
+                await self._stream.buffer.room()
             if self._stopping:
                 self._raise_error()
                 await anyio.lowlevel.checkpoint()  # an app that only sends must not starve the task that cancels it
             elif not message.get("more_body", False):
                 self._app_done = True
-                self._stream.end()
+                self._stream.end_source()
                 await self._stream_done.wait()
                 self._raise_error()
 
@@ -226,9 +226,9 @@ class AdoptedStream(Changing, Child):
             return
         cancelled = error is not None and not isinstance(error, Exception)
         if cancelled:
-            self._stream.end(error)
+            self._stream.end_source(error)
         else:
-            self._stream.end(None if complete or self._stopping else error or IncompleteBodyError())
+            self._stream.end_source(None if complete or self._stopping else error or IncompleteBodyError())
         with anyio.CancelScope(shield=True):
             await self._stream_done.wait()
         if error is None:
@@ -239,7 +239,7 @@ class AdoptedStream(Changing, Child):
         if not self._passed_through:
             self._passed_through = True
             if self._started:
-                self._stream.end(IncompleteBodyError())  # the file is the rest of the body
+                self._stream.end_source(IncompleteBodyError())  # the file is the rest of the body
                 await self._stream_done.wait()
             else:
                 await self._send(self._start)
@@ -301,7 +301,7 @@ class AdoptedStream(Changing, Child):
     def _release_app(self) -> None:
         """End the stream once the app knows. It may then clean up for as long as it takes without the middleware."""
         if self._disconnect_delivered and self._stopping:
-            self._stream.end()
+            self._stream.end_source()
 
     def _cancel_app(self) -> None:
         if not (self._disconnect_delivered or self._app_done):

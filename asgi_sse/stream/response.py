@@ -291,7 +291,7 @@ class EventSourceResponse:
         elif defaults is None or defaults.guard:
             check_headers_later(head["headers"], send, server.loop, scope["path"], registry.count_compressed)
         if self.feeder is not None:
-            self.stream.run_beside(self.feeder)
+            self.stream.start_helper(self.feeder)
         return self.stream.run()
 
 

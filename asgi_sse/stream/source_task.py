@@ -1,8 +1,10 @@
-"""`SourceTask`: runs one source in a task of its own, from its first step to its clean-up."""
+"""`SourceTask`: runs one source in a task of its own, from its first step to the end of its clean-up."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import contextvars
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Final, Protocol, TypeAlias
 
 import anyio
 import anyio.lowlevel
@@ -10,74 +12,191 @@ import anyio.lowlevel
 from asgi_sse.errors import InvalidEventError
 from asgi_sse.runtime.base import Child, EventLoop
 
+logger = logging.getLogger(__name__)
 
-class Owner(Protocol):
-    """Whose source it is."""
+_FORCED_CLEANUP_S: Final = 0.1
+"""Seconds that a source has to obey its forced cancellation before it is abandoned."""
 
-    def taker(self) -> Callable[[Any], Awaitable[None] | None]:
-        """A function that takes an item. What it gives is awaited before the source is asked for the next one."""
+Take: TypeAlias = Callable[[Any], Awaitable[None] | None]
+"""Takes one item. The task awaits the result before it asks the source for the next item."""
+
+
+class SourceOwner(Protocol):
+    """What a `SourceTask` needs of the stream or run whose source it runs."""
+
+    def describe(self) -> tuple[str, Mapping[str, object]]:
+        """Return the owner's name for log records, and their extra fields."""
         ...
 
     def source_raised(self, error: BaseException) -> None:
-        """The source, or what takes its items, has raised; its clean-up follows, unless it was that which did."""
+        """Handle an error of the source, of `Take`, or of the clean-up. Unless it is of the clean-up, that follows."""
         ...
 
     def source_ended(self) -> Awaitable[None] | None:
-        """It is cleaned up. What is given is awaited in its task."""
+        """Handle the end of the source after its clean-up. Its task awaits the result."""
         ...
 
 
-class SourceTask:
-    """Makes every ``__anext__``, ``athrow`` and ``aclose`` of a source, and stops it.
+class HelperOwner(Protocol):
+    """What a `SourceTask` needs of an owner with helpers."""
 
-    No cancel scope is opened around a step: a source may hold scopes of its own over a ``yield``.
+    def helper_raised(self, error: BaseException) -> None:
+        """Handle an error of a helper."""
+        ...
+
+    def helper_ended(self) -> None:
+        """Handle the end of a helper, after an error too."""
+        ...
+
+
+class _Helper:
+    """A task that runs beside the source and ends with it."""
+
+    __slots__ = ("child", "main", "may_cancel")
+
+    def __init__(self, main: Callable[[], Awaitable[None]]) -> None:
+        self.main = main
+        self.child: Child | None = None
+        self.may_cancel = False  # it has taken its first step, and was not cancelled yet
+
+
+class SourceTask:
+    """Makes every ``__anext__``, ``athrow`` and ``aclose`` of a source, and ends the source and its helpers.
+
+    A source ends in up to three steps. `stop` cancels it once, where it waits. `clean_up` gives it time for its
+    clean-up, and then cancels it a second time. If it ignores that as well, it is abandoned and runs on alone.
+
+    No step of the source runs inside a cancel scope of ours, because a source may hold scopes of its own over a
+    ``yield``.
 
     Args:
-        source: The source; ``None`` where `child` makes the items by itself, or nobody does.
-        child: The task of another app.
+        source: The source; ``None`` if another task produces the events, or nobody does.
+        child: The task of another app that produces the events.
 
     Attributes:
         source: The source, until it is closed.
-        child: The task, until it has ended or is left behind.
-        stopped: Whether no cancellation is to follow: it was told to stop, or has failed.
+        child: The source's task, until it has ended or was abandoned.
+        stopped: Whether the source was told to end.
     """
 
-    __slots__ = ("_runs", "child", "source", "stopped")
+    __slots__ = ("_ended", "_helpers", "_may_cancel", "child", "source", "stopped")
 
     def __init__(self, source: AsyncIterator[Any] | None, child: Child | None = None) -> None:
         self.source = source
         self.child = child
         self.stopped = False
-        self._runs = source is None  # its first step is taken, as that of another app's task long since
+        self._may_cancel = source is None  # a task of ours may only be cancelled once it has taken its first step
+        self._helpers: tuple[_Helper, ...] = ()
+        self._ended: anyio.Event | None = None  # only while `clean_up` waits
 
-    def start(self, owner: Owner, loop: EventLoop, name: str) -> None:
-        """Run the source in `loop`, for `owner`, whom its task alone holds; `name` is for task dumps."""
-        self.child = loop.spawn(partial(self._run, owner), name)
+    @property
+    def running(self) -> bool:
+        """Whether the source or a helper still runs."""
+        return self.child is not None or bool(self._helpers)
+
+    def start(self, owner: SourceOwner, take: Take, loop: EventLoop, name: str) -> None:
+        """Run the source in a task.
+
+        Args:
+            owner: The source's owner. Only the task refers to it.
+            take: Called with each item.
+            loop: The event loop to run in.
+            name: The task's name in task dumps.
+        """
+        self.child = loop.spawn(partial(self._run, owner, take), name)
+
+    def start_helper(
+        self,
+        main: Callable[[], Awaitable[None]],
+        owner: HelperOwner,
+        loop: EventLoop,
+        context: contextvars.Context,
+    ) -> None:
+        """Run `main` in a task that ends with the source, and in `context`."""
+        helper = _Helper(main)
+        self._helpers += (helper,)
+        helper.child = context.run(loop.spawn, partial(self._run_helper, helper, owner), "asgi_sse helper")
 
     def stop(self) -> None:
-        """End the source early: it sees one cancellation, where it waits, or where its item does."""
+        """Tell the source and its helpers to end: each sees one cancellation, at the point where it waits."""
         if not self.stopped:
             self.stopped = True
-            if self.child is not None and self._runs:  # else its first step finds that it is to close the source
+            if self.child is not None and self._may_cancel:  # otherwise its first step closes the source
                 self.child.cancel()
+        for helper in self._helpers:
+            if helper.may_cancel and helper.child is not None:
+                helper.may_cancel = False
+                helper.child.cancel()
 
-    async def _run(self, owner: Owner) -> None:
-        source: Any = self.source
-        child = self.child  # which its owner may leave behind
-        take, following, step = owner.taker(), None, None
-        interrupt: type[BaseException] = anyio.get_cancelled_exc_class()
-        self._runs = True
+    async def clean_up(self, owner: SourceOwner, seconds: float, option: str = "") -> None:
+        """Wait for the clean-up of the source and its helpers, after `stop`. Force it when the time is over.
+
+        A cancellation of the calling task, and `end_wait`, end the time early. If the source had to be forced, one
+        warning says whether it has ended since. If it has not, `running` stays true and the source is abandoned.
+
+        Args:
+            owner: The source's owner, for the warning.
+            seconds: How long the clean-up may take.
+            option: The option that sets `seconds`, for the warning.
+        """
+        limit = "before its request was cancelled"
         try:
-            following = source.__anext__  # which what an ``__aiter__`` gives need not have
+            await self._wait(seconds)
+            if self._ended is not None and self._ended.is_set():
+                limit = "before the server's deadline"
+            else:
+                limit = f"within {seconds:g} s{f' ({option})' if option else ''}"
+        finally:  # a cancel scope cannot shield from asyncio's own cancellation
+            if self.running:
+                await self._force(owner, limit)
+
+    def end_wait(self) -> bool:
+        """End the wait of `clean_up` now. Return False if it was not called."""
+        if self._ended is None:
+            return False
+        self._ended.set()
+        return True
+
+    def release(self) -> None:
+        """Forget the source's task: it has ended, or it is abandoned."""
+        self.child = None
+        self._task_ended()
+
+    async def _wait(self, seconds: float) -> None:
+        if self.running:
+            self._ended = anyio.Event()
+            with anyio.move_on_after(seconds):
+                await self._ended.wait()
+
+    async def _force(self, owner: SourceOwner, limit: str) -> None:
+        source: Any = self.source
+        if source is None:
+            source = [helper.main for helper in self._helpers]
+        for child in (self.child, *(helper.child for helper in self._helpers)):
+            if child is not None:
+                child.force_cancel()
+        await self._wait(_FORCED_CLEANUP_S)
+        outcome = "was abandoned" if self.running else "ended when it was cancelled again"
+        name, extra = owner.describe()
+        logger.warning("the source of %s was not cleaned up %s and %s: %r", name, limit, outcome, source, extra=extra)
+
+    async def _run(self, owner: SourceOwner, take: Take) -> None:
+        source: Any = self.source
+        child = self.child  # kept here, because `release` may forget it
+        following, step = None, None
+        interrupt: type[BaseException] = anyio.get_cancelled_exc_class()
+        self._may_cancel = True
+        try:
+            following = source.__anext__  # an ``__aiter__`` may return an object without it
             step = None if self.stopped else following()
             while step is not None:
                 item = await step
                 if self.stopped:
                     del item
-                    break  # it swallowed its cancellation, and yielded
+                    break  # the source swallowed its cancellation and yielded
                 try:
                     waiting = take(item)
-                    del item  # or an idle source would keep its last one
+                    del item  # an idle source would keep its last item
                     if waiting is not None:
                         await waiting
                 except (InvalidEventError, interrupt) as exc:
@@ -89,25 +208,29 @@ class SourceTask:
         except BaseException as exc:
             if _is_collected(exc, child):
                 raise
+            self._shield()  # the owner will call `stop`, and must not cancel the clean-up with it
             owner.source_raised(exc)
         await self._close(owner, child)
-        del source, following, step  # or what the source holds would live on while its owner's last word waits
+        del source, take, following, step  # nothing may keep what the source holds while the owner ends
         waiting = owner.source_ended()
         if waiting is not None:
             await waiting
 
     async def _throw(self, exc: BaseException) -> Awaitable[Any]:
-        """Raise `exc` at the source's yield: so its traceback names the line, and a cancellation is seen everywhere."""
+        """Raise `exc` at the source's ``yield``, so that its traceback names the line and the source can react."""
         throw: Callable[[BaseException], Awaitable[Any]] | None = getattr(self.source, "athrow", None)
         if throw is None:
             raise exc
         if isinstance(exc, InvalidEventError):
-            await anyio.lowlevel.checkpoint()  # or a source that catches each would starve the loop
+            await anyio.lowlevel.checkpoint()  # a source that catches every error must not starve the event loop
         return throw(exc)
 
-    async def _close(self, owner: Owner, child: Child | None) -> None:
+    def _shield(self) -> None:
         if self.child is not None:
             self.child.shield()
+
+    async def _close(self, owner: SourceOwner, child: Child | None) -> None:
+        self._shield()
         try:
             close = getattr(self.source, "aclose", None)
             if close is not None:
@@ -116,10 +239,25 @@ class SourceTask:
             if _is_collected(exc, child):
                 raise
             owner.source_raised(exc)
-        self.source = None  # whoever keeps the response does not keep what the source holds
-        self.child = None
+        self.source = None  # a response that is kept must not keep what the source holds
+        self.release()
+
+    async def _run_helper(self, helper: _Helper, owner: HelperOwner) -> None:
+        helper.may_cancel = True
+        try:
+            if not self.stopped:
+                await helper.main()
+        except BaseException as exc:
+            owner.helper_raised(exc)
+        self._helpers = tuple(other for other in self._helpers if other is not helper)
+        self._task_ended()
+        owner.helper_ended()
+
+    def _task_ended(self) -> None:
+        if self._ended is not None and not self.running:
+            self._ended.set()
 
 
 def _is_collected(error: BaseException, child: Child | None) -> bool:
-    """Whether it ends a task that nobody holds any more, its event loop closed or not: there is nobody to tell."""
+    """Return whether the garbage collector ends the task, so that there is nobody to report `error` to."""
     return isinstance(error, GeneratorExit) and child is not None and not child.running

@@ -850,7 +850,7 @@ async def test_what_is_raised_in_a_clean_up_behind_an_error_is_logged(caplog: py
 
     with caplog.at_level(logging.ERROR), pytest.raises(TypeError, match="unknown"):
         await body_of(EventSourceResponse(source()))
-    assert "raised once more, in its clean-up" in caplog.text
+    assert "raised again, in its clean-up" in caplog.text
     assert "ZeroDivisionError: in the clean-up" in caplog.text
 
 

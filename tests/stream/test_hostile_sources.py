@@ -250,7 +250,7 @@ async def test_hostile_source(
     while registry.statistics().abandoned:
         await anyio.sleep(0.1)
     await generator.aclose()
-    assert log.finals == 1  # what was left behind has come to its end as well, and once
+    assert log.finals == 1  # what was abandoned has come to its end as well, and once
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

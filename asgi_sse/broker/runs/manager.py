@@ -101,7 +101,7 @@ class Runs(Mapping[str, Run]):
                     run.publisher = RunPublisher(iterator, run, on_end)
                     run.loop = run.publisher.loop
                     self._add(run)
-                run.publisher.begin()
+                run.publisher.start()
                 if max_lifetime is not None:
                     _call_later(run, max_lifetime, partial(_stop, weakref.ref(run), "expired"))
                 return run

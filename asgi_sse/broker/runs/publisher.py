@@ -1,4 +1,4 @@
-"""`RunPublisher`: publishes what the source of a run gives, whoever reads, until it ends or is told to."""
+"""`RunPublisher`: publishes the events of a run's source until the source ends or is stopped."""
 
 from __future__ import annotations
 
@@ -25,52 +25,49 @@ logger = logging.getLogger(__name__)
 
 Outcome: TypeAlias = Literal[
     "finished",
-    "failed",  # its source raised
+    "failed",  # the source raised
     "cancelled",
-    "expired",  # its max_lifetime is over
+    "expired",  # max_lifetime is over
     "drained",  # the broker was closed
-    "lost",  # its process was, or was not heard of for too long
+    "lost",  # the process died, or its lease expired
 ]
 
-_CLEANUP: Final = 10.0
-"""Seconds that a source which was told to stop has for its clean-up; as a stream's by default."""
+_CLEANUP_S: Final = 10.0
+"""Seconds that a stopped source has for its clean-up; the default of a stream's `cleanup_timeout`."""
 
-_LAST_CALL: Final = 0.1
-"""Seconds that it has to obey its second cancellation, before it is left behind."""
-
-_LAST_WORD: Final = 2.0
-"""Seconds for which the last event of a run waits for its engine when the broker is closed."""
+_LAST_EVENT_S: Final = 2.0
+"""Seconds that the last event of a run waits for the backend when the broker is closed."""
 
 
 class Destination(Protocol):
-    """Where what a source gives goes to."""
+    """The run that the events of a source are published to."""
 
     name: str
 
     async def put(self, event: ServerSentEvent, end: Outcome | None = None) -> None:
-        """Publish an event, the last one of a run that ended so; as long as that takes."""
+        """Publish an event, and wait until the backend acknowledges it. `end` marks the last one."""
         ...
 
     def put_soon(self, event: ServerSentEvent, end: Outcome) -> None:
-        """Publish the last event, without waiting for it."""
+        """Publish the last event without waiting."""
         ...
 
     def give_up(self, outcome: Outcome) -> None:
-        """It has ended, and nobody can be told by an event."""
+        """Mark the run as ended, since its last event cannot be published."""
         ...
 
 
 class RunPublisher:
-    """A source that is published.
+    """Runs the source of one run and publishes its events.
 
     Args:
         source: The source.
-        destination: Where its events go.
-        on_end: Makes the last event.
+        destination: The run.
+        on_end: Makes the last event, from the outcome and the error.
 
     Attributes:
         loop: The event loop that the source runs in.
-        error: What it raised.
+        error: What the source raised.
     """
 
     def __init__(
@@ -84,53 +81,49 @@ class RunPublisher:
         self._source_task = SourceTask(source)
         self._destination = destination
         self._on_end = on_end
-        self._stopped: Outcome | None = None  # why it was told to stop
-        self._outcome: Outcome = "finished"  # where it was not
+        self._stopped: Outcome | None = None  # the outcome that `stop` was given
+        self._outcome: Outcome = "finished"  # the outcome without a `stop`
         self._ending = False
 
-    def begin(self) -> None:
-        """Let the source run."""
-        self._source_task.start(self, self.loop, "asgi_sse run")
+    def start(self) -> None:
+        """Start the source."""
+        self._source_task.start(self, self._put, self.loop, "asgi_sse run")
 
     def stop(self, outcome: Outcome) -> None:
-        """End it early, and say so. From any thread."""
+        """End the source early with `outcome`. Safe from any thread."""
         if not self.loop.call_threadsafe(partial(self._stop, outcome)) and not self._ending:
             self._ending = True
-            self._end_now(outcome)  # its event loop was closed under it
+            self._end_now(outcome)  # the event loop was closed while the source ran
 
     def _stop(self, outcome: Outcome) -> None:
         if self._stopped is None and not self._ending:
             self._stopped = outcome
             self._source_task.stop()
-            self.loop.call_at(self.loop.time() + _CLEANUP, self._insist)
+            self.loop.spawn(partial(self._clean_up, outcome), "asgi_sse run clean-up")
 
-    def _insist(self) -> None:
-        child = self._source_task.child
-        if not self._ending and child is not None:
-            name = self._destination.name
-            logger.warning(
-                "the source of run %s was not cleaned up within %g s: %r", name, _CLEANUP, self._source_task.source,
-                extra={"sse_run": name},
-            )  # fmt: skip
-            child.force_cancel()
-            self.loop.call_at(self.loop.time() + _LAST_CALL, self._leave_behind)
+    async def _clean_up(self, outcome: Outcome) -> None:
+        try:
+            await self._source_task.clean_up(self, _CLEANUP_S)
+        finally:
+            if not self._ending and self._source_task.running:
+                self._ending = True
+                self._end_now(outcome)
 
-    def _leave_behind(self) -> None:
-        if not self._ending and self._stopped is not None:
-            self._ending = True
-            self._end_now(self._stopped)
+    def _put(self, item: Any) -> Awaitable[None]:
+        return self._destination.put(unnumbered(item))
 
-    # As the owner of its source_task
+    # The owner of its source task
 
-    def taker(self) -> Callable[[Any], Awaitable[None]]:
-        """See `source_task.Owner`."""
-        return lambda item: self._destination.put(unnumbered(item))
+    def describe(self) -> tuple[str, dict[str, object]]:
+        """Return the run's name for log records, and their extra fields."""
+        name = self._destination.name
+        return f"run {name}", {"sse_run": name}
 
     def source_raised(self, error: BaseException) -> None:
-        """See `source_task.Owner`."""
+        """Record the outcome of a source that raised, and log the error."""
         child = self._source_task.child
-        told = self._stopped is not None or (child is not None and child.cancelled)
-        if told and isinstance(error, anyio.get_cancelled_exc_class()):
+        cancelled = self._stopped is not None or (child is not None and child.cancelled)
+        if cancelled and isinstance(error, anyio.get_cancelled_exc_class()):
             self._outcome = "cancelled"  # by us, or because the event loop ends
             return
         self._outcome = "failed"
@@ -139,24 +132,24 @@ class RunPublisher:
         logger.error("the source of run %s raised", name, exc_info=error, extra={"sse_run": name})
 
     def source_ended(self) -> Awaitable[None] | None:
-        """See `source_task.Owner`."""
+        """Publish the last event, unless the source was abandoned before."""
         if self._ending:
-            return None  # it came out of its clean-up after all
+            return None
         self._ending = True
-        return self._end(self._stopped or self._outcome)
+        return self._publish_end(self._stopped or self._outcome)
 
-    # The end
+    # The end of the run
 
-    async def _end(self, outcome: Outcome) -> None:
-        if outcome == "lost":  # another process has said so
+    async def _publish_end(self, outcome: Outcome) -> None:
+        if outcome == "lost":  # another process has published the end
             self._destination.give_up(outcome)
             return
         event = await self._make_final_event(outcome)
         try:
-            with anyio.fail_after(_LAST_WORD if self._stopped == "drained" else math.inf):
+            with anyio.fail_after(_LAST_EVENT_S if self._stopped == "drained" else math.inf):
                 await self._destination.put(event, outcome)
         except (BrokerError, TimeoutError) as exc:
-            why = str(exc) or f"not acknowledged within {_LAST_WORD:g} s"
+            why = str(exc) or f"not acknowledged within {_LAST_EVENT_S:g} s"
             name = self._destination.name
             logger.error(  # noqa: TRY400
                 "the end of run %s could not be published: %s", name, why, extra={"sse_run": name}
@@ -164,7 +157,7 @@ class RunPublisher:
             self._destination.give_up(outcome)
 
     def _end_now(self, outcome: Outcome) -> None:
-        self._source_task.child = None
+        self._source_task.release()
         if outcome == "lost":
             self._destination.give_up(outcome)
         else:
@@ -176,7 +169,7 @@ class RunPublisher:
         try:
             made = self._on_end(outcome, self.error)
             if isawaitable(made):
-                with anyio.fail_after(_CLEANUP):
+                with anyio.fail_after(_CLEANUP_S):
                     made = await made
             return unnumbered(made)
         except BaseException:
@@ -186,5 +179,5 @@ class RunPublisher:
 
 
 def final_event(outcome: Outcome) -> ServerSentEvent:
-    """What stands behind the last event of a run."""
+    """Make the event that ends a run."""
     return ServerSentEvent({"reason": outcome}, event="end")
