@@ -387,6 +387,7 @@ async def test_sent_response_is_garbage_collected() -> None:
         ({"on_error": 1}, TypeError, "on_error=1 is not callable"),
         ({"headers": {"x": "a\r\ny: b"}}, ValueError, "would inject headers"),
         ({"registry": True}, TypeError, "registry=True is bool; give a StreamRegistry"),
+        ({"json_dumps": str}, TypeError, "unexpected keyword argument 'json_dumps'"),
     ],
 )
 def test_invalid_argument_is_refused_at_once(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
