@@ -1,4 +1,4 @@
-"""sse-starlette's own tests, and the snippets of its README, run on our adapter in its place."""
+"""sse-starlette's own tests and the snippets of its README, run on the drop-in."""
 
 import asyncio
 import os
@@ -26,11 +26,11 @@ from asgi_sse.testing import open_stream
 VERSION = "3.7.0"
 ALIAS = HERE / "sse_starlette_alias"
 
-PRIVATE = "looks at private functions and state of sse-starlette, which are not there"
-EXAMPLE = "tests an example of sse-starlette, which its source distribution leaves out"
-IN_FLIGHT = "a message that is being sent when the server stops has drain_timeout to arrive; sse-starlette cuts it off"
-CLIENT_GONE = "an OSError of send means that the client has left (ASGI 2.4), which is no error of the app"
-RAISED = "what a source raises in its clean-up is raised, for the server to log; sse-starlette logs it and goes on"
+PRIVATE = "uses private functions and state of sse-starlette, which the drop-in does not have"
+EXAMPLE = "tests an example of sse-starlette that its source distribution does not contain"
+IN_FLIGHT = "a message under way at shutdown has drain_timeout to arrive, while sse-starlette cuts it off"
+CLIENT_GONE = "an OSError from send means that the client has left (ASGI 2.4), so it is not an error of the app"
+RAISED = "an error in the clean-up of a source is raised for the server to log, while sse-starlette logs it itself"
 EXPECTED_TO_FAIL = {
     "test_broadcasting_example.py": EXAMPLE,
     "test_issue132.py": PRIVATE,
@@ -56,19 +56,19 @@ EXPECTED_TO_FAIL = {
     },
 }
 COLLECTED = 140
-"""How many tests there are; so that a suite that lost some on the way does not pass."""
+"""The number of tests in the suite, so that a suite with fewer tests does not pass."""
 
 
 @pytest.fixture(scope="module")
 def distribution(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The source distribution, unpacked."""
+    """Download and unpack the source distribution."""
     folder = tmp_path_factory.mktemp("sse_starlette")
     options = ["--no-deps", "--no-binary=:all:", "--quiet", f"--dest={folder}"]
     download = subprocess.run(
         [sys.executable, "-m", "pip", "download", *options, f"sse-starlette=={VERSION}"],
         check=False, capture_output=True, text=True,
     )  # fmt: skip
-    assert download.returncode == 0, f"sse-starlette {VERSION} could not be fetched: {download.stderr}"
+    assert download.returncode == 0, f"cannot download sse-starlette {VERSION}: {download.stderr}"
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
         archive.extractall(folder, filter="data")
     return folder / f"sse_starlette-{VERSION}"
@@ -78,8 +78,8 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ALIAS), str(ROOT)]), "PYTEST_ADDOPTS": ""}
 
 
-def test_its_own_tests_pass(distribution: Path, tmp_path: Path) -> None:
-    """Each that does not is listed above, with the reason; none is listed that does."""
+def test_own_tests_pass_except_for_the_listed_ones(distribution: Path, tmp_path: Path) -> None:
+    """Every test that fails is listed above with its reason, and no listed test passes."""
     shutil.copytree(distribution / "tests", tmp_path / "tests")
     shutil.copy(distribution / "pyproject.toml", tmp_path)
     shutil.copy(ALIAS / "helpers" / "anyio_compat.py", tmp_path / "tests")
@@ -96,16 +96,16 @@ def test_its_own_tests_pass(distribution: Path, tmp_path: Path) -> None:
     failed = {name for outcome, name in found if outcome != "PASSED"}
     passed = {name for outcome, name in found if outcome == "PASSED"}
     print(f"{len(passed)} of {COLLECTED} tests of sse-starlette {VERSION} pass")
-    assert {name for name in failed if not is_listed(name)} == set(), run.stdout[-6000:]
-    assert {name for name in passed if is_listed(name)} == set(), "these pass: take them off the list"
+    assert {name for name in failed if not is_expected_to_fail(name)} == set(), run.stdout[-6000:]
+    assert {name for name in passed if is_expected_to_fail(name)} == set(), "remove these from the list"
     assert len(passed) == COLLECTED - len(failed)
 
 
-def is_listed(name: str) -> bool:
+def is_expected_to_fail(name: str) -> bool:
     return name in EXPECTED_TO_FAIL or name.partition("::")[0] in EXPECTED_TO_FAIL
 
 
-# The snippets of its README, each with its import changed and nothing else
+# The snippets of the README, with no change but the import
 
 
 async def generate_events() -> AsyncIterator[dict[str, str]]:
@@ -130,7 +130,7 @@ class Item(str):
     id = 7
 
 
-AROUND = {  # what the snippets leave to their reader
+CONTEXT = {  # the names that the snippets leave to their reader
     "anyio": anyio,
     "asyncio": asyncio,
     "EventSourceResponse": EventSourceResponse,
@@ -156,17 +156,17 @@ def snippets(distribution: Path) -> list[str]:
 
 @pytest.fixture
 def snippet(snippets: list[str], request: pytest.FixtureRequest) -> Snippet:
-    """The names that a snippet defines; ``respond`` is what it returns, where it does that outside of a function."""
+    """Return the names that a snippet defines. A snippet with a bare ``return`` becomes the function ``respond``."""
     block = next(block for block in snippets if request.param in block)
     if re.search(r"^return", block, re.MULTILINE):
         block = f"async def respond(request):\n{textwrap.indent(block, '    ')}"
-    names = dict(AROUND)
+    names = dict(CONTEXT)
     exec(block, names)
     return names
 
 
-def of_readme(mark: str) -> Callable[[Any], Any]:
-    """The test of the snippet that holds `mark`."""
+def on_snippet(mark: str) -> Callable[[Any], Any]:
+    """Run a test on the snippet that contains `mark`."""
     tested.append(mark)
     return pytest.mark.parametrize("snippet", [mark], indirect=True)
 
@@ -174,7 +174,7 @@ def of_readme(mark: str) -> Callable[[Any], Any]:
 tested: list[str] = []
 
 
-def app_of(respond: Any) -> Any:
+def make_app(respond: Any) -> Any:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         response = await respond(Request(scope, receive))
         await response(scope, receive, send)
@@ -185,47 +185,47 @@ def app_of(respond: Any) -> Any:
 @pytest.fixture
 def on_asyncio(anyio_backend: Any) -> None:
     if "trio" in anyio_backend:
-        pytest.skip("it uses asyncio")
+        pytest.skip("the snippet uses asyncio")
 
 
-async def data_of(app: Any, path: str = "/") -> list[str | None]:
+async def read_data(app: Any, path: str = "/") -> list[str | None]:
     async with open_stream(app, path) as stream:
         events = [event.data async for event in stream]
         assert stream.complete
     return events
 
 
-@of_readme("# Basic usage")
+@on_snippet("# Basic usage")
 @pytest.mark.anyio
-async def test_basic_usage(snippet: Snippet) -> None:
-    async with open_stream(app_of(snippet["respond"])) as stream:
+async def test_snippet_basic_usage(snippet: Snippet) -> None:
+    async with open_stream(make_app(snippet["respond"])) as stream:
         assert [(event.data, event.event, event.id) async for event in stream] == [
             ("a", "update", "7"),
             ("b", "update", "7"),
         ]
 
 
-@of_readme("app = Starlette(")
+@on_snippet("app = Starlette(")
 @pytest.mark.anyio
-async def test_quick_start(snippet: Snippet, on_asyncio: None) -> None:
-    assert await data_of(snippet["app"], "/events") == [f"Event {number}" for number in range(10)]
+async def test_snippet_quick_start(snippet: Snippet, on_asyncio: None) -> None:
+    assert await read_data(snippet["app"], "/events") == [f"Event {number}" for number in range(10)]
 
 
-@of_readme("event = ServerSentEvent(")
-def test_server_sent_event(snippet: Snippet) -> None:
+@on_snippet("event = ServerSentEvent(")
+def test_snippet_server_sent_event(snippet: Snippet) -> None:
     encoded = snippet["event"].encode()
     assert encoded == b"id: msg-123\r\nevent: notification\r\ndata: Custom message\r\nretry: 5000\r\n\r\n"
 
 
-@of_readme("event = JSONServerSentEvent(")
-def test_json_server_sent_event(snippet: Snippet) -> None:
+@on_snippet("event = JSONServerSentEvent(")
+def test_snippet_json_server_sent_event(snippet: Snippet) -> None:
     assert snippet["event"].encode() == b'data: {"field":"value"}\r\n\r\n'
 
 
-@of_readme("def custom_ping")
+@on_snippet("def custom_ping")
 @pytest.mark.anyio
-async def test_custom_ping(snippet: Snippet, on_asyncio: None) -> None:
-    async with open_stream(app_of(snippet["respond"])) as stream:
+async def test_snippet_custom_ping(snippet: Snippet, on_asyncio: None) -> None:
+    async with open_stream(make_app(snippet["respond"])) as stream:
         body = b""
         while chunk := await stream.read(timeout=60):
             body += chunk
@@ -233,62 +233,62 @@ async def test_custom_ping(snippet: Snippet, on_asyncio: None) -> None:
     assert body == b"data: first\r\n\r\n" + ping + ping + b"data: last\r\n\r\n"
 
 
-@of_readme("def run_sse_in_thread")
-def test_threads(snippet: Snippet) -> None:
+@on_snippet("def run_sse_in_thread")
+def test_snippet_threads(snippet: Snippet) -> None:
     for thread in threading.enumerate():
         if getattr(thread, "_target", None) is snippet["run_sse_in_thread"]:
             thread.join(5)
             assert not thread.is_alive()
 
 
-@of_readme("async def stream_database_results")
+@on_snippet("async def stream_database_results")
 @pytest.mark.anyio
-async def test_database(snippet: Snippet) -> None:
-    assert await data_of(app_of(snippet["respond"])) == ["a row"]
+async def test_snippet_database(snippet: Snippet) -> None:
+    assert await read_data(make_app(snippet["respond"])) == ["a row"]
 
 
-@of_readme("async def robust_stream")
+@on_snippet("async def robust_stream")
 @pytest.mark.anyio
-async def test_error_handling_and_timeouts(snippet: Snippet, on_asyncio: None) -> None:
-    app = app_of(snippet["respond"])
-    assert await data_of(app) == [f"Item {number}" for number in range(100)]
+async def test_snippet_error_handling_and_timeouts(snippet: Snippet, on_asyncio: None) -> None:
+    app = make_app(snippet["respond"])
+    assert await read_data(app) == [f"Item {number}" for number in range(100)]
     async with open_stream(app) as stream:
         assert stream.headers["cache-control"] == "no-cache"
         await stream.receive()
         await stream.disconnect()
 
 
-@of_readme("async def data_producer")
+@on_snippet("async def data_producer")
 @pytest.mark.anyio
-async def test_memory_channels(snippet: Snippet) -> None:
-    assert await data_of(app_of(snippet["channel_endpoint"])) == [f"Item {number}" for number in range(10)]
+async def test_snippet_memory_channels(snippet: Snippet) -> None:
+    assert await read_data(make_app(snippet["channel_endpoint"])) == [f"Item {number}" for number in range(10)]
 
 
-@of_readme("async def graceful_stream")
+@on_snippet("async def graceful_stream")
 @pytest.mark.anyio
-async def test_cooperative_shutdown(snippet: Snippet) -> None:
+async def test_snippet_cooperative_shutdown(snippet: Snippet) -> None:
     registry = StreamRegistry()
-    async with open_stream(SSEMiddleware(app_of(snippet["graceful_stream"]), registry=registry)) as stream:
+    async with open_stream(SSEMiddleware(make_app(snippet["graceful_stream"]), registry=registry)) as stream:
         await stream.receive()
         registry.begin_drain()
         assert [(event.event, event.data) async for event in stream] == [("shutdown", "Server is shutting down")]
         assert stream.complete
 
 
-@of_readme("async def monitored_stream")
+@on_snippet("async def monitored_stream")
 @pytest.mark.anyio
-async def test_client_disconnection(snippet: Snippet, on_asyncio: None, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_snippet_disconnection(snippet: Snippet, on_asyncio: None, capsys: pytest.CaptureFixture[str]) -> None:
     async def respond(request: Any) -> Any:
         return EventSourceResponse(snippet["monitored_stream"](request))
 
-    async with open_stream(app_of(respond)) as stream:
+    async with open_stream(make_app(respond)) as stream:
         await stream.receive()
         await stream.disconnect()
     assert capsys.readouterr().out == "Stream cancelled\n"
 
 
-@of_readme("def reset_sse_app_status")
-def test_testing(snippet: Snippet) -> None:
+@on_snippet("def reset_sse_app_status")
+def test_snippet_testing(snippet: Snippet) -> None:
     snippet["AppStatus"].should_exit = True
     fixture = snippet["reset_sse_app_status"].__wrapped__()
     next(fixture)
@@ -297,11 +297,11 @@ def test_testing(snippet: Snippet) -> None:
     assert snippet["AppStatus"].should_exit is False
 
 
-@of_readme("class ConnectionLimiter")
+@on_snippet("class ConnectionLimiter")
 @pytest.mark.anyio
-async def test_connection_limiter(snippet: Snippet, on_asyncio: None) -> None:
+async def test_snippet_connection_limiter(snippet: Snippet, on_asyncio: None) -> None:
     limiter = snippet["ConnectionLimiter"]()
-    assert await data_of(app_of(limiter.limited_endpoint)) == ["first", "last"]
+    assert await read_data(make_app(limiter.limited_endpoint)) == ["first", "last"]
 
 
 def test_every_snippet_is_tested(snippets: list[str]) -> None:

@@ -1,6 +1,7 @@
-"""An app of each framework whose views return our responses; the adapter's, and the plain one where it is not taken.
+"""One app per framework, whose views return the response of its adapter.
 
-Each has /async, /sync, /failing and /post, of the adapter, and /plain; `seen` is what their sources have met.
+Each app has /async, /sync, /failing, /channel and /post. Its /plain returns the plain response, which some frameworks
+refuse. The sources record their clean-up in `seen`.
 """
 
 import threading
@@ -48,7 +49,7 @@ def sync_events() -> Iterator[Any]:
         seen.append("finally")
 
 
-async def rude() -> AsyncIterator[Any]:
+async def failing_cleanup() -> AsyncIterator[Any]:
     try:
         yield {"data": "first"}
         await anyio.sleep_forever()
@@ -202,9 +203,9 @@ def quart_app() -> Any:
     async def channel() -> Any:
         return quart_adapter.EventSourceResponse(channel_events())
 
-    @app.get("/rude")
-    async def rude_view() -> Any:
-        return quart_adapter.EventSourceResponse(rude())
+    @app.get("/failing-cleanup")
+    async def failing_cleanup_view() -> Any:
+        return quart_adapter.EventSourceResponse(failing_cleanup())
 
     @app.get("/context")
     async def context() -> Any:
@@ -226,8 +227,8 @@ def django_app() -> Any:
     async def fail(request: Any) -> Any:
         return django_adapter.EventSourceResponse(failing())
 
-    async def rude_view(request: Any) -> Any:
-        return django_adapter.EventSourceResponse(rude())
+    async def failing_cleanup_view(request: Any) -> Any:
+        return django_adapter.EventSourceResponse(failing_cleanup())
 
     async def post(request: Any) -> Any:
         return django_adapter.EventSourceResponse(short(request.body.decode()))
@@ -250,7 +251,7 @@ def django_app() -> Any:
         "failing": fail,
         "post": post,
         "plain": plain,
-        "rude": rude_view,
+        "failing-cleanup": failing_cleanup_view,
     }
     urls = type("urls", (), {"urlpatterns": [path(name, view) for name, view in views.items()]})
     if not settings.configured:

@@ -146,7 +146,7 @@ def test_hanging_or_leaking_test_fails(pytester: pytest.Pytester, plugins: list[
     result.stdout.fnmatch_lines([*TIMEOUT_LINES, "If it waits for a response: httpx's ASGITransport*"])
     result.stdout.fnmatch_lines([*TIMEOUT_LINES, "  <OpenStream GET /ticks 200 open>.", "If it waits*"])
     assert "AssertionError: its own failure" in text
-    for error in ("got an unexpected keyword argument 'timouts'", "timeout='5' is str; give a number, or None"):
+    for error in ("got an unexpected keyword argument 'timouts'", "timeout must be a number or None, got '5'"):
         assert f"{error}; it takes timeout=, seconds or None, and leaks=, a bool" in text
     if not trio:
         result.stdout.fnmatch_lines(["the test leaves streams open.", "  <Stream /ticks open>*", "  <OpenStream*"])

@@ -1,11 +1,11 @@
-"""What sse-starlette's tests import beside the library, and its source distribution leaves out."""
+"""A module that sse-starlette's tests import and its source distribution does not contain."""
 
 from contextlib import contextmanager
 
 
 @contextmanager
 def collapse_excgroups():
-    """Raise the one exception of a group, not the group."""
+    """Raise the exception of a group of one instead of the group."""
     try:
         yield
     except BaseExceptionGroup as group:

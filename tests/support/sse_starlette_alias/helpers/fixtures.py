@@ -1,4 +1,4 @@
-"""Fixtures that sse-starlette's tests ask for, and its source distribution leaves out."""
+"""Fixtures that sse-starlette's tests use and its source distribution does not contain."""
 
 import asyncio
 import logging
@@ -11,7 +11,7 @@ from starlette.routing import Route
 
 
 def rename(record):
-    """What we log, by the name that the tests look for."""
+    """Give our log records the logger name that the tests look for."""
     record.name = "sse_starlette.sse"
     return True
 

@@ -1,4 +1,4 @@
-"""``sse_starlette``, as its own tests import it: all of it is our adapter."""
+"""The package ``sse_starlette`` for its own tests: a thin alias of our adapter."""
 
 from asgi_sse.adapters.sse_starlette import EventSourceResponse, JSONServerSentEvent, ServerSentEvent
 

@@ -1,4 +1,4 @@
-"""``sse_starlette.sse``. Its tests tell a response of a shutdown by patching a private method of it."""
+"""The module ``sse_starlette.sse`` for sse-starlette's own tests, which patch a private method to start a shutdown."""
 
 import anyio
 
@@ -7,12 +7,12 @@ from asgi_sse.adapters.sse_starlette import AppStatus, SendTimeoutError, ServerS
 
 __all__ = ["AppStatus", "EventSourceResponse", "SendTimeoutError", "ServerSentEvent", "ensure_bytes"]
 
-# Imported at the top of some of the tests, so that without them no test of the file could be run.
+# Some test files import these names at their top, so without them none of their tests would run.
 _get_shutdown_state = _get_uvicorn_server = _shutdown_watcher = None
 
 
 class EventSourceResponse(ours.EventSourceResponse):
-    """Our response; when its `_listen_for_exit_signal` was patched and returns, that is told to `AppStatus`."""
+    """Our response, which sets `AppStatus.should_exit` when a patched `_listen_for_exit_signal` returns."""
 
     _listen_for_exit_signal = None
 
