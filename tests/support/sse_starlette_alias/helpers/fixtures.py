@@ -16,7 +16,8 @@ def rename(record):
     return True
 
 
-logging.getLogger("asgi_sse.stream.stream").addFilter(rename)
+for name in ("stream", "source_task"):
+    logging.getLogger(f"asgi_sse.stream.{name}").addFilter(rename)
 
 
 @pytest.fixture
