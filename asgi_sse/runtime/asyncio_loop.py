@@ -14,11 +14,14 @@ from .base import Child, EventLoop, Sender, Wait
 _EAGER: Final[dict[str, Any]] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 
 
+# Not an attribute of AsyncioLoop: the values refer to it, so an ended loop would leave cycles to the garbage collector.
+_locals: Final[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Any, Any]]] = weakref.WeakKeyDictionary()
+
+
 class AsyncioLoop(EventLoop):
     """A running event loop of asyncio or uvloop."""
 
     def __init__(self) -> None:
-        super().__init__()
         # Weak: `current` keeps this object for as long as the loop lives.
         self._ref = weakref.ref(asyncio.get_running_loop())
         # A callback may serve many streams. In the context of the stream that asked for it, the callback would see
@@ -31,6 +34,14 @@ class AsyncioLoop(EventLoop):
         if loop is None:
             raise RuntimeError("the event loop of the stream no longer exists; end streams before their event loop")
         return loop
+
+    @property
+    def locals(self) -> dict[Any, Any]:
+        loop = self._loop
+        values = _locals.get(loop)
+        if values is None:
+            values = _locals[loop] = {}
+        return values
 
     def time(self) -> float:
         return self._loop.time()

@@ -99,14 +99,12 @@ class Wait(ABC):
 
 
 class EventLoop(ABC):
-    """An event loop of asyncio, or a run of trio.
+    """An event loop of asyncio, or a run of trio."""
 
-    Attributes:
-        locals: The values of this loop, for `current.LoopLocal`.
-    """
-
-    def __init__(self) -> None:
-        self.locals: dict[Any, Any] = {}
+    @property
+    @abstractmethod
+    def locals(self) -> dict[Any, Any]:
+        """The values of this loop, for `current.LoopLocal`. Ask in the loop only."""
 
     @abstractmethod
     def time(self) -> float:

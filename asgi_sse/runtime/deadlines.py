@@ -1,4 +1,4 @@
-"""`DeadlineQueue`: wakes streams, and calls back for runs, when something of theirs is due."""
+"""`DeadlineQueue`, which wakes streams and runs when they have something due."""
 
 import heapq
 import logging
@@ -62,7 +62,7 @@ class DeadlineQueue:
         self._timers: list[float] = []  # when each timer that is set fires
 
     def arm(self, item: Deadlined, when: float) -> None:
-        """Wake `item` at `when`, in the loop's time; a time asked for earlier and still valid wins if it is sooner."""
+        """Wake `item` at `when`, in the loop's time, unless `item` is already due to be woken sooner."""
         if when < item.check_at:
             self.forget(item)
             item.check_at = when
@@ -114,7 +114,7 @@ class DeadlineQueue:
                 self.arm(item, item.tick())
             except Exception:
                 logger.exception(
-                    "a deadline of %r failed; it goes on without deadlines", item, extra=dict(item.log_fields)
+                    "%r raised at its deadline and will not be woken again", item, extra=dict(item.log_fields)
                 )
         self._set_timer()
 

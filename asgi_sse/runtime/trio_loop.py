@@ -18,9 +18,13 @@ class TrioLoop(EventLoop):
     # System tasks, not a nursery of the request: the stream must be able to abandon a source that ignores its
     # cancellation, and a nursery waits for every child.
     def __init__(self) -> None:
-        super().__init__()
+        self._locals: dict[Any, Any] = {}
         self._token = trio.lowlevel.current_trio_token()
         self._clock = trio.lowlevel.current_clock()  # other threads can ask it too
+
+    @property
+    def locals(self) -> dict[Any, Any]:
+        return self._locals
 
     def time(self) -> float:
         return self._clock.current_time()

@@ -85,7 +85,7 @@ async def test_an_exception_is_logged_and_other_deadlines_remain(caplog: pytest.
     assert called == ["next", "later"]
     assert len(failing.ticks) == 1
     first, second = [record for record in caplog.records if record.name == "asgi_sse.runtime.deadlines"]
-    assert first.getMessage() == "a deadline of <Periodic> failed; it goes on without deadlines"
+    assert first.getMessage() == "<Periodic> raised at its deadline and will not be woken again"
     assert vars(first)["sse_path"] == "/periodic"
     assert vars(second)["sse_run"] == "job"
     assert first.levelno == second.levelno == logging.ERROR
