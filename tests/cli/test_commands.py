@@ -499,9 +499,18 @@ def test_a_hub_for_other_languages(running: str) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--broker", "foo://bar"], "url must be memory://, or start with redis://, rediss://, unix:// or nats://, got 'foo://...'"),
-        (["--broker", "rediss"], "url must be memory://, or start with redis://, rediss://, unix:// or nats://, got 'rediss'"),
-        (["--broker", "nats"], "url must be memory://, or start with redis://, rediss://, unix:// or nats://, got 'nats'"),
+        (
+            ["--broker", "foo://bar"],
+            "url must be memory://, or start with redis://, rediss://, unix:// or nats://, got 'foo://...'",
+        ),
+        (
+            ["--broker", "rediss"],
+            "url must be memory://, or start with redis://, rediss://, unix:// or nats://, got 'rediss'",
+        ),
+        (
+            ["--broker", "nats"],
+            "url must be memory://, or start with redis://, rediss://, unix:// or nats://, got 'nats'",
+        ),
         (["--broker", "redis://127.0.0.1:1/0"], "cannot connect to redis://127.0.0.1:1/0: "),
         (["--cors", "example.com"], "cors: 'example.com' is no origin"),
         (["--publish-token", "a b"], "a token is empty, or has other than printable ASCII"),

@@ -465,7 +465,11 @@ def default(function: Callable[..., Any], name: str) -> Any:
         ("channels that are kept", "10,000", default(Broker, "max_channels") == 10_000),
         ("runs that go on", "1,000", default(Broker, "max_runs") == 1000),
         ("an idempotency key", "200", checks._LONGEST_KEY == 200),
-        ("such keys", "1,000,000 in 120 s", (memory._MAX_IDEMPOTENCY_KEYS, memory._IDEMPOTENCY_WINDOW_S) == (10**6, 120)),
+        (
+            "such keys",
+            "1,000,000 in 120 s",
+            (memory._MAX_IDEMPOTENCY_KEYS, memory._IDEMPOTENCY_WINDOW_S) == (10**6, 120),
+        ),
         ("readers of a channel", "none", default(Broker, "max_subscribers") is None),
         ("how long a stream lasts", "none", StreamOptions().max_lifetime is None),
         ("what an `EventDecoder` holds", "none", default(EventDecoder, "max_event_bytes") is None),

@@ -301,9 +301,7 @@ async def test_the_streams_of_an_app_of_its_own_tell_nothing(caplog: pytest.LogC
     ids=range(10),
 )
 def test_what_is_wrong_with_a_publication_is_told_without_it(payload: bytes) -> None:
-    with pytest.raises(
-        InvalidEventError, match=rf"^payload of {len(payload)} bytes(:| must be) "
-    ) as info:
+    with pytest.raises(InvalidEventError, match=rf"^payload of {len(payload)} bytes(:| must be) ") as info:
         wire.load(payload)
     for error in chain_of(info.value):
         assert MARK not in str(error)
