@@ -1,7 +1,7 @@
-"""Brokers and their engines: what publishing costs one process, and how long an event takes to its subscribers.
+"""Brokers on a server: the cost of publishing for one process, and the delay until subscribers have an event.
 
-The engine is on the first core, the process on the other one. It reads what it publishes while it does, since it has a
-subscriber all the time: a process with a `Broker` always does, and others would seem to be faster.
+The server runs on the first core, the process on the other one. The process always has a subscriber, so it reads what
+it publishes. A process with a `Broker` does so in any case, and other peers would seem faster without a subscriber.
 """
 
 import asyncio
@@ -28,14 +28,14 @@ from .server import CORES, cpu_of_this_process
 from .sizes import Size
 
 SUBSCRIBERS = 10
-WARM_UP = 100  # events, one after the other
-SECONDS = 10.0  # that a round may take; it ends then with what it has
-PATIENCE = 10.0  # seconds for what was published to arrive
-LIMIT = 180.0  # seconds for one peer
+WARM_UP = 100  # events, one after another
+ROUND_S = 10.0  # a round that takes longer ends with the events published so far
+DELIVERY_S = 10.0  # without an arrival, after which missing events count as lost
+PEER_LIMIT_S = 180.0
 HISTORY = 1000
 
 CHANNEL = "news"
-HEAD = '{"sent": '  # and nanoseconds in so many digits, so that reading it costs nothing
+HEAD = '{"sent": '  # followed by nanoseconds, at a fixed position, so that no JSON has to be parsed
 DIGITS = 19
 PAD = "x" * (200 - len(HEAD) - DIGITS - len(', "pad": ""}'))
 
@@ -51,7 +51,7 @@ async def asgi_sse(url: str) -> AsyncIterator[tuple[Publish, Read]]:
 
         async def read() -> AsyncIterator[Any]:
             async for event in broker.subscribe(CHANNEL):
-                if event.event is None:  # no reset
+                if event.event is None:  # not a reset
                     yield event.data
 
         yield partial(broker.publish, CHANNEL), read
@@ -66,7 +66,7 @@ async def litestar(url: str, *, stream: bool) -> AsyncIterator[tuple[Publish, Re
     )
     from redis.asyncio import Redis  # noqa: PLC0415
 
-    channel = f"litestar-{CHANNEL}"  # the other back end takes it as the key, whatever the prefix is
+    channel = f"litestar-{CHANNEL}"  # the stream backend uses it as the key and ignores the prefix
     async with Redis.from_url(url) as redis:
         backend: Any
         if stream:
@@ -92,7 +92,7 @@ async def broadcaster(url: str, *, stream: bool) -> AsyncIterator[tuple[Publish,
 
         async def read() -> AsyncIterator[Any]:
             async with broadcast.subscribe(channel) as subscriber:
-                events: Any = subscriber  # whose type says that it may be none
+                events: Any = subscriber  # typed as optional
                 async for event in events:
                     yield event.message
 
@@ -103,45 +103,45 @@ class Peer(NamedTuple):
     """A broker.
 
     Attributes:
-        open: It, by the URL of its engine: how to publish and how to read.
-        engine: ``""``: none.
-        needs: Modules.
-        about: What has happened when its publishing returns, and what there is for who comes back.
+        open: Opens it by the URL of its server; gives the functions to publish and to read.
+        scheme: The scheme of its server; ``""``: it needs none.
+        needs: Modules that have to be installed.
+        about: What publishing guarantees when it returns, and what a returning client can read.
     """
 
     open: Callable[[str], AbstractAsyncContextManager[tuple[Publish, Read]]]
-    engine: str
+    scheme: str
     needs: tuple[str, ...]
     about: str
 
 
 KEEPS = f"one log and {HISTORY} events of each channel"
 PEERS = {
-    "memory": Peer(asgi_sse, "", ("asgi_sse",), f"asgi_sse: this process has it, in {KEEPS}"),
+    "memory": Peer(asgi_sse, "", ("asgi_sse",), f"asgi_sse: the event is in {KEEPS}, in this process"),
     "valkey": Peer(
         asgi_sse, "redis", ("redis", "asgi_sse.broker.backends.redis"),
-        f"asgi_sse: the server has it, and its number, in {KEEPS}; trying again does not double it",
+        f"asgi_sse: the server has the event, with its id, in {KEEPS}; a retry does not double it",
     ),
     "nats": Peer(
         asgi_sse, "nats", ("nats", "asgi_sse.broker.backends.nats"),
-        f"asgi_sse: JetStream has it, and its number, in {KEEPS}; trying again does not double it",
+        f"asgi_sse: JetStream has the event, with its id, in {KEEPS}; a retry does not double it",
     ),
     "litestar-stream": Peer(
         partial(litestar, stream=True), "redis", ("litestar", "redis"),
-        f"wait_published: the server has it, in the channel's stream of {HISTORY}, for a minute. Its plain "
-        "publish is a queue without a limit, of which nobody hears",
+        f"wait_published: the server has the event for a minute, in the channel's stream of {HISTORY}. Plain "
+        "publish only adds it to a queue without a limit, and reports no failure",
     ),
     "litestar-pubsub": Peer(
         partial(litestar, stream=False), "redis", ("litestar", "redis"),
-        "wait_published: the server has passed it on to who was connected then, and keeps nothing",
+        "wait_published: the server has sent the event to the connected processes, and keeps nothing",
     ),
     "broadcaster": Peer(
         partial(broadcaster, stream=False), "redis", ("broadcaster", "redis"),
-        "the server has passed it on to who was connected then, and keeps nothing",
+        "the server has sent the event to the connected processes, and keeps nothing",
     ),
     "broadcaster-stream": Peer(
         partial(broadcaster, stream=True), "redis", ("broadcaster", "redis"),
-        "the server has it, in the channel's stream, which is never trimmed; subscribers begin with what is new",
+        "the server has the event in the channel's stream, which is never trimmed; subscribers start with new events",
     ),
 }  # fmt: skip
 
@@ -160,17 +160,20 @@ def nats_program() -> str | None:
 PROGRAMS = {"redis": valkey_program, "nats": nats_program}
 
 
-class Engine(NamedTuple):
+class Server(NamedTuple):
+    """A running server."""
+
     url: str
     process: subprocess.Popen[bytes]
 
     def cpu(self) -> float:
-        return time.clock_gettime((~self.process.pid << 3) | 2)  # as in `server`
+        """Return the CPU seconds of the process so far."""
+        return time.clock_gettime((~self.process.pid << 3) | 2)  # the clock of the process, as in `server`
 
 
 @contextmanager
-def running(scheme: str) -> Iterator[Engine]:
-    """An engine that keeps nothing on the disk (Valkey), or does not wait for it (NATS)."""
+def running(scheme: str) -> Iterator[Server]:
+    """Start a server that writes nothing to the disk (Valkey), or does not wait for it (NATS)."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -198,7 +201,7 @@ def running(scheme: str) -> Iterator[Engine]:
         try:
             os.sched_setaffinity(process.pid, CORES[:1])
             wait_for(process, port, *((b"PING\r\n", b"+PONG") if scheme == "redis" else (b"", b"INFO")))
-            yield Engine(f"{scheme}://127.0.0.1:{port}", process)
+            yield Server(f"{scheme}://127.0.0.1:{port}", process)
         finally:
             process.kill()
             process.wait()
@@ -220,7 +223,7 @@ def wait_for(process: subprocess.Popen[bytes], port: int, question: bytes, answe
 
 
 class Readers:
-    """Subscribers, and how long each event took to each of them."""
+    """Subscribers, and the delay of each event at each of them."""
 
     def __init__(self, publish: Publish, read: Read) -> None:
         self.publish = publish
@@ -229,7 +232,10 @@ class Readers:
         self.delays: list[float] = []  # milliseconds
 
     async def add(self, number: int) -> None:
-        """One after the other, each until it has had an event: not all of them subscribe before they say so."""
+        """Add subscribers one by one, each until it has received an event.
+
+        Some peers have not subscribed yet when their subscription is ready.
+        """
         for _ in range(number):
             heard = asyncio.Event()
             self.tasks.append(asyncio.create_task(self.reading(heard)))
@@ -241,7 +247,7 @@ class Readers:
                 except TimeoutError:
                     self.check()
             else:
-                raise RuntimeError("a subscriber hears nothing")
+                raise RuntimeError("a subscriber receives no events")
         await asyncio.sleep(0.3)
         self.delays.clear()
 
@@ -257,12 +263,12 @@ class Readers:
                 raise RuntimeError("a subscription has ended")
 
     async def take(self, published: int) -> list[float]:
-        """The delays of what was published, once all has arrived; or what has, after a while without anything."""
+        """Return the delays of the published events when all have arrived, or none has for `DELIVERY_S`."""
         expected, before, deadline = published * len(self.tasks), -1, 0.0
         while len(self.delays) < expected:
             self.check()
             if before != len(self.delays):
-                before, deadline = len(self.delays), time.monotonic() + PATIENCE
+                before, deadline = len(self.delays), time.monotonic() + DELIVERY_S
             elif time.monotonic() > deadline:
                 break
             await asyncio.sleep(0.02)
@@ -280,8 +286,8 @@ def event() -> str:
 
 
 async def publishing(publish: Publish, number: int) -> int:
-    """One after the other. Gives how many were acknowledged."""
-    deadline = time.perf_counter() + SECONDS
+    """Publish events one after another; return how many were acknowledged."""
+    deadline = time.perf_counter() + ROUND_S
     for done in range(number):
         if time.perf_counter() > deadline:
             return done
@@ -290,7 +296,7 @@ async def publishing(publish: Publish, number: int) -> int:
 
 
 async def sequential(readers: Readers, number: int) -> float:
-    """Microseconds for one."""
+    """Return the microseconds that one event takes, published one after another."""
     began = time.perf_counter()
     done = await publishing(readers.publish, number)
     seconds = time.perf_counter() - began
@@ -299,7 +305,7 @@ async def sequential(readers: Readers, number: int) -> float:
 
 
 async def concurrent(readers: Readers, tasks: int, each: int) -> float:
-    """Thousands in a second."""
+    """Return the thousands of events a second that concurrent tasks publish."""
     began = time.perf_counter()
     done = sum(await asyncio.gather(*(publishing(readers.publish, each) for _ in range(tasks))))
     seconds = time.perf_counter() - began
@@ -307,10 +313,10 @@ async def concurrent(readers: Readers, tasks: int, each: int) -> float:
     return done / seconds / 1000
 
 
-async def paced(readers: Readers, engine: Engine | None, rate: int, seconds: int) -> dict[str, float]:
-    """How long events take to their subscribers."""
+async def paced(readers: Readers, server: Server | None, rate: int, seconds: int) -> dict[str, float]:
+    """Return the delays of events that are published at a fixed rate, and the CPU time."""
     late = 0.0
-    own_cpu, engine_cpu = cpu_of_this_process(), engine.cpu() if engine else 0.0
+    own_cpu, server_cpu = cpu_of_this_process(), server.cpu() if server else 0.0
     began = time.perf_counter()
     for number in range(rate * seconds):
         early = began + number / rate - time.perf_counter()
@@ -320,22 +326,22 @@ async def paced(readers: Readers, engine: Engine | None, rate: int, seconds: int
         await readers.publish(event())
     took = time.perf_counter() - began
     own_cpu = cpu_of_this_process() - own_cpu
-    engine_cpu = (engine.cpu() if engine else 0.0) - engine_cpu
+    server_cpu = (server.cpu() if server else 0.0) - server_cpu
     delays = sorted(await readers.take(rate * seconds))
     if not delays:
-        raise RuntimeError("nothing has arrived")
+        raise RuntimeError("no event has arrived")
     return {
         "p50 ms": delays[len(delays) // 2],
         "p99 ms": delays[len(delays) * 99 // 100],
         "delivered %": 100 * len(delays) / (rate * seconds * len(readers.tasks)),
         "late ms": late * 1000,
         "CPU %": 100 * own_cpu / took,
-        "engine CPU %": 100 * engine_cpu / took,
+        "engine CPU %": 100 * server_cpu / took,
     }
 
 
-async def measure(peer: Peer, engine: Engine | None, size: Size) -> dict[str, float]:
-    async with asyncio.timeout(LIMIT), peer.open(engine.url if engine else "memory://") as (publish, read):
+async def measure(peer: Peer, server: Server | None, size: Size) -> dict[str, float]:
+    async with asyncio.timeout(PEER_LIMIT_S), peer.open(server.url if server else "memory://") as (publish, read):
         readers = Readers(publish, read)
         try:
             await readers.add(1)
@@ -344,36 +350,36 @@ async def measure(peer: Peer, engine: Engine | None, size: Size) -> dict[str, fl
             many = [await concurrent(readers, size.tasks, size.publishes_each) for _ in range(size.rounds)]
             figures = {"us/publish": statistics.median(one), "k events/s": statistics.median(many)}
             await readers.add(SUBSCRIBERS - 1)
-            return figures | await paced(readers, engine, size.engine_rate, size.engine_seconds)
+            return figures | await paced(readers, server, size.engine_rate, size.engine_seconds)
         finally:
             await readers.close()
 
 
 def missing(peer: Peer) -> str:
-    """What is needed for it and is not there."""
+    """Return the modules and servers of a peer that are not installed."""
     absent = [name for name in peer.needs if not (find_spec(name.partition(".")[0]) and find_spec(name))]
-    if peer.engine and PROGRAMS[peer.engine]() is None:
-        absent.append(f"a server for {peer.engine}://")
+    if peer.scheme and PROGRAMS[peer.scheme]() is None:
+        absent.append(f"a server for {peer.scheme}://")
     return ", ".join(absent)
 
 
 def engine(peers: list[str], size: Size) -> Outcome:
-    """Each engine is started once, and each peer has a process' event loop of its own."""
+    """Measure the peers. Each server is started once, and each peer has an event loop of its own."""
     uvloop: Any = import_module("uvloop") if find_spec("uvloop") else None
     outcome = Outcome()
     with ExitStack() as stack:
-        engines: dict[str, Engine] = {}
+        servers: dict[str, Server] = {}
         for name in peers:
             peer = PEERS[name]
             if absent := missing(peer):
-                outcome.left_out[name] = f"there is no {absent}"
+                outcome.left_out[name] = f"{absent} is not installed"
                 continue
             gc.collect()
             try:
-                if peer.engine and peer.engine not in engines:
-                    engines[peer.engine] = stack.enter_context(running(peer.engine))
+                if peer.scheme and peer.scheme not in servers:
+                    servers[peer.scheme] = stack.enter_context(running(peer.scheme))
                 with asyncio.Runner(loop_factory=uvloop and uvloop.new_event_loop) as runner:
-                    figures = runner.run(measure(peer, engines.get(peer.engine), size))
+                    figures = runner.run(measure(peer, servers.get(peer.scheme), size))
             except Exception as error:
                 traceback.print_exc()
                 outcome.failed(name, error)

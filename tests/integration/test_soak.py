@@ -1,6 +1,6 @@
-"""Two minutes of clients that come and go, and of faults: nobody loses an event silently, or gets it twice.
+"""Two minutes of random faults and reconnecting clients: no client loses an event silently or receives it twice.
 
-Only where ``ASGI_SSE_SOAK`` is ``full``.
+The test is skipped unless ``ASGI_SSE_SOAK`` is ``full``.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from typing import TYPE_CHECKING
 
 import pytest
 import test_faults as faults
-from engines import ENGINES, Valkey
+from backend_servers import SERVERS, Valkey
 from faults import Cluster
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
-    from engines import Engine
+    from backend_servers import BackendServer
 
-SECONDS = 120.0
+DURATION_S = 120.0
 CLIENTS, RATE = 150, 300
-LIMIT = 150.0  # MB, for what it takes to begin, and a full history
+LIMIT_MB = 150.0  # for the start, and a full history
 
 
-async def restart_node(cluster: Cluster) -> None:
-    node = random.choice(cluster.nodes)
-    await asyncio.to_thread(node.kill)
+async def restart_process(cluster: Cluster) -> None:
+    process = random.choice(cluster.processes)
+    await asyncio.to_thread(process.kill)
     await asyncio.sleep(random.uniform(0, 2))
-    await asyncio.to_thread(node.start)
-    await cluster.begin_on(node, RATE / 2, again=True)
+    await asyncio.to_thread(process.start)
+    await cluster.begin_on(process, RATE / 2, retry=True)
 
 
 async def pause(cluster: Cluster) -> None:
-    await faults.pause(cluster, random.choice([0.5, 4, 7]))  # of which the last one is more than a connection waits
+    await faults.pause(cluster, random.choice([0.5, 4, 7]))  # the last one exceeds the timeout of a connection
 
 
 async def cut(cluster: Cluster) -> None:
@@ -45,20 +45,20 @@ async def cut(cluster: Cluster) -> None:
 
 
 async def cut_one_off(cluster: Cluster) -> None:
-    """For so long that the log keeps no more what it has missed, or not quite."""
+    """Cut one process off, for longer or shorter than the log keeps the events that it misses."""
     proxy = random.choice(cluster.proxies)
     await proxy.shut()
     await asyncio.sleep(random.choice([0.5, 3, 6]))
     await proxy.open()
 
 
-# How often, of all.
+# Each fault with its weight in the random choice.
 FAULTS: dict[str, tuple[int, Callable[[Cluster], Awaitable[None]]]] = {
     "killed": (3, faults.kill_and_restart),
     "paused": (2, pause),
     "cut": (5, cut),
     "cut off": (3, cut_one_off),
-    "node killed": (3, restart_node),
+    "process killed": (3, restart_process),
     "scripts flushed": (1, faults.flush_scripts),
     "trimmed": (1, faults.trim),
     "flushed": (1, faults.flush),
@@ -69,47 +69,49 @@ LOSSY = {"trimmed", "flushed", "killed and emptied", "killed with less"}
 
 
 @pytest.mark.skipif(os.environ.get("ASGI_SSE_SOAK") != "full", reason="ASGI_SSE_SOAK=full")
-@pytest.mark.parametrize("kind", ENGINES)
-def test_soak(kind: type[Engine], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", SERVERS)
+def test_random_faults_lose_no_event_silently_and_double_none(kind: type[BackendServer], tmp_path: Path) -> None:
     if not kind.available():
         pytest.skip(f"{kind.name} is not installed")
-    with kind(tmp_path) as engine:
-        asyncio.run(asyncio.wait_for(soak(engine, tmp_path), SECONDS + 300))
+    with kind(tmp_path) as server:
+        asyncio.run(asyncio.wait_for(soak(server, tmp_path), DURATION_S + 300))
 
 
-async def soak(engine: Engine, directory: Path) -> None:
-    # Half of them leave by themselves; the others notice if a connection is of no use any more.
-    cluster = Cluster(engine, directory, CLIENTS, lambda number: 1.5 if number // 8 % 2 else None, proxied=True)
+async def soak(server: BackendServer, directory: Path) -> None:
+    # Half of the clients reconnect by themselves; the others stay until their connection breaks.
+    cluster = Cluster(server, directory, CLIENTS, lambda number: 1.5 if number // 8 % 2 else None, proxied=True)
     happened: list[str] = []
     resets = Counter[str]()
     seconds: list[float] = []
-    chosen = {name: often for name, (often, _) in FAULTS.items() if isinstance(engine, Valkey) or "scripts" not in name}
+    chosen = {
+        name: weight for name, (weight, _) in FAULTS.items() if isinstance(server, Valkey) or "scripts" not in name
+    }
     async with cluster:
-        await cluster.begin(RATE, again=True)
+        await cluster.begin(RATE, retry=True)
         await cluster.recovery()
         before, peak = max(cluster.rss()), 0.0
-        ends = time.monotonic() + SECONDS
+        ends = time.monotonic() + DURATION_S
         while time.monotonic() < ends:
             await asyncio.sleep(random.uniform(0, 3))
             (name,) = random.choices(list(chosen), list(chosen.values()))
             happened.append(name)
-            told_before = cluster.resets()
+            resets_before = cluster.resets()
             try:
                 await FAULTS[name][1](cluster)
                 seconds.append(await cluster.recovery())
             except AssertionError as exc:
                 raise AssertionError(f"after {happened}: {exc}") from exc
-            resets[name] += cluster.resets() - told_before
+            resets[name] += cluster.resets() - resets_before
             peak = max(peak, *cluster.rss())
         await cluster.finish()
     verdict = cluster.verdict()
     print(
-        f"{engine.name}: {SECONDS:.0f} s, {len(happened)} faults {dict(Counter(happened))}; "
-        f"recovered in {max(seconds):.2f} s at the most; resets {dict(resets)}; "
+        f"{server.name}: {DURATION_S:.0f} s, {len(happened)} faults {dict(Counter(happened))}; "
+        f"recovered within {max(seconds):.2f} s; resets {dict(resets)}; "
         f"{CLIENTS} clients in {sum(client.connections for client in cluster.clients)} connections; {verdict}; "
         f"{peak - before:.0f} MB more"
     )
     verdict.assert_good()
     assert not sum(number for name, number in resets.items() if name not in LOSSY), resets
-    assert peak - before < LIMIT
+    assert peak - before < LIMIT_MB
     assert "Traceback" not in cluster.logs(), cluster.logs()

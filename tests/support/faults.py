@@ -1,8 +1,8 @@
-"""What tests of faults share: nodes, a proxy that cuts, clients that resume, and the check of what they were told.
+"""App processes, a proxy that cuts connections, clients that resume, and the check of what the clients received.
 
-The check knows of each event what its publisher knows: that it was acknowledged, and with which id, or that it may have
-been published. Each client has to have got what was acknowledged, once and in order, or to have been told by a `reset`
-at that place.
+Publishers write a ledger: each event was acknowledged with an id, or may have been published. Each client must have
+received all acknowledged events of its channels, once and in order. Where events are missing, it must have received a
+`reset` at that point.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Sequence
     from pathlib import Path
 
-    from engines import Engine
+    from backend_servers import BackendServer
 
 SERVER: Final = "uvicorn-httptools-uvloop"
-PATIENCE: Final = 60.0  # seconds after which what is waited for will not come any more
-MIXES: Final = {
+TIMEOUT_S: Final = 60.0  # seconds that a test waits for anything
+SUBSCRIPTIONS: Final = {
     ("a",): {"a"},
     ("b.x",): {"b.x"},
     ("a", "b.y"): {"a", "b.y"},
@@ -45,34 +45,34 @@ MIXES: Final = {
     ("h",): {"h"},
 }
 
-Direction: TypeAlias = Literal["to the engine", "to the node"]
+Direction: TypeAlias = Literal["to the server", "to the app"]
 
 
-# Nodes
+# App processes
 
 
-class Node:
-    """A server with the app, which may be killed and started again on its port."""
+class AppProcess:
+    """An HTTP server with the app, which can be killed and started again on its port."""
 
     def __init__(self, number: int, url: str, directory: Path) -> None:
         self.port = free_port()
         self.ledgers: list[Path] = []
-        self._name = f"n{number}"
+        self._name = f"p{number}"
         self._url = url
         self._directory = directory
         self._stack = ExitStack()
         self._process: Any = None
 
     @property
-    def runs(self) -> bool:
+    def is_running(self) -> bool:
         return self._process is not None
 
     def start(self) -> None:
-        name = f"{self._name}x{len(self.ledgers)}"  # one that begins again counts from one
+        name = f"{self._name}x{len(self.ledgers)}"  # a restarted process counts its events from 1 again
         self.ledgers.append(self._directory / f"{name}.ledger")
         variables = {
             "ASGI_SSE_FAULTS_URL": self._url,
-            "ASGI_SSE_FAULTS_NODE": name,
+            "ASGI_SSE_FAULTS_PUBLISHER": name,
             "ASGI_SSE_FAULTS_LEDGER": str(self.ledgers[-1]),
         }
         arguments = [*command(SERVER, "faults_app:app", self.port), f"--app-dir={HERE}"]
@@ -91,7 +91,7 @@ class Node:
 
     @property
     def rss(self) -> float:
-        """In MB."""
+        """Resident memory, in MB."""
         memory: int = psutil.Process(self._process.pid).memory_info().rss
         return memory / 2**20
 
@@ -99,42 +99,42 @@ class Node:
         return "".join(path.read_text(errors="replace") for path in sorted(self._directory.glob(f"{self._name}x*.log")))
 
 
-# Connections that are cut
+# Connections that can be cut
 
 
 class _Pair:
-    """A connection of a node, and the one to the engine that stands for it."""
+    """A connection from an app process, and the one to the server that continues it."""
 
-    def __init__(self, near: asyncio.StreamWriter, far: asyncio.StreamWriter) -> None:
-        self.near, self.far = near, far
-        self.cut_in: Direction | None = None  # as soon as something goes in that direction
+    def __init__(self, app: asyncio.StreamWriter, server: asyncio.StreamWriter) -> None:
+        self.app, self.server = app, server
+        self.cut_in: Direction | None = None  # cut inside the next data in that direction
 
     async def forward(self, source: asyncio.StreamReader, target: asyncio.StreamWriter, direction: Direction) -> None:
         with suppress(OSError):
             while chunk := await source.read(65_536):
                 if self.cut_in == direction:
                     target.write(chunk[: random.randrange(len(chunk))])
-                    await asyncio.sleep(0.01)  # a reset takes what was not read before it
+                    await asyncio.sleep(0.01)  # a TCP reset would discard data that was not read yet
                     break
                 target.write(chunk)
                 await target.drain()
         self.close()
 
     def close(self) -> None:
-        for writer in (self.near, self.far):
+        for writer in (self.app, self.server):
             sock = writer.get_extra_info("socket")
             if sock is not None and sock.fileno() >= 0 and self.cut_in is not None and random.random() < 0.5:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # by a reset
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # TCP reset
             writer.transport.abort()
 
 
 class Proxy:
-    """Between a node and the engine, in a thread of its own. A context manager."""
+    """A TCP proxy between an app process and the server, in a thread of its own. A context manager."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, server: BackendServer) -> None:
         self.port = free_port()
-        self.url = f"{engine.scheme}://127.0.0.1:{self.port}"
-        self._target = engine.port
+        self.url = f"{server.scheme}://127.0.0.1:{self.port}"
+        self._target = server.port
         self._is_open = True
         self._pairs: set[_Pair] = set()
         self._loop = asyncio.new_event_loop()
@@ -156,24 +156,24 @@ class Proxy:
             runner.run(self._serve())
 
     async def _serve(self) -> None:
-        server = await asyncio.start_server(self._accepted, "127.0.0.1", self.port)
+        listener = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
         self._ready.set()
         await self._end.wait()
-        server.close()
+        listener.close()
         self._close_all()
 
-    async def _accepted(self, reader: asyncio.StreamReader, near: asyncio.StreamWriter) -> None:
+    async def _accept(self, reader: asyncio.StreamReader, app: asyncio.StreamWriter) -> None:
         try:
             if not self._is_open:
                 raise ConnectionRefusedError
-            far_reader, far = await asyncio.open_connection("127.0.0.1", self._target)
+            server_reader, server = await asyncio.open_connection("127.0.0.1", self._target)
         except OSError:
-            near.transport.abort()
+            app.transport.abort()
             return
-        pair = _Pair(near, far)
+        pair = _Pair(app, server)
         self._pairs.add(pair)
         await asyncio.gather(
-            pair.forward(reader, far, "to the engine"), pair.forward(far_reader, near, "to the node")
+            pair.forward(reader, server, "to the server"), pair.forward(server_reader, app, "to the app")
         )  # fmt: skip
         self._pairs.discard(pair)
 
@@ -182,8 +182,8 @@ class Proxy:
             pair.close()
 
     async def cut(self, direction: Direction) -> None:
-        """Cut all connections, each of them inside of what goes next in that direction, if anything does soon."""
-        await self._there(self._cut(direction))
+        """Cut each connection inside the next data in that direction, or after 0.2 seconds without data."""
+        await self._in_own_loop(self._cut(direction))
 
     async def _cut(self, direction: Direction) -> None:
         pairs = list(self._pairs)
@@ -197,136 +197,146 @@ class Proxy:
             pair.close()
 
     async def shut(self) -> None:
-        """Cut all, and let nobody in."""
+        """Cut all connections and refuse new ones."""
         self._is_open = False
-        await self._there(self._cut("to the engine"))
+        await self._in_own_loop(self._cut("to the server"))
 
     async def open(self) -> None:
-        """Let everybody in again."""
+        """Accept connections again."""
         self._is_open = True
 
-    async def _there(self, step: Coroutine[Any, Any, None]) -> None:
+    async def _in_own_loop(self, step: Coroutine[Any, Any, None]) -> None:
         await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(step, self._loop))
 
 
 # Clients
 
 
-class Told(NamedTuple):
-    """What a client was told: an event, or (of nobody) a reset."""
+class Received(NamedTuple):
+    """An event that a client received. A reset has no publisher."""
 
     epoch: str
-    number: int
-    who: str
-    nth: int  # of that publisher
-    at: float  # when it was published
+    offset: int
+    publisher: str
+    sequence: int  # number of the event among those of its publisher
+    published_at: float
     is_last: bool = False
 
 
-@cache  # all clients are told the same
-def told(event_id: str, kind: str, data: str) -> Told:
-    epoch, _, number = event_id.partition("-")
+@cache  # many clients receive the same event
+def parse(event_id: str, kind: str, data: str) -> Received:
+    epoch, _, offset = event_id.partition("-")
     if kind == "reset":
-        return Told(epoch, int(number), "", 0, 0.0)
-    said = json.loads(data)
-    return Told(epoch, int(number), said["who"], said["count"], said["at"], said.get("last", False))
+        return Received(epoch, int(offset), "", 0, 0.0)
+    fields = json.loads(data)
+    return Received(
+        epoch, int(offset), fields["publisher"], fields["count"], fields["published_at"], fields.get("last", False)
+    )
 
 
 class Client:
-    """Connects again and again, each time with the last id that it has, to either node.
+    """Reads a stream, and reconnects to any process with its last event id.
 
     Args:
-        nodes: The nodes.
-        number: Its number, which settles what it reads.
-        stay: Seconds after which it leaves by itself, on the average; ``None``: it does not.
+        processes: The app processes.
+        number: The number of the client, which determines its channels.
+        stay: Seconds after which it disconnects by itself, on average; ``None``: it does not.
     """
 
-    def __init__(self, nodes: Sequence[Node], number: int, stay: float | None) -> None:
-        self.mix, self.channels = list(MIXES.items())[number % len(MIXES)]
+    def __init__(self, processes: Sequence[AppProcess], number: int, stay: float | None) -> None:
+        self.names, self.channels = list(SUBSCRIPTIONS.items())[number % len(SUBSCRIPTIONS)]
         self.first_id = ""
         self.last_id = ""
-        self.told: list[Told] = []
+        self.received: list[Received] = []
         self.lasts = 0
         self.resets = 0
-        self.awaits = 0.0  # an event that is younger
-        self.came_at: float | None = None  # it came then
+        self.awaits_after = 0.0  # waits for an event that was published after this time
+        self.arrived_at: float | None = None  # when that event arrived
         self.connections = 0
         self._number = number
-        self._nodes = nodes
-        self._path = "/events?" + "&".join(f"channel={name}" for name in self.mix)
+        self._processes = processes
+        self._path = "/events?" + "&".join(f"channel={name}" for name in self.names)
         self._chance = random.Random(number)
         self._stay = stay
 
-    def await_one(self, after: float) -> None:
-        """Note the time at which an event comes that was published `after`."""
-        self.awaits, self.came_at = after, None
+    def await_event(self, after: float) -> None:
+        """Record in `arrived_at` when an event arrives that was published after this time."""
+        self.awaits_after, self.arrived_at = after, None
 
     @property
     def has_all(self) -> bool:
         return self.lasts >= len(self.channels)
 
-    async def come_and_go(self) -> None:
-        node = self._nodes[self._number // len(MIXES) % len(self._nodes)]
+    async def keep_reading(self) -> None:
+        process = self._processes[self._number // len(SUBSCRIPTIONS) % len(self._processes)]
         while True:
             with Connection() as connection, suppress(OSError, TimeoutError):
                 seconds = None if self._stay is None else self._chance.expovariate(1 / self._stay)
                 async with asyncio.timeout(seconds):
-                    await connection.request(node.port, self._path, self.last_id)
+                    await connection.request(process.port, self._path, self.last_id)
                     self.connections += 1
                     await self._read(connection)
             await asyncio.sleep(self._chance.uniform(0, 0.3))
-            if self._chance.random() < 0.5 or not node.runs:
-                node = self._chance.choice([node for node in self._nodes if node.runs])
+            if self._chance.random() < 0.5 or not process.is_running:
+                process = self._chance.choice([process for process in self._processes if process.is_running])
 
     async def _read(self, connection: Connection) -> None:
         while not connection.complete:
             for event in await connection.read():
-                row = told(str(event.id), str(event.event), str(event.data))
-                self.told.append(row)
+                row = parse(str(event.id), str(event.event), str(event.data))
+                self.received.append(row)
                 self.lasts += row.is_last
-                self.resets += not row.who
-                if self.came_at is None and row.at > self.awaits:
-                    self.came_at = time.monotonic()
+                self.resets += not row.publisher
+                if self.arrived_at is None and row.published_at > self.awaits_after:
+                    self.arrived_at = time.monotonic()
             self.first_id = self.first_id or connection.first_id
             self.last_id = connection.decoder.last_event_id or self.last_id
 
     def __repr__(self) -> str:
-        return f"<Client {self._number} of {' '.join(self.mix)} at {self.last_id}, last told {self.told[-1:]}>"
+        return (
+            f"<Client {self._number} of {' '.join(self.names)} at {self.last_id}, received last {self.received[-1:]}>"
+        )
 
 
 # The cluster
 
 
 class Cluster:
-    """Two nodes on an engine, and their clients. An async context manager.
+    """Two app processes on one server, and their clients. An async context manager.
 
     Args:
-        engine: It runs.
+        server: A running server.
         directory: For logs and ledgers.
-        clients: How many.
-        stay: See `Client`; given the number of each.
-        proxied: Whether there is a proxy for each node.
+        clients: Number of clients.
+        stay: Returns the argument `stay` of each client, by its number.
+        proxied: Whether each process reaches the server through a proxy.
     """
 
     def __init__(
-        self, engine: Engine, directory: Path, clients: int, stay: Callable[[int], float | None], *, proxied: bool
+        self,
+        server: BackendServer,
+        directory: Path,
+        clients: int,
+        stay: Callable[[int], float | None],
+        *,
+        proxied: bool,
     ) -> None:
-        self.engine = engine
-        self.proxies = [Proxy(engine) for _ in range(2 if proxied else 0)]
-        urls = [proxy.url for proxy in self.proxies] or [engine.url] * 2
-        self.nodes = [Node(number, url, directory) for number, url in enumerate(urls)]
-        self.clients = [Client(self.nodes, number, stay(number)) for number in range(clients)]
+        self.server = server
+        self.proxies = [Proxy(server) for _ in range(2 if proxied else 0)]
+        urls = [proxy.url for proxy in self.proxies] or [server.url] * 2
+        self.processes = [AppProcess(number, url, directory) for number, url in enumerate(urls)]
+        self.clients = [Client(self.processes, number, stay(number)) for number in range(clients)]
         self._stack = ExitStack()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
         for proxy in self.proxies:
             self._stack.enter_context(proxy)
-        for node in self.nodes:
-            self._stack.callback(node.stop)
-        await asyncio.gather(*(asyncio.to_thread(node.start) for node in self.nodes))
-        self._tasks = [asyncio.create_task(client.come_and_go()) for client in self.clients]
-        await self.until("connect", lambda client: bool(client.first_id))
+        for process in self.processes:
+            self._stack.callback(process.stop)
+        await asyncio.gather(*(asyncio.to_thread(process.start) for process in self.processes))
+        self._tasks = [asyncio.create_task(client.keep_reading()) for client in self.clients]
+        await self.wait_until("connect", lambda client: bool(client.first_id))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -335,89 +345,91 @@ class Cluster:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(self._stack.close)
 
-    async def until(self, what: str, condition: Callable[[Client], Any], seconds: float = PATIENCE) -> None:
-        """Wait until it is so of every client, or fail."""
+    async def wait_until(self, what: str, condition: Callable[[Client], Any], seconds: float = TIMEOUT_S) -> None:
+        """Wait until the condition is true for every client; fail after `seconds`."""
         deadline = time.monotonic() + seconds
         waiting = self.clients
         while waiting := [client for client in waiting if not condition(client)]:
             for task in self._tasks:
                 assert not task.done(), task.result()
             if time.monotonic() > deadline:
-                figures = [await self.figures(node) for node in self.nodes if node.runs]
+                statistics = [await self.statistics(each) for each in self.processes if each.is_running]
                 raise AssertionError(
-                    f"{len(waiting)} clients hang, did not {what}: {waiting[:5]}; nodes: {figures}; {self.logs()}"
+                    f"{len(waiting)} clients did not {what}: {waiting[:5]}; processes: {statistics}; {self.logs()}"
                 )
             await asyncio.sleep(0.01)
 
     async def recovery(self) -> float:
-        """Seconds from now until every client has an event that was published after now."""
+        """Return the seconds until every client has received an event that was published after the call."""
         now = time.monotonic()
         for client in self.clients:
-            client.await_one(now)
-        await self.until("recover", lambda client: client.came_at is not None)
-        return max(client.came_at or 0.0 for client in self.clients) - now
+            client.await_event(now)
+        await self.wait_until("recover", lambda client: client.arrived_at is not None)
+        return max(client.arrived_at or 0.0 for client in self.clients) - now
 
-    async def begin(self, rate: float, *, again: bool) -> None:
-        """Publish so many a second, on both nodes together."""
-        for node in self.nodes:
-            await self.begin_on(node, rate / 2, again=again)
+    async def begin(self, rate: float, *, retry: bool) -> None:
+        """Publish `rate` events a second, half of them in each process."""
+        for process in self.processes:
+            await self.begin_on(process, rate / 2, retry=retry)
 
-    async def begin_on(self, node: Node, rate: float, *, again: bool) -> None:
-        await get(node.port, f"/begin?rate={rate}&again={again:d}")
+    async def begin_on(self, process: AppProcess, rate: float, *, retry: bool) -> None:
+        await get(process.port, f"/begin?rate={rate}&retry={retry:d}")
 
     async def finish(self) -> None:
-        """Publish no more, but one last event for each channel, which every client gets."""
-        there = [node for node in self.nodes if node.runs]
-        async with asyncio.timeout(2 * PATIENCE):
-            for node in there:
-                await get(node.port, "/finish")
-            await get(random.choice(there).port, "/last")
-        await self.until("get the last events", lambda client: client.has_all)
+        """Stop publishing, publish a last event in each channel, and wait until every client has them."""
+        running = [process for process in self.processes if process.is_running]
+        async with asyncio.timeout(2 * TIMEOUT_S):
+            for process in running:
+                await get(process.port, "/finish")
+            await get(random.choice(running).port, "/last")
+        await self.wait_until("get the last events", lambda client: client.has_all)
 
-    async def figures(self, node: Node) -> Any:
-        async with asyncio.timeout(PATIENCE / 2):
-            return await figures(node.port)
+    async def statistics(self, process: AppProcess) -> Any:
+        async with asyncio.timeout(TIMEOUT_S / 2):
+            return await figures(process.port)
 
     def rss(self) -> list[float]:
-        return [node.rss for node in self.nodes if node.runs]
+        return [process.rss for process in self.processes if process.is_running]
 
     def resets(self) -> int:
-        """How many clients were told."""
+        """Return how many resets the clients received in total."""
         return sum(client.resets for client in self.clients)
 
     def logs(self) -> str:
-        return "".join(node.log()[-3_000:] for node in self.nodes)
+        return "".join(process.log()[-3_000:] for process in self.processes)
 
     def verdict(self) -> Verdict:
-        return check(self.clients, Ledger([path for node in self.nodes for path in node.ledgers]))
+        return check(self.clients, Ledger([path for process in self.processes for path in process.ledgers]))
 
 
 # The check
 
 
 class Acknowledged(NamedTuple):
-    number: int
-    who: str
-    nth: int  # of that publisher
+    offset: int
+    publisher: str
+    sequence: int
     channel: str
 
 
 class Ledger:
-    """What the publishers have written down."""
+    """The events that the publishers wrote down."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self.channel: dict[tuple[str, int], str] = {}
         self.ids: dict[tuple[str, int], tuple[str, int]] = {}
         self.failures = 0
-        self.at_first: dict[str, list[int]] = defaultdict(list)  # by publisher, in its order: those that went at once
-        self.epochs: dict[str, float] = {}  # each with the time at which something was acknowledged in it first
+        self.first_attempts: dict[str, list[int]] = defaultdict(
+            list
+        )  # by publisher: the counts acknowledged at the first attempt
+        self.epochs: dict[str, float] = {}  # with the time of the first acknowledgement
         for path in paths:
             for line in path.read_text().splitlines():
-                kind, who, count, *rest = line.split(" ")
-                self._add(kind, (who, int(count)), rest)
+                kind, publisher, count, *rest = line.split(" ")
+                self._add(kind, (publisher, int(count)), rest)
         self.of_epoch: dict[str, list[Acknowledged]] = defaultdict(list)
-        for name, (epoch, number) in self.ids.items():
-            self.of_epoch[epoch].append(Acknowledged(number, *name, self.channel[name]))
+        for name, (epoch, offset) in self.ids.items():
+            self.of_epoch[epoch].append(Acknowledged(offset, *name, self.channel[name]))
         for rows in self.of_epoch.values():
             rows.sort()
 
@@ -427,29 +439,30 @@ class Ledger:
         elif kind == "f":
             self.failures += 1
         else:
-            epoch, _, number = rest[0].partition("-")
-            self.ids[name] = epoch, int(number)
+            epoch, _, offset = rest[0].partition("-")
+            self.ids[name] = epoch, int(offset)
             self.epochs[epoch] = min(self.epochs.get(epoch, float(rest[1])), float(rest[1]))
             if rest[2] == "1":
-                self.at_first[name[0]].append(name[1])
+                self.first_attempts[name[0]].append(name[1])
 
 
 @dataclass
 class Verdict:
-    """What came of it.
+    """The result of the check.
 
     Attributes:
-        published: Events that were to be published.
-        acknowledged: Those that were.
-        failures: Times that publishing raised.
-        delivered: Events that clients were told of.
-        resets: Those that they were told of.
-        missed: Acknowledged events that they missed, and were told so by a reset.
-        lost: Those that they missed, and nobody told them.
-        doubled: Those that they were told of more than once, or out of order.
-        wrong: What else must not be: of each the number.
-        again: Those that they were told of in two epochs, since the engine had lost it before it was acknowledged.
-        examples: Some of what is wrong.
+        published: Number of events that publishers tried to publish.
+        acknowledged: Number of acknowledged events.
+        failures: Number of times that publishing raised.
+        delivered: Number of events that clients received.
+        resets: Number of resets that clients received.
+        missed: Number of acknowledged events that clients missed with a reset.
+        lost: Number of acknowledged events that clients missed without a reset.
+        doubled: Number of events that clients received more than once, or out of order.
+        repeated: Number of events that clients received in two epochs, since the server had lost them before they were
+            acknowledged.
+        wrong: Number of violations, by kind.
+        examples: Up to three examples of each kind.
     """
 
     published: int
@@ -460,21 +473,21 @@ class Verdict:
     missed: int = 0
     lost: int = 0
     doubled: int = 0
-    again: int = 0
+    repeated: int = 0
     wrong: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
 
     def add(self, what: str, example: object) -> None:
-        """Count something that must not be."""
+        """Count a violation."""
         self.wrong[what] += 1
         if self.wrong[what] <= 3:
             self.examples.append(f"{what}: {example}")
 
     def __str__(self) -> str:
         return (
-            f"{self.published} events, {self.acknowledged} acknowledged, {self.failures} times failed; "
-            f"{self.delivered} delivered, {self.resets} resets for {self.missed} missed, {self.again} again; "
-            f"lost silently {self.lost}, doubled {self.doubled}, else wrong {dict(self.wrong)}"
+            f"{self.published} events, {self.acknowledged} acknowledged, {self.failures} failures; "
+            f"{self.delivered} delivered, {self.resets} resets for {self.missed} missed, {self.repeated} repeated; "
+            f"lost silently {self.lost}, doubled {self.doubled}, violations {dict(self.wrong)}"
         )
 
     def assert_good(self) -> None:
@@ -485,75 +498,76 @@ class Verdict:
 
 
 def check(clients: Iterable[Client], ledger: Ledger) -> Verdict:
-    """See what every client was told against what was acknowledged."""
+    """Compare the events that the clients received with the acknowledged ones."""
     verdict = Verdict(len(ledger.channel), len(ledger.ids), ledger.failures)
     _check_ids(ledger, verdict)
-    names: dict[tuple[str, int], tuple[str, int]] = {}  # of each id, the event
+    names: dict[tuple[str, int], tuple[str, int]] = {}  # id → event
     for client in clients:
         _check_client(client, ledger, verdict)
-        for row in client.told:
-            if row.who and names.setdefault((row.epoch, row.number), (row.who, row.nth)) != (row.who, row.nth):
-                verdict.add("an id of two events", row)
+        for row in client.received:
+            name = row.publisher, row.sequence
+            if row.publisher and names.setdefault((row.epoch, row.offset), name) != name:
+                verdict.add("one id for two events", row)
     return verdict
 
 
 def _check_ids(ledger: Ledger, verdict: Verdict) -> None:
     for rows in ledger.of_epoch.values():
         for before, after in pairwise(rows):
-            if before.number == after.number:
-                verdict.add("acknowledged with the id of another one", (before, after))
-    # What a publisher began to publish first comes first; it may be acknowledged in the same moment.
-    for who, counts in ledger.at_first.items():
+            if before.offset == after.offset:
+                verdict.add("two events acknowledged with one id", (before, after))
+    # Events of one publisher are in the order in which it sent them, even if they were acknowledged together.
+    for publisher, counts in ledger.first_attempts.items():
         last: tuple[str, int] = "", 0
         for count in sorted(counts):
-            this = ledger.ids[who, count]
+            this = ledger.ids[publisher, count]
             if this[0] == last[0] and this[1] < last[1]:
-                verdict.add("not in the order of its publisher", (who, count, last, this))
+                verdict.add("not in the order of the publisher", (publisher, count, last, this))
             last = this
 
 
 def _check_client(client: Client, ledger: Ledger, verdict: Verdict) -> None:
-    epoch, _, number = client.first_id.partition("-")
-    start = end = int(number)
-    part: set[tuple[str, int]] = set()  # since the last reset
-    known: dict[tuple[str, int], str] = {}  # the epoch in which it was seen last
-    for row in client.told:
-        name = row.who, row.nth
-        if not row.who:
+    epoch, _, offset = client.first_id.partition("-")
+    start = end = int(offset)
+    part: set[tuple[str, int]] = set()  # events since the last reset
+    known: dict[tuple[str, int], str] = {}  # event → the epoch in which it was received last
+    for row in client.received:
+        name = row.publisher, row.sequence
+        if not row.publisher:
             verdict.resets += 1
-            if row.epoch == epoch and row.number < end:
-                verdict.add("a reset to before what was told already", (client, row, end))
+            if row.epoch == epoch and row.offset < end:
+                verdict.add("a reset to before a received event", (client, row, end))
             _check_part(client, ledger, verdict, part, (epoch, start, end))
-            verdict.missed += _count(client, ledger, epoch, end, row.number if row.epoch == epoch else None)
-            epoch, start, end, part = row.epoch, row.number, row.number, set()
+            verdict.missed += _count(client, ledger, epoch, end, row.offset if row.epoch == epoch else None)
+            epoch, start, end, part = row.epoch, row.offset, row.offset, set()
             continue
         verdict.delivered += 1
         if row.epoch != epoch:
-            verdict.add("another epoch without a reset", (client, row, epoch))
-            epoch, start, end, part = row.epoch, row.number - 1, row.number - 1, set()
-        if row.number <= end or known.get(name) == epoch:
+            verdict.add("a new epoch without a reset", (client, row, epoch))
+            epoch, start, end, part = row.epoch, row.offset - 1, row.offset - 1, set()
+        if row.offset <= end or known.get(name) == epoch:
             verdict.doubled += 1
             verdict.add("doubled", (client, row, end))
-        verdict.again += name in known and known[name] != epoch
-        end = max(end, row.number)
+        verdict.repeated += name in known and known[name] != epoch
+        end = max(end, row.offset)
         known[name] = epoch
         part.add(name)
         _check_event(client, ledger, verdict, row)
     _check_part(client, ledger, verdict, part, (epoch, start, None))
 
 
-def _check_event(client: Client, ledger: Ledger, verdict: Verdict, row: Told) -> None:
-    """An event that is none of its channels, or not what was acknowledged by that id."""
-    name = row.who, row.nth
+def _check_event(client: Client, ledger: Ledger, verdict: Verdict, row: Received) -> None:
+    """Check that an event is of the client's channels, and has the id that was acknowledged."""
+    name = row.publisher, row.sequence
     if ledger.channel.get(name) not in client.channels:
-        verdict.add("not of its channels", (client, row))
+        verdict.add("not of the channels of the client", (client, row))
     acknowledged = ledger.ids.get(name)
-    if acknowledged is None or acknowledged == (row.epoch, row.number):
+    if acknowledged is None or acknowledged == (row.epoch, row.offset):
         return
-    # It may have been in a log that was lost, before it was acknowledged in the next one.
+    # The event may have been in a log that was lost, before it was acknowledged in the next one.
     first = ledger.epochs.get(row.epoch, 0.0)
     if acknowledged[0] == row.epoch or first > ledger.epochs[acknowledged[0]]:
-        verdict.add("not the id that was acknowledged", (client, row, acknowledged))
+        verdict.add("another id than the acknowledged one", (client, row, acknowledged))
 
 
 def _check_part(
@@ -561,23 +575,23 @@ def _check_part(
     ledger: Ledger,
     verdict: Verdict,
     part: set[tuple[str, int]],
-    place: tuple[str, int, int | None],
+    span: tuple[str, int, int | None],
 ) -> None:
-    """All that was acknowledged between two places has to be in it; without an end, all that follows."""
-    epoch, start, end = place
+    """Check that `part` has all acknowledged events of a span: epoch, start, and end or ``None``."""
+    epoch, start, end = span
     for row in ledger.of_epoch.get(epoch, ()):
-        if row.number <= start or (end is not None and row.number > end):
+        if row.offset <= start or (end is not None and row.offset > end):
             continue
-        if row.channel in client.channels and (row.who, row.nth) not in part:
+        if row.channel in client.channels and (row.publisher, row.sequence) not in part:
             verdict.lost += 1
-            verdict.add("lost silently", (client, row, place))
+            verdict.add("lost silently", (client, row, span))
 
 
 def _count(client: Client, ledger: Ledger, epoch: str, after: int, until: int | None) -> int:
     return sum(
-        row.channel in client.channels and row.number > after and (until is None or row.number <= until)
+        row.channel in client.channels and row.offset > after and (until is None or row.offset <= until)
         for row in ledger.of_epoch.get(epoch, ())
     )
 
 
-assert set().union(*MIXES.values()) == set(CHANNELS)
+assert set().union(*SUBSCRIPTIONS.values()) == set(CHANNELS)

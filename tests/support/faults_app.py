@@ -1,10 +1,10 @@
-"""The app that the nodes of the tests of faults run, each in a process of its own.
+"""The app of the fault tests. Two processes run it.
 
-Each node publishes by itself, and writes down what became of each event before anything else can happen to it:
+Each process publishes events, and writes the fate of each event to its ledger at once:
 
-- ``t WHO COUNT CHANNEL``: it is going to be published;
-- ``a WHO COUNT ID TIME TRIES``: it was acknowledged, at the so many-th try;
-- ``f WHO COUNT``: publishing it raised `BrokerError`.
+- ``t PUBLISHER COUNT CHANNEL``: the event is about to be published.
+- ``a PUBLISHER COUNT ID TIME ATTEMPTS``: it was acknowledged after so many attempts.
+- ``f PUBLISHER COUNT``: publishing it raised `BrokerError`.
 """
 
 import asyncio
@@ -20,46 +20,46 @@ import psutil
 from asgi_sse import Broker, BrokerError, Request, ServerSentEvent, Subscription, create_app
 
 CHANNELS = ["a", "b.x", "b.y", "c.1", "c.2", "c.1.d", "e", "f", "g", "h"]
-TIMEOUT = 3.0  # seconds after which publishing fails: less than an engine is paused for
-GIVEN_UP = 60.0  # seconds after which it is not tried again
+PUBLISH_TIMEOUT_S = 3.0  # shorter than the pause of a server
+RETRY_LIMIT_S = 60.0
 
 url = os.environ.get("ASGI_SSE_FAULTS_URL", "memory://")
-who = os.environ.get("ASGI_SSE_FAULTS_NODE", "")
+publisher = os.environ.get("ASGI_SSE_FAULTS_PUBLISHER", "")
 ledger = os.open(os.environ.get("ASGI_SSE_FAULTS_LEDGER", os.devnull), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-broker = Broker(url, publish_timeout=TIMEOUT)
+broker = Broker(url, publish_timeout=PUBLISH_TIMEOUT_S)
 counts = count(1)
 publishing: set[asyncio.Task[None]] = set()
 tickers: list[asyncio.Task[None]] = []
 
 
 def note(line: str) -> None:
-    os.write(ledger, line.encode() + b"\n")  # of one write, a process that is killed leaves all or nothing
+    os.write(ledger, line.encode() + b"\n")  # a killed process leaves all of one write, or nothing
 
 
-async def publish_one(channel: str, number: int, *, again: bool, **said: Any) -> None:
-    event = {"data": {"who": who, "count": number, "at": time.monotonic(), **said}}
-    key = f"{who}-{number}" if again else None  # without, the back end alone sees that it is published once
-    deadline = time.monotonic() + GIVEN_UP
-    note(f"t {who} {number} {channel}")
-    for tries in count(1):
+async def publish_one(channel: str, number: int, *, retry: bool, **fields: Any) -> None:
+    event = {"data": {"publisher": publisher, "count": number, "published_at": time.monotonic(), **fields}}
+    key = f"{publisher}-{number}" if retry else None  # without a key, the backend alone prevents duplicates
+    deadline = time.monotonic() + RETRY_LIMIT_S
+    note(f"t {publisher} {number} {channel}")
+    for attempt in count(1):
         try:
             event_id = await broker.publish(channel, event, idempotency_key=key)
         except BrokerError:
-            note(f"f {who} {number}")
-            if not again or time.monotonic() > deadline:
+            note(f"f {publisher} {number}")
+            if not retry or time.monotonic() > deadline:
                 return
         else:
-            note(f"a {who} {number} {event_id} {time.monotonic():.6f} {tries}")
+            note(f"a {publisher} {number} {event_id} {time.monotonic():.6f} {attempt}")
             return
 
 
-async def tick(rate: float, *, again: bool) -> None:
-    """Publish so many a second, whether those before are acknowledged or not."""
+async def tick(rate: float, *, retry: bool) -> None:
+    """Publish `rate` events a second, without waiting for acknowledgements."""
     began = time.monotonic()
     for number in count():
         await asyncio.sleep(max(0.0, began + number / rate - time.monotonic()))
         mine = next(counts)
-        task = asyncio.create_task(publish_one(CHANNELS[mine % len(CHANNELS)], mine, again=again))
+        task = asyncio.create_task(publish_one(CHANNELS[mine % len(CHANNELS)], mine, retry=retry))
         publishing.add(task)
         task.add_done_callback(publishing.discard)
 
@@ -69,14 +69,14 @@ async def events(request: Request) -> Subscription:
 
 
 async def begin(request: Request) -> AsyncIterator[str]:
-    """Publish from now on: ``rate`` events a second; with ``again=1`` those that fail once more, with the same key."""
-    again = request.query.get("again") == "1"
-    tickers.append(asyncio.create_task(tick(float(request.query["rate"]), again=again)))
+    """Start to publish ``rate`` events a second. With ``retry=1``, failed events are retried with the same key."""
+    retry = request.query.get("retry") == "1"
+    tickers.append(asyncio.create_task(tick(float(request.query["rate"]), retry=retry)))
     yield "begun"
 
 
 async def finish() -> AsyncIterator[str]:
-    """Publish no more, and wait for what is under way."""
+    """Stop publishing, and wait for the events that were sent."""
     for ticker in tickers:
         ticker.cancel()
     await asyncio.gather(*tickers, *publishing, return_exceptions=True)
@@ -85,7 +85,7 @@ async def finish() -> AsyncIterator[str]:
 
 async def last() -> AsyncIterator[str]:
     """Publish the last event of each channel."""
-    await asyncio.gather(*(publish_one(channel, next(counts), again=True, last=True) for channel in CHANNELS))
+    await asyncio.gather(*(publish_one(channel, next(counts), retry=True, last=True) for channel in CHANNELS))
     yield "published"
 
 

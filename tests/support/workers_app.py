@@ -1,4 +1,4 @@
-"""The app of the README's section on several workers, whose responses tell which process has given them."""
+"""The app of the README section on several workers. Its responses contain the id of the process that sent them."""
 
 import os
 from collections.abc import AsyncIterator
@@ -18,7 +18,7 @@ async def publish(request: Request) -> None:
 
 async def words() -> AsyncIterator[str]:
     for word in ("one", "two", "three"):
-        yield f"{word} of {os.getpid()}"
+        yield f"{word} from {os.getpid()}"
 
 
 async def run(request: Request) -> Run:
