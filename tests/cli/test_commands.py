@@ -503,7 +503,7 @@ def test_a_hub_for_other_languages(running: str) -> None:
         (["--broker", "rediss"], "url='rediss' is no broker that is known"),
         (["--broker", "nats"], "url='nats' is no broker that is known"),
         (["--broker", "redis://127.0.0.1:1/0"], "cannot connect to redis://127.0.0.1:1/0: "),
-        (["--cors", "example.com"], "cors: 'example.com' is no origin"),
+        (["--cors", "example.com"], "a CORS origin must be a scheme, a host and a port, got 'example.com'"),
         (["--publish-token", "a b"], "a token is empty, or has other than printable ASCII"),
         (["--prefix", "a b"], "prefix='a b'"),
     ],
