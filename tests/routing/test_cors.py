@@ -110,7 +110,11 @@ async def test_preflight_lists_methods_and_headers() -> None:
     [
         (lambda: CORS(5), TypeError, "CORS origins must be .* got 5"),  # type: ignore[arg-type]
         (lambda: CORS(["example.com"]), ValueError, "a CORS origin must be .* got 'example.com'"),
-        (lambda: CORS(["https://example.com/path"]), ValueError, "a CORS origin must be .* got 'https://example.com/path'"),
+        (
+            lambda: CORS(["https://example.com/path"]),
+            ValueError,
+            "a CORS origin must be .* got 'https://example.com/path'",
+        ),
         (lambda: CORS("https://*.example.com"), ValueError, r"a CORS origin must be .* got 'https://\*"),
         (lambda: CORS("https://example.com:443"), ValueError, "default port"),
         (lambda: CORS([5]), ValueError, "a CORS origin must be .* got 5"),  # type: ignore[list-item]
