@@ -36,7 +36,7 @@ class ResponseKind(Enum):
     """What the start of a response says about adoption."""
 
     OTHER = auto()
-    """Not an event stream: another content type, or a status other than 200, of which clients read no events."""
+    """Not an event stream: it has another content type, or a status other than 200, where clients expect no events."""
 
     COMPRESSED = auto()
     """An event stream with a content coding, into which no comment can be inserted."""

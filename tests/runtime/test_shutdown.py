@@ -555,7 +555,7 @@ async def test_a_stop_shortens_a_drain_that_is_under_way(handled: list[int], cap
         assert stream.complete
         assert 1 <= anyio.current_time() - began < 1.2
     (line,) = [record.getMessage() for record in caplog.records if "drained" in record.getMessage()]
-    assert line.startswith("drained 1 stream (by call): ")
+    assert line.startswith("drained 1 stream (drain()): ")
     assert handled
 
 
