@@ -1,4 +1,4 @@
-"""What OpenTelemetry sees, by its SDK and its own instrumentation of ASGI apps."""
+"""Metrics and spans for OpenTelemetry, with its SDK and its instrumentation of ASGI apps."""
 
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Telemetry:
-    """An SDK that keeps what it is given."""
+    """An SDK that keeps all spans and metrics in memory."""
 
     def __init__(self, **options: Any) -> None:
         self.exporter = InMemorySpanExporter()
@@ -39,7 +39,7 @@ class Telemetry:
         self.meter_provider = MeterProvider([self.reader])
 
     def around(self, app: Any, **options: Any) -> Any:
-        """`app` with the instrumentation that everybody uses."""
+        """Return `app` inside the ASGI instrumentation of OpenTelemetry."""
         return OpenTelemetryMiddleware(app, tracer_provider=self.tracer_provider, **options)
 
     def spans(self) -> Sequence[ReadableSpan]:
@@ -48,7 +48,7 @@ class Telemetry:
         return spans
 
     def metrics(self) -> dict[str, Any]:
-        """Our metrics: the points of each, by their attributes."""
+        """Return the data points of our metrics, by name and attributes."""
         data = self.reader.get_metrics_data()
         found: dict[str, Any] = {}
         for resource in data.resource_metrics if data else ():
@@ -98,19 +98,19 @@ async def read(app: Any, path: str = "/") -> list[str | None]:
         return [event.data async for event in stream]
 
 
-def ours(span: ReadableSpan) -> dict[str, Any]:
+def own_attributes(span: ReadableSpan) -> dict[str, Any]:
     return {name: value for name, value in (span.attributes or {}).items() if name.startswith("sse.")}
 
 
-async def test_a_stream_is_one_span(telemetry: Telemetry, registry: StreamRegistry) -> None:
+async def test_stream_has_one_span_with_its_attributes(telemetry: Telemetry, registry: StreamRegistry) -> None:
     app = telemetry.around(create_app({"/five": five}, registry=registry))
     await read(app, "/five")
-    assert len(telemetry.spans()) >= 8  # of each message one: what is to be prevented
+    assert len(telemetry.spans()) >= 8  # one of each message, without our instrumentation
     instrumentation = instrument(registry, meter_provider=telemetry.meter_provider)
     assert await read(app, "/five") == list(map(str, range(5)))
     (span,) = telemetry.spans()
     assert span.kind is trace.SpanKind.SERVER
-    attributes = ours(span)
+    attributes = own_attributes(span)
     assert attributes.pop("sse.duration") == pytest.approx(5, abs=0.1)
     assert attributes == {"sse.events": 5, "sse.bytes": registry.statistics().bytes / 2, "sse.close_reason": "finished"}
     assert span.status.is_unset
@@ -119,39 +119,41 @@ async def test_a_stream_is_one_span(telemetry: Telemetry, registry: StreamRegist
     await read(app, "/five")
     spans = telemetry.spans()
     assert len(spans) >= 8
-    assert not any(map(ours, spans))
+    assert not any(map(own_attributes, spans))
 
 
-async def test_a_client_that_leaves_and_a_drain(telemetry: Telemetry, registry: StreamRegistry) -> None:
+async def test_span_has_the_close_reason(telemetry: Telemetry, registry: StreamRegistry) -> None:
     instrument(registry, meter_provider=telemetry.meter_provider)
     app = telemetry.around(create_app({"/idle": idle}, registry=registry))
     async with open_stream(app, "/idle") as stream:
         await stream.receive()
     (span,) = telemetry.spans()
-    assert (ours(span)["sse.close_reason"], ours(span)["sse.events"]) == ("disconnected", 1)
+    assert (own_attributes(span)["sse.close_reason"], own_attributes(span)["sse.events"]) == ("disconnected", 1)
     async with open_stream(app, "/idle") as stream:
         await stream.receive()
         await registry.drain()
         assert [event async for event in stream] == []
     (span,) = telemetry.spans()
-    assert ours(span)["sse.close_reason"] == "drained"
+    assert own_attributes(span)["sse.close_reason"] == "drained"
 
 
-async def test_a_source_that_fails(telemetry: Telemetry, registry: StreamRegistry) -> None:
-    """The instrumentation records the error by itself, and once."""
+async def test_failed_source_sets_an_error_status(telemetry: Telemetry, registry: StreamRegistry) -> None:
+    """The ASGI instrumentation records the exception itself, once."""
     instrument(registry, meter_provider=telemetry.meter_provider)
     app = telemetry.around(create_app({"/fails": fails}, registry=registry))
     with pytest.raises(LookupError):
         await read(app, "/fails")
     (span,) = telemetry.spans()
-    assert ours(span)["sse.close_reason"] == "failed"
+    assert own_attributes(span)["sse.close_reason"] == "failed"
     assert span.status.status_code is trace.StatusCode.ERROR
     (event,) = span.events
     assert (event.name, (event.attributes or {})["exception.type"]) == ("exception", "LookupError")
 
 
-async def test_a_source_that_fails_behind_a_middleware(telemetry: Telemetry, registry: StreamRegistry) -> None:
-    """One that keeps the error, and ends the body in place of the stream, as Starlette's BaseHTTPMiddleware does."""
+async def test_failed_source_inside_a_middleware_sets_an_error_status(
+    telemetry: Telemetry, registry: StreamRegistry
+) -> None:
+    """Starlette's BaseHTTPMiddleware keeps the error, and ends the body in place of the stream."""
     instrument(registry, meter_provider=telemetry.meter_provider)
     inner = create_app({"/fails": fails}, registry=registry)
 
@@ -166,8 +168,8 @@ async def test_a_source_that_fails_behind_a_middleware(telemetry: Telemetry, reg
     assert request.status.status_code is trace.StatusCode.ERROR
 
 
-async def test_spans_of_the_app_stay(telemetry: Telemetry, registry: StreamRegistry) -> None:
-    """What it does in its source, in its callbacks and beside its stream belongs to its request."""
+async def test_spans_of_the_app_are_children_of_the_request(telemetry: Telemetry, registry: StreamRegistry) -> None:
+    """The source, the callbacks and the tasks beside the stream run in the context of the request."""
     tracer = telemetry.tracer_provider.get_tracer("app")
     instrument(registry, meter_provider=telemetry.meter_provider)
     broker = Broker()
@@ -206,15 +208,15 @@ async def test_spans_of_the_app_stay(telemetry: Telemetry, registry: StreamRegis
     spans = telemetry.spans()
     (request,) = (span for span in spans if span.kind is trace.SpanKind.SERVER)
     assert request.context is not None
-    below = [span for span in spans if span is not request]
-    assert sorted({span.name for span in below}) == ["clean-up", "on_close", "one", "ping", "two"]
-    assert {span.parent.span_id for span in below if span.parent} == {request.context.span_id}
+    children = [span for span in spans if span is not request]
+    assert sorted({span.name for span in children}) == ["clean-up", "on_close", "one", "ping", "two"]
+    assert {span.parent.span_id for span in children if span.parent} == {request.context.span_id}
     async with open_stream(app, "/state") as stream:
         assert (await stream.receive()).data == "state"
     assert sorted(span.name for span in telemetry.spans()) == ["GET /state", "snapshot"]
 
 
-async def test_streams_of_an_app_of_its_own(telemetry: Telemetry, registry: StreamRegistry) -> None:
+async def test_adopted_stream_has_one_span(telemetry: Telemetry, registry: StreamRegistry) -> None:
     starlette = pytest.importorskip("starlette.applications")
     responses = pytest.importorskip("starlette.responses")
     routing = pytest.importorskip("starlette.routing")
@@ -224,27 +226,27 @@ async def test_streams_of_an_app_of_its_own(telemetry: Telemetry, registry: Stre
             yield f"data: {number}\n\n"
             await anyio.sleep(1)
 
-    async def theirs(request: Any) -> Any:
+    async def foreign(request: Any) -> Any:
         return responses.StreamingResponse(lines(), media_type="text/event-stream")
 
-    async def our_own(request: Any) -> Any:
+    async def own(request: Any) -> Any:
         return EventSourceResponse(five())
 
     instrument(registry, meter_provider=telemetry.meter_provider)
-    routes = [routing.Route("/theirs", theirs), routing.Route("/ours", our_own)]
+    routes = [routing.Route("/foreign", foreign), routing.Route("/own", own)]
     app = telemetry.around(SSEMiddleware(starlette.Starlette(routes=routes), registry=registry))
-    assert await read(app, "/ours") == list(map(str, range(5)))
+    assert await read(app, "/own") == list(map(str, range(5)))
     (span,) = telemetry.spans()
-    assert ours(span)["sse.events"] == 5
-    assert await read(app, "/theirs") == list(map(str, range(3)))
+    assert own_attributes(span)["sse.events"] == 5
+    assert await read(app, "/foreign") == list(map(str, range(3)))
     spans = telemetry.spans()
     assert not any("send" in span.name for span in spans)
     (request,) = (span for span in spans if span.kind is trace.SpanKind.SERVER)
-    assert ours(request)["sse.events"] == 3
+    assert own_attributes(request)["sse.events"] == 3
 
 
-async def test_spans_of_messages_on_request(registry: StreamRegistry) -> None:
-    """And by a sampler that makes a span of everything: then the instrumentation itself is told."""
+async def test_message_spans_can_be_kept(registry: StreamRegistry) -> None:
+    """A sampler that ignores the parent keeps them too, unless the instrumentation excludes them."""
     telemetry = Telemetry(sampler=ALWAYS_ON)
     instrumentation = instrument(registry, meter_provider=telemetry.meter_provider)
     app = create_app({"/five": five}, registry=registry)
@@ -252,24 +254,24 @@ async def test_spans_of_messages_on_request(registry: StreamRegistry) -> None:
     assert len(telemetry.spans()) >= 8
     await read(telemetry.around(app, exclude_spans=["send", "receive"]), "/five")
     (span,) = telemetry.spans()
-    assert ours(span)["sse.events"] == 5
+    assert own_attributes(span)["sse.events"] == 5
     instrumentation.uninstrument()
     telemetry = Telemetry()
     instrument(registry, meter_provider=telemetry.meter_provider, message_spans=True)
     await read(telemetry.around(app), "/five")
     spans = telemetry.spans()
     assert len(spans) >= 8
-    assert [ours(span)["sse.events"] for span in spans if ours(span)] == [5]
+    assert [own_attributes(span)["sse.events"] for span in spans if own_attributes(span)] == [5]
 
 
-async def test_streams_without_a_span(telemetry: Telemetry, registry: StreamRegistry) -> None:
+async def test_stream_without_a_span_is_counted(telemetry: Telemetry, registry: StreamRegistry) -> None:
     instrument(registry, meter_provider=telemetry.meter_provider)
     assert await read(create_app({"/five": five}, registry=registry), "/five") == list(map(str, range(5)))
     assert not telemetry.spans()
     assert telemetry.value("sse.server.opened_streams") == 1
 
 
-async def test_metrics(telemetry: Telemetry, registry: StreamRegistry) -> None:
+async def test_metrics_of_streams_and_brokers(telemetry: Telemetry, registry: StreamRegistry) -> None:
     broker = Broker()
     instrumentation = instrument(registry, broker=broker, meter_provider=telemetry.meter_provider)
     app = create_app({"/five": five, "/idle": idle, "/news": broker.channel("news")}, registry=registry)
@@ -304,14 +306,14 @@ async def test_metrics(telemetry: Telemetry, registry: StreamRegistry) -> None:
     assert telemetry.value("sse.broker.published", broker="two") == 0
 
 
-async def test_all_streams_of_a_process(telemetry: Telemetry) -> None:
+async def test_instrument_reports_all_registries_by_default(telemetry: Telemetry) -> None:
     instrumentation = instrument(meter_provider=telemetry.meter_provider)
     try:
         before = telemetry.value("sse.server.opened_streams")
         await read(telemetry.around(EventSourceResponse(five())))
         await read(telemetry.around(create_app({"/five": five})), "/five")
         assert telemetry.value("sse.server.opened_streams") == before + 2
-        assert [ours(span)["sse.events"] for span in telemetry.spans()] == [5, 5]
+        assert [own_attributes(span)["sse.events"] for span in telemetry.spans()] == [5, 5]
     finally:
         instrumentation.uninstrument()
     await read(EventSourceResponse(five()))
@@ -319,22 +321,22 @@ async def test_all_streams_of_a_process(telemetry: Telemetry) -> None:
     assert duration.count == 2
 
 
-async def test_one_collection_reads_the_streams_once(telemetry: Telemetry) -> None:
-    class Counts(StreamRegistry):
+async def test_statistics_are_read_once_per_collection(telemetry: Telemetry) -> None:
+    class CountingRegistry(StreamRegistry):
         read = 0
 
         def statistics(self) -> RegistryStatistics:
             self.read += 1
             return super().statistics()
 
-    registry = Counts()
+    registry = CountingRegistry()
     instrument(registry, broker=Broker(), meter_provider=telemetry.meter_provider)
     for times in (1, 2, 3):
         telemetry.metrics()
         assert registry.read == times
 
 
-def test_wrong_arguments(telemetry: Telemetry) -> None:
+def test_invalid_arguments_are_refused(telemetry: Telemetry) -> None:
     with pytest.raises(TypeError, match="only one of broker and brokers"):
         instrument(broker=Broker(), brokers=[Broker()], meter_provider=telemetry.meter_provider)
     with pytest.raises(TypeError, match="registry must be a StreamRegistry, got 'x'"):
@@ -342,9 +344,9 @@ def test_wrong_arguments(telemetry: Telemetry) -> None:
     instrument(StreamRegistry(), meter_provider=telemetry.meter_provider).uninstrument()
 
 
-def test_names_by_convention() -> None:
+def test_names_follow_the_conventions() -> None:
     names = [instrument.otel_name for instrument in (*INSTRUMENTS, STREAM_DURATION)]
     assert len(set(names)) == len(names)
     assert all(instrument.otel_name.startswith("sse.server.") for instrument in STREAM_INSTRUMENTS)
     assert all(instrument.otel_name.startswith("sse.broker.") for instrument in BROKER_INSTRUMENTS)
-    assert not any(name.endswith(("_total", "_seconds", "_bytes")) for name in names)  # units have a place of their own
+    assert not any(name.endswith(("_total", "_seconds", "_bytes")) for name in names)  # the unit is a separate field

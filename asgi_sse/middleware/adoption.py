@@ -36,7 +36,7 @@ class ResponseKind(Enum):
     """What the start of a response says about adoption."""
 
     OTHER = auto()
-    """Not an event stream: another content type, or a status other than 200, of which clients read no events."""
+    """Not an event stream: it has another content type, or a status other than 200, where clients expect no events."""
 
     COMPRESSED = auto()
     """An event stream with a content coding, into which no comment can be inserted."""
@@ -91,15 +91,15 @@ class AdoptedStream(Changing, Child):
         wait: The wait around the app, which cancels it.
 
     Attributes:
-        head: The response start that is sent: the app's, with the headers that it lacks.
+        start: The response start that is sent: the app's, with the headers that it lacks.
         disconnected: Whether the client has left.
         reading: Always false: the app's uploads do not delay the response start.
     """
 
     __slots__ = (
         "_ahead_bytes", "_app_done", "_discard", "_disconnect_delivered", "_error", "_messages", "_passed_through",
-        "_raised", "_receive", "_receiving", "_send", "_sending", "_start", "_started", "_stopping", "_stream",
-        "_stream_done", "_wait", "disconnected", "head", "reading",
+        "_raised", "_receive", "_receiving", "_send", "_sending", "_app_start", "_started", "_stopping", "_stream",
+        "_stream_done", "_wait", "disconnected", "reading", "start",
     )  # fmt: skip
 
     def __init__(
@@ -117,7 +117,7 @@ class AdoptedStream(Changing, Child):
         wait: Wait,
     ) -> None:
         super().__init__()
-        self._start = start
+        self._app_start = start
         self._receive = receive
         self._receiving = receiving
         self._send = send
@@ -138,10 +138,10 @@ class AdoptedStream(Changing, Child):
         self._raised: BaseException | None = None
         given = {name.lower() for name, _ in start.get("headers", ())}
         missing = [pair for pair in EVENT_STREAM_HEADERS if pair[0] not in given]
-        self.head: Message = {**start, "headers": [*start.get("headers", ()), *missing]}
+        self.start: Message = {**start, "headers": [*start.get("headers", ()), *missing]}
         self._stream = Stream(
             None,
-            head=self.head,
+            head=self.start,
             path=scope["path"],
             client=scope.get("client"),
             receiver=self,
@@ -242,7 +242,7 @@ class AdoptedStream(Changing, Child):
                 self._stream.end_source(IncompleteBodyError())  # the file is the rest of the body
                 await self._stream_done.wait()
             else:
-                await self._send(self._start)
+                await self._send(self._app_start)
 
     def _keep_error(self, error: BaseException | None) -> None:
         """Keep an error of the stream for the app, unless it came from there."""

@@ -220,7 +220,7 @@ class Responder:
             options=options,
             wait=self._wait,
         )
-        self._check_start_later(self._adopted.head)
+        self._check_start_later(self._adopted.start)
 
     # Called by a stream of this library that answers the request
 

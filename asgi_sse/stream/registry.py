@@ -161,7 +161,7 @@ class StreamRegistry:
         seconds = self._drain_timeout if timeout is None else timeout
         self._draining = True
         self._call_draining(None, seconds)
-        return await self._drain(list(self._streams), seconds, "by call")
+        return await self._drain(list(self._streams), seconds, "drain()")
 
     def _drain_in_loops(self, streams: list[Stream], seconds: float) -> None:
         """Ask `streams` to end, each in its own event loop. A stream that is draining keeps an earlier deadline."""

@@ -1,6 +1,6 @@
-"""Every compressor that is installed, inside of `SSEMiddleware` and around it, over a real server.
+"""Every installed compressor, inside `SSEMiddleware` and around it, on a real server.
 
-Whether it compresses an event stream is found out first, from the same app with ``compressors="off"``.
+A first run with ``compressors="off"`` shows whether the compressor encodes event streams at all.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from compressor_apps import AROUND, EVENTS, OWN
 from stopping import TERM, Row, Run, uvicorn
 
 FULL = os.environ.get("ASGI_SSE_COMPRESSORS") == "full"
-MODULES = {  # what has to be installed
+MODULES = {  # the module that must be installed
     "starlette_gzip": "starlette", "brotli_asgi": "brotli_asgi", "starlette_compress": "starlette_compress",
     "asgi_gzip": "asgi_gzip", "zstd_asgi": "zstd_asgi", "asgi_compression": "asgi_compression", "litestar": "litestar",
     "django_gzip": "django", "django_http_compression": "django_http_compression", "quart_compress": "quart_compress",
@@ -35,8 +35,8 @@ CLASSES = {
 INSTALLED = [name for name, module in MODULES.items() if importlib.util.find_spec(module)]
 SAMPLE = [name for name in ("starlette_gzip", "brotli_asgi") if name in INSTALLED]
 NAMES = INSTALLED if FULL else SAMPLE
-ENOUGH = 20.0  # seconds for what comes at once, unless it is held
-ASKS = {"accept": "text/event-stream", "accept-encoding": "gzip, br, zstd"}
+TIMEOUT = 20.0  # seconds; a response that is not held back arrives at once
+REQUEST_HEADERS = {"accept": "text/event-stream", "accept-encoding": "gzip, br, zstd"}
 
 
 @pytest.fixture
@@ -59,28 +59,30 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         yield start
 
 
-def head_of(run: Run, path: str) -> httpx.Headers:
-    with httpx.stream("GET", f"http://127.0.0.1:{run.port}{path}", headers=ASKS, timeout=ENOUGH) as response:
+def response_headers(run: Run, path: str) -> httpx.Headers:
+    with httpx.stream(
+        "GET", f"http://127.0.0.1:{run.port}{path}", headers=REQUEST_HEADERS, timeout=TIMEOUT
+    ) as response:
         return response.headers
 
 
 def delays(run: Run, path: str) -> list[float]:
-    """How long each event of the stream took to the client, who lets the app make the next one when it has come."""
+    """Return the delay of each event in seconds. The client reports each event, and the app then sends the next one."""
     found: list[float] = []
     with (
-        socket.create_connection(("127.0.0.1", run.port), timeout=ENOUGH) as sock,
+        socket.create_connection(("127.0.0.1", run.port), timeout=TIMEOUT) as sock,
         (run.directory / "seen").open("a") as seen,
     ):
-        lines = "".join(f"{name}: {value}\r\n" for name, value in ASKS.items())
+        lines = "".join(f"{name}: {value}\r\n" for name, value in REQUEST_HEADERS.items())
         sock.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{lines}\r\n".encode())
         data = b""
         while chunk := sock.recv(65_536):
             data += chunk
             events = [line for line in data.split(b"\n") if line.startswith(b"data: ") and b"." * 600 in line]
             for line in events[len(found) :]:
-                made = line.split()[1].decode()
-                found.append(time.time() - float(made))
-                print(made, file=seen, flush=True)
+                sent_at = line.split()[1].decode()
+                found.append(time.time() - float(sent_at))
+                print(sent_at, file=seen, flush=True)
     assert b"content-encoding" not in data.lower()
     return found
 
@@ -94,16 +96,16 @@ def stream_paths(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_inside(name: str, serve: Callable[..., Run]) -> None:
+def test_compressor_inside_is_bypassed_or_refused(name: str, serve: Callable[..., Run]) -> None:
     unguarded = serve("inside", name, "off")
     paths = stream_paths(name)
-    encodes = {path: head_of(unguarded, path).get("content-encoding", "") for path in paths}
+    encodes = {path: response_headers(unguarded, path).get("content-encoding", "") for path in paths}
     bypass = serve("inside", name, "bypass")
     refuse = serve("inside", name, "refuse")
     for path in paths:
         took = delays(bypass, path)
-        assert len(took) == EVENTS  # none is held until the next one is made
-        response = httpx.get(f"http://127.0.0.1:{refuse.port}{path}", headers=ASKS, timeout=ENOUGH)
+        assert len(took) == EVENTS  # no event waits for the next one
+        response = httpx.get(f"http://127.0.0.1:{refuse.port}{path}", headers=REQUEST_HEADERS, timeout=TIMEOUT)
         if encodes[path]:
             assert response.status_code == 500
             assert CLASSES[name] in response.text
@@ -114,27 +116,29 @@ def test_inside(name: str, serve: Callable[..., Run]) -> None:
     with httpx.stream(
         "GET", f"http://127.0.0.1:{bypass.port}/page", headers={"accept-encoding": "gzip, br, zstd"}
     ) as page:
-        assert "content-encoding" in page.headers  # other responses are compressed as before
+        assert "content-encoding" in page.headers  # other responses are still compressed
     late = f"{max(took):.2f}"
     print(f"{name:26} inside: {encodes}; bypassed: the slowest event {late} s late; refused: {response.status_code}")
     for run in (bypass, refuse):
         if any(encodes.values()):
-            run.wait_until(lambda run=run: bool(warnings(run)), ENOUGH, "nothing was told")  # type: ignore[misc]
+            run.wait_until(lambda run=run: bool(warnings(run)), TIMEOUT, "no warning was logged")  # type: ignore[misc]
         warned = warnings(run)
         assert bool(warned) == any(encodes.values()), warned
         assert all(CLASSES[name] in line for line in warned)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name in [builder.__name__ for builder in AROUND]])
-def test_around(name: str, serve: Callable[..., Run]) -> None:
+def test_compressor_around_is_reported(name: str, serve: Callable[..., Run]) -> None:
     run = serve("around", name)
-    encodes = {path: head_of(run, path).get("content-encoding", "") for path in ("/route", "/ours", "/foreign")}
-    identity = head_of(run, "/identity").get("content-encoding", "")
+    encodes = {
+        path: response_headers(run, path).get("content-encoding", "") for path in ("/route", "/ours", "/foreign")
+    }
+    identity = response_headers(run, "/identity").get("content-encoding", "")
     assert identity in ("", "identity") or name in ("starlette_compress", "asgi_gzip", "zstd_asgi")  # some versions
     if any(encodes.values()):
-        run.wait_until(lambda: bool(warnings(run)), ENOUGH, "nothing was told")
+        run.wait_until(lambda: bool(warnings(run)), TIMEOUT, "no warning was logged")
     else:
-        time.sleep(1.5)  # past the second look at the heads
+        time.sleep(1.5)  # until the response headers are checked again
     warned = warnings(run)
     print(f"{name:26} around: {encodes}; with identity: {identity}; warned: {bool(warned)}")
     assert bool(warned) == any(encodes.values()), warned

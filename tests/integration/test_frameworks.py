@@ -1,6 +1,6 @@
 """`SSEMiddleware` around an app of every framework, on real servers.
 
-A sample of them unless ``ASGI_SSE_FRAMEWORKS`` is ``full``, for which all have to be installed.
+The tests run a sample of the frameworks, or all of them if ``ASGI_SSE_FRAMEWORKS`` is ``full``.
 """
 
 import os
@@ -29,9 +29,9 @@ def runs(tmp_path: Path) -> Iterator[Callable[[Row], Run]]:
 
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("app", APPS if FULL else SAMPLE)
-def test_around_a_framework(app: str, server: str, runs: Callable[[Row], Run]) -> None:
+def test_framework_streams_and_stops(app: str, server: str, runs: Callable[[Row], Run]) -> None:
     has_hooks = "django" not in app
-    # hypercorn evaluates what stands behind the colon, uvicorn looks the name up.
+    # After the colon, hypercorn evaluates an expression, and uvicorn looks up a name.
     inner = app.removeprefix("wrapped_")
     expression = f"wrapped({inner}())" if inner != app else f"{app.removesuffix('_is_around')}_around()"
     name = app if server == "uvicorn" else expression
@@ -40,19 +40,23 @@ def test_around_a_framework(app: str, server: str, runs: Callable[[Row], Run]) -
     assert httpx.get(f"http://127.0.0.1:{run.port}/page").text == "a page " * 1000
     assert httpx.get(f"http://127.0.0.1:{run.port}/nowhere").status_code == 404
 
-    leaves = Client(run.port, "/stream", raw=True)
-    head, _, body = bytes(leaves.body).partition(b"\r\n\r\n")
+    leaving = Client(run.port, "/stream", raw=True)
+    head, _, body = bytes(leaving.body).partition(b"\r\n\r\n")
     assert b"x-accel-buffering: no" in head.lower()
-    run.wait_until(lambda: b": ping\n\n" in leaves.body and b"data: 1\n\n" in leaves.body, 20, "it is not kept alive")
+    run.wait_until(
+        lambda: b": ping\n\n" in leaving.body and b"data: 1\n\n" in leaving.body,
+        20,
+        "the stream received no keep-alive",
+    )
     assert (
-        bytes(leaves.body).index(b"data: 0")
-        < bytes(leaves.body).index(b": ping")
-        < bytes(leaves.body).index(b"data: 1")
+        bytes(leaving.body).index(b"data: 0")
+        < bytes(leaving.body).index(b": ping")
+        < bytes(leaving.body).index(b"data: 1")
     )
     assert body
-    leaves.disconnect()
+    leaving.disconnect()
     run.wait_until(
-        lambda: run.noted("finally of the app's stream") == 1, 20, "the disconnect did not reach its generator"
+        lambda: run.noted("finally of the app's stream") == 1, 20, "the disconnect did not reach the generator"
     )
 
     clients = [Client(run.port, "/ours"), Client(run.port, "/stream")]

@@ -1,4 +1,4 @@
-"""What Prometheus sees of streams and brokers."""
+"""The metrics of streams and brokers for Prometheus, and the endpoint for its scrapes."""
 
 import asyncio
 import gc
@@ -34,19 +34,19 @@ PAGE = Path(__file__).parents[2] / "docs" / "pages" / "guides" / "observe.md"
 
 
 def values_of(families: Iterable[Any]) -> dict[str, float]:
-    """Each sample, by its name and labels as they are written."""
+    """Return the value of each sample, by its name and labels in the text format."""
     values: dict[str, float] = {}
     for family in families:
         for sample in family.samples:
             labels = ",".join(f'{name}="{value}"' for name, value in sorted(sample.labels.items()))
             name = sample.name + f"{{{labels}}}" * bool(labels)
-            assert name not in values, f"{name} stands twice"
+            assert name not in values, f"{name} occurs twice"
             values[name] = sample.value
     return values
 
 
 def read(collector: PrometheusCollector) -> dict[str, float]:
-    """The values as a scraper gets them, which are the same in both formats."""
+    """Return the values as a scraper reads them. Both text formats must have the same samples."""
     found = values_of(parse_text(generate_latest(collector).decode()))
     text = generate_openmetrics(collector).decode()  # type: ignore[no-untyped-call]
     assert values_of(parse_openmetrics(text)).keys() == found.keys()  # type: ignore[no-untyped-call]
@@ -58,7 +58,7 @@ async def idle() -> AsyncIterator[str]:
     await anyio.sleep_forever()
 
 
-async def test_what_streams_do_is_seen() -> None:
+async def test_collector_reports_each_count_of_streams() -> None:
     registry = StreamRegistry()
     collector = Collector(registry)
     assert set(read(collector).values()) == {0}
@@ -109,7 +109,7 @@ async def test_what_streams_do_is_seen() -> None:
     assert values["asgi_sse_stream_duration_seconds_sum"] == pytest.approx(100_103, abs=0.1)
 
 
-async def test_a_client_that_does_not_read_is_seen_from_any_thread() -> None:
+async def test_slowest_client_is_reported_from_any_thread() -> None:
     registry = StreamRegistry()
 
     async def fast() -> AsyncIterator[str]:
@@ -127,7 +127,7 @@ async def test_a_client_that_does_not_read_is_seen_from_any_thread() -> None:
         assert 4 <= found[0] <= 5
 
 
-def test_a_metric_stands_once() -> None:
+def test_each_metric_occurs_once() -> None:
     one, two = StreamRegistry(), StreamRegistry()
     assert read(Collector(one, one)).keys() == read(Collector(one)).keys()
     values = read(Collector(one, two, one))
@@ -140,7 +140,7 @@ def test_a_metric_stands_once() -> None:
         prometheus.register(Collector(two))
 
 
-async def test_brokers() -> None:
+async def test_collector_reports_brokers_by_label() -> None:
     one, two = Broker(history=50), Broker()
     values = read(Collector(StreamRegistry(), brokers=one))
     assert values['asgi_sse_broker_state{state="local"}'] == 1
@@ -158,7 +158,7 @@ async def test_brokers() -> None:
 
 
 @pytest.mark.parametrize("channels", [["a"], ["a", "b"], ["*"], [f"c{number}" for number in range(20)] + ["a"]])
-async def test_how_far_the_slowest_subscription_is_behind(channels: list[str]) -> None:
+async def test_lag_is_that_of_the_slowest_subscription(channels: list[str]) -> None:
     broker = Broker()
     collector = Collector(StreamRegistry(), brokers=broker)
 
@@ -172,7 +172,9 @@ async def test_how_far_the_slowest_subscription_is_behind(channels: list[str]) -
         await fast.read()
         await slow.read()
         assert lag() == 0
-        for number in range(40):  # none waits between: each is a message of its own, of which one is taken
+        for number in range(
+            40
+        ):  # one after the other, so that each is a message of its own, and the slow client takes one
             broker.publish_nowait("a", number)
             await anyio.sleep(0.01)
         assert 36 <= lag() <= 40
@@ -184,7 +186,7 @@ async def test_how_far_the_slowest_subscription_is_behind(channels: list[str]) -
     assert lag() == 0
 
 
-async def test_what_a_subscription_has_read_ahead_is_behind_as_well() -> None:
+async def test_lag_includes_events_that_a_subscription_read_ahead() -> None:
     broker = Broker()
     other, slowest = aiter(broker.subscribe("b")), aiter(broker.subscribe("a"))
     for channel, reader in (("b", other), ("a", slowest)):
@@ -192,11 +194,11 @@ async def test_what_a_subscription_has_read_ahead_is_behind_as_well() -> None:
         await anext(reader)
     for channel in ["b"] * 50 + ["a"] * 101:
         broker.publish_nowait(channel, "next")
-    await anext(slowest)  # of as many as it reads at once
+    await anext(slowest)  # it reads several events at once
     assert read(Collector(StreamRegistry(), brokers=broker))["asgi_sse_broker_lag_events"] == 100
 
 
-# All that there are in a process
+# All registries of the process
 
 
 def counted(collector: Collector) -> tuple[float, float, float]:
@@ -205,7 +207,7 @@ def counted(collector: Collector) -> tuple[float, float, float]:
     return tuple(values[f"asgi_sse_{name}"] for name in names)  # type: ignore[return-value]
 
 
-def test_what_an_event_loop_has_counted_outlives_it() -> None:
+def test_counts_outlive_their_event_loop() -> None:
     collector = Collector()
     opened, events, ended = counted(collector)
 
@@ -226,7 +228,7 @@ def test_what_an_event_loop_has_counted_outlives_it() -> None:
     assert counted(collector) == counted(Collector()) == (opened + 6, events + 18, ended + 6)
 
 
-def test_registries_by_the_hundred_are_counted_and_forgotten() -> None:
+def test_counts_of_collected_registries_are_kept() -> None:
     before = read(Collector())
     for number in range(200):
         registry = StreamRegistry()
@@ -237,25 +239,25 @@ def test_registries_by_the_hundred_are_counted_and_forgotten() -> None:
         assert after[name] == before[name] + 100
 
 
-def test_counters_do_not_go_down() -> None:
-    """As where a loop is closed under its streams, and what those had sent is gone with them."""
+def test_counters_never_decrease() -> None:
+    """Statistics decrease when an event loop is closed under its streams, whose counts are then lost."""
 
-    class Forgetful(StreamRegistry):
+    class Decreasing(StreamRegistry):
         events = 10
 
         def statistics(self) -> RegistryStatistics:
             return replace(super().statistics(), events=self.events)
 
-    registry = Forgetful()
+    registry = Decreasing()
     collector = Collector(registry)
-    course = []
+    seen = []
     for registry.events in (10, 7, 9, 11):
-        course.append(read(collector)["asgi_sse_events_total"])
-    assert course == [10, 10, 10, 11]
+        seen.append(read(collector)["asgi_sse_events_total"])
+    assert seen == [10, 10, 10, 11]
 
 
 @pytest.mark.real_time
-async def test_a_scrape_in_another_thread_meets_streams_that_come_and_go() -> None:
+async def test_scrape_in_another_thread_while_streams_begin_and_end() -> None:
     registry = StreamRegistry()
     collector = Collector(registry)
     over = threading.Event()
@@ -271,14 +273,14 @@ async def test_a_scrape_in_another_thread_meets_streams_that_come_and_go() -> No
 
     thread = threading.Thread(target=scrape)
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # the threads take turns wherever they can
+    sys.setswitchinterval(1e-6)  # the threads switch as often as possible
     thread.start()
     try:
         for number in range(1, 201):
             async with open_stream(EventSourceResponse(["x"] * 20, registry=registry)) as stream:
                 assert len([event async for event in stream]) == 20
             values = values_of(collector.collect())
-            assert values["asgi_sse_events_total"] == 20 * number  # at no time more, which would have stayed
+            assert values["asgi_sse_events_total"] == 20 * number  # a higher value would have remained
             assert values["asgi_sse_streams_opened_total"] == number
     finally:
         sys.setswitchinterval(interval)
@@ -288,11 +290,11 @@ async def test_a_scrape_in_another_thread_meets_streams_that_come_and_go() -> No
     assert len(seen) > 10
     for name in seen[-1]:
         if "_total" in name or "_bucket" in name:
-            course = [values[name] for values in seen]
-            assert course == sorted(course), name
+            values_over_time = [values[name] for values in seen]
+            assert values_over_time == sorted(values_over_time), name
 
 
-def test_a_handler_of_a_signal_may_read_while_its_thread_does() -> None:
+def test_signal_handler_may_scrape_during_a_scrape() -> None:
     code = """
 import signal
 from asgi_sse import StreamRegistry
@@ -325,7 +327,7 @@ def client_of(app: Any) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
 
 
-async def test_the_endpoint_speaks_what_it_is_asked_for() -> None:
+async def test_endpoint_negotiates_the_format() -> None:
     app = create_app({"/metrics": MetricsEndpoint(StreamRegistry(), broker=Broker())})
     async with client_of(app) as client:
         plain = await client.get("/metrics")
@@ -344,11 +346,11 @@ async def test_the_endpoint_speaks_what_it_is_asked_for() -> None:
         assert (refused.status_code, refused.headers["allow"]) == (405, "GET, HEAD")
 
 
-async def test_the_endpoint_beside_the_metrics_of_the_process() -> None:
+async def test_endpoint_adds_the_metrics_of_a_collector_registry() -> None:
     prometheus = CollectorRegistry()
     Counter("orders", "Orders.", registry=prometheus).inc(3)
     registry = StreamRegistry()
-    for _ in range(2):  # with ours in it as well, the second time
+    for _ in range(2):  # the second time, our collector is registered there too
         async with client_of(MetricsEndpoint(registry, collector_registry=prometheus)) as client:
             values = values_of(parse_text((await client.get("/")).text))
         assert (values["orders_total"], values["asgi_sse_streams"]) == (3, 0)
@@ -356,7 +358,7 @@ async def test_the_endpoint_beside_the_metrics_of_the_process() -> None:
             prometheus.register(Collector(registry))
 
 
-async def test_the_endpoint_in_frameworks() -> None:
+async def test_endpoint_can_be_mounted_in_a_framework() -> None:
     fastapi = pytest.importorskip("fastapi").FastAPI()
     fastapi.mount("/mounted", MetricsEndpoint())
     fastapi.add_route("/metrics", MetricsEndpoint())
@@ -365,7 +367,7 @@ async def test_the_endpoint_in_frameworks() -> None:
             assert "asgi_sse_streams_opened_total" in values_of(parse_text((await client.get(path)).text))
 
 
-def test_wrong_arguments() -> None:
+def test_invalid_arguments_are_refused() -> None:
     with pytest.raises(TypeError, match="registry must be a StreamRegistry, got 'x'; pass one"):
         Collector("x")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="registry must be a StreamRegistry, got"):
@@ -379,13 +381,13 @@ def test_wrong_arguments() -> None:
         MetricsEndpoint(collector_registry="x")  # type: ignore[arg-type]
 
 
-async def test_websockets_are_not_answered() -> None:
+async def test_websocket_is_refused_by_the_endpoint() -> None:
     with pytest.raises(TypeError, match="'websocket'"):
         await MetricsEndpoint()({"type": "websocket"}, None, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.real_time
-def test_a_real_server_is_scraped() -> None:
+def test_scrape_of_a_real_server() -> None:
     with running("uvicorn-h11-asyncio", "metrics_app:app") as port, httpx.Client(timeout=60) as client:
         address = f"http://127.0.0.1:{port}"
 
@@ -409,11 +411,11 @@ def test_a_real_server_is_scraped() -> None:
         assert values['asgi_sse_streams_closed_total{reason="disconnected"}'] == 1
 
 
-# The page
+# The documentation
 
 
 @pytest.mark.skipif(not PAGE.exists(), reason="an sdist has no pages")
-def test_the_page_has_each_metric() -> None:
+def test_documentation_lists_each_metric() -> None:
     table = re.findall(r"^\| `(asgi_sse_\w+)(?:\{(\w+)\})?` \| (\w+) \|", PAGE.read_text(), re.MULTILINE)
     found = []
     for family in Collector(brokers=Broker()).collect():

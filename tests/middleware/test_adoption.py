@@ -1,4 +1,4 @@
-"""Event streams that an app sends by itself, behind `SSEMiddleware`: unchanged, kept alive, ended."""
+"""Adoption: event streams that the app inside `SSEMiddleware` sends without this library."""
 
 import gc
 import re
@@ -21,31 +21,34 @@ from asgi_sse.testing import OpenStream, open_stream
 
 pytestmark = pytest.mark.anyio
 
-HEAD: Any = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+START: Any = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
 
 
 def body(data: bytes, *, more: bool = True) -> Any:
     return {"type": "http.response.body", "body": data, "more_body": more}
 
 
-class Sends:
-    """An app that sends what it is given, an event each second, and writes down how it ended."""
+class SendingApp:
+    """Sends the given chunks, one a second, and records how it ended.
 
-    def __init__(self, *chunks: bytes, head: Any = HEAD, pause: float = 1.0, asks: bool = False) -> None:
+    With `receives`, it then waits for its disconnect.
+    """
+
+    def __init__(self, *chunks: bytes, start: Any = START, pause: float = 1.0, receives: bool = False) -> None:
         self.chunks = chunks
-        self.head = head
+        self.start = start
         self.pause = pause
-        self.asks = asks
+        self.receives = receives
         self.seen: list[str] = []
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         assert scope["type"] == "http"
         try:
-            await send(self.head)
+            await send(self.start)
             for chunk in self.chunks:
                 await send(body(chunk))
                 await anyio.sleep(self.pause)
-            if self.asks:
+            if self.receives:
                 while (message := await receive())["type"] != "http.disconnect":
                     self.seen.append(message["type"])
                 self.seen.append("disconnect")
@@ -57,75 +60,75 @@ class Sends:
             raise
 
 
-async def all_of(stream: OpenStream) -> bytes:
+async def read_all(stream: OpenStream) -> bytes:
     data = b""
     while chunk := await stream.read(timeout=120):
         data += chunk
     return data
 
 
-async def test_its_bytes_stay_as_they_are_and_its_head_gains() -> None:
-    chunks = [b"id: 1\r\ndata: a", b"bc\r", b"\n\r\n", b"data: x\n\n", b": theirs\n\n"]
-    app = SSEMiddleware(Sends(*chunks), retry=7, ping=60)
-    async with open_stream(app, "/theirs") as stream:
+async def test_body_is_unchanged_and_headers_are_added() -> None:
+    chunks = [b"id: 1\r\ndata: a", b"bc\r", b"\n\r\n", b"data: x\n\n", b": foreign\n\n"]
+    app = SSEMiddleware(SendingApp(*chunks), retry=7, ping=60)
+    async with open_stream(app, "/foreign") as stream:
         assert stream.headers == {
             "content-type": "text/event-stream",
             "cache-control": "no-store, no-transform",
             "x-accel-buffering": "no",
         }
         (running,) = app.registry
-        assert running.path == "/theirs"
-        assert await all_of(stream) == b"".join(chunks)
+        assert running.path == "/foreign"
+        assert await read_all(stream) == b"".join(chunks)
         assert stream.complete
     assert app.registry.statistics().closed == {"finished": 1}
     assert app.registry.statistics().events == len(chunks)
 
 
-async def test_what_the_app_says_itself_stays() -> None:
-    head = {**HEAD, "headers": [(b"Content-Type", b"text/event-stream"), (b"Cache-Control", b"private")]}
-    async with open_stream(SSEMiddleware(Sends(b"data: x\n\n", head=head))) as stream:
+async def test_headers_of_the_app_are_kept() -> None:
+    start = {**START, "headers": [(b"Content-Type", b"text/event-stream"), (b"Cache-Control", b"private")]}
+    async with open_stream(SSEMiddleware(SendingApp(b"data: x\n\n", start=start))) as stream:
         assert stream.headers["Cache-Control"] == "private"
         assert "cache-control" not in stream.headers
         assert stream.headers["x-accel-buffering"] == "no"
 
 
-async def test_the_head_goes_out_before_the_first_event() -> None:
-    async def waits(scope: Any, receive: Any, send: Any) -> None:
-        await send(HEAD)
+async def test_response_start_is_sent_before_the_first_event() -> None:
+    async def sends_late(scope: Any, receive: Any, send: Any) -> None:
+        await send(START)
         await anyio.sleep(12)
         await send(body(b"data: late\n\n", more=False))
 
     began = anyio.current_time()
-    async with open_stream(SSEMiddleware(waits, ping=5)) as stream:
+    async with open_stream(SSEMiddleware(sends_late, ping=5)) as stream:
         assert anyio.current_time() - began < 0.1
-        assert await all_of(stream) == b": ping\n\n" * 2 + b"data: late\n\n"
+        assert await read_all(stream) == b": ping\n\n" * 2 + b"data: late\n\n"
 
 
-async def test_comments_come_between_events_alone() -> None:
+async def test_keep_alives_are_sent_between_events_only() -> None:
     chunks = [b"data: a", b"\n", b"\n", b"data: b\r\n\r\n"]
-    async with open_stream(SSEMiddleware(Sends(*chunks, pause=7), ping=5)) as stream:
-        assert await all_of(stream) == b"data: a\n\n: ping\n\ndata: b\r\n\r\n: ping\n\n"
+    async with open_stream(SSEMiddleware(SendingApp(*chunks, pause=7), ping=5)) as stream:
+        assert await read_all(stream) == b"data: a\n\n: ping\n\ndata: b\r\n\r\n: ping\n\n"
 
 
-@pytest.mark.parametrize("asks", [True, False])
-async def test_a_disconnect_reaches_the_app(asks: bool) -> None:
-    app = Sends(*[b"data: x\n\n"] * (1 if asks else 10_000), pause=0.01, asks=asks)
+@pytest.mark.parametrize("receives", [True, False])
+async def test_disconnect_reaches_the_app(receives: bool) -> None:
+    app = SendingApp(*[b"data: x\n\n"] * (1 if receives else 10_000), pause=0.01, receives=receives)
     async with open_stream(SSEMiddleware(app)) as stream:
         await stream.receive()
         await anyio.sleep(0.1)
         began = anyio.current_time()
         await stream.disconnect()
         assert anyio.current_time() - began < 0.7
-    if asks:
+    if receives:
         assert app.seen == ["http.request", "disconnect"]
     else:
         assert app.seen in (["CancelledError"], ["Cancelled"])
 
 
-@pytest.mark.real_time  # the virtual clock moves on when nobody has anything to do
-async def test_an_app_that_sends_without_ever_waiting_is_ended() -> None:
+@pytest.mark.real_time  # the virtual clock only advances while every task waits
+async def test_app_that_sends_without_waiting_is_cancelled() -> None:
     async def flood(scope: Any, receive: Any, send: Any) -> None:
-        await send(HEAD)
+        await send(START)
         while True:
             await send(body(b"data: x\n\n"))
 
@@ -135,12 +138,12 @@ async def test_an_app_that_sends_without_ever_waiting_is_ended() -> None:
             await stream.disconnect()
 
 
-async def test_backpressure() -> None:
+async def test_app_waits_for_a_slow_client() -> None:
     sent = 0
 
     async def flood(scope: Any, receive: Any, send: Any) -> None:
         nonlocal sent
-        await send(HEAD)
+        await send(START)
         for _ in range(10_000):
             await send(body(b"data: " + b"x" * 1000 + b"\n\n"))
             sent += 1
@@ -149,12 +152,12 @@ async def test_backpressure() -> None:
     async with open_stream(SSEMiddleware(flood, send_timeout=None), capacity=2) as stream:
         await anyio.sleep(5)
         assert sent < 400
-        assert len(await all_of(stream)) == 10_000 * 1008
+        assert len(await read_all(stream)) == 10_000 * 1008
         assert stream.complete
 
 
-async def test_a_client_that_does_not_read_is_dropped() -> None:
-    app = Sends(*[b"data: " + b"x" * 20_000 + b"\n\n"] * 100, pause=0)
+async def test_client_that_does_not_read_is_dropped() -> None:
+    app = SendingApp(*[b"data: " + b"x" * 20_000 + b"\n\n"] * 100, pause=0)
     middleware = SSEMiddleware(app, send_timeout=3)
     with pytest.raises(TimeoutError):
         async with open_stream(middleware, capacity=1):
@@ -163,95 +166,95 @@ async def test_a_client_that_does_not_read_is_dropped() -> None:
             assert len(app.seen) == 1
 
 
-async def test_it_ends_when_the_server_stops() -> None:
-    app = Sends(*[b"data: x\n\n"] * 1000)
+async def test_drain_ends_an_adopted_stream() -> None:
+    app = SendingApp(*[b"data: x\n\n"] * 1000)
     middleware = SSEMiddleware(app)
     async with open_stream(middleware) as stream:
         await stream.receive()
         report = await middleware.registry.drain()
-        assert (await all_of(stream)).startswith(b"retry: ")
+        assert (await read_all(stream)).startswith(b"retry: ")
         assert stream.complete
     assert report.closed == 1
     assert app.seen in (["CancelledError"], ["Cancelled"])
-    async with open_stream(middleware) as stream:  # and one that comes then, with what it has sent by now
-        assert re.fullmatch(rb"(data: x\n\n)?retry: \d+\n\n", await all_of(stream))
+    async with open_stream(middleware) as stream:  # a stream that begins during the drain
+        assert re.fullmatch(rb"(data: x\n\n)?retry: \d+\n\n", await read_all(stream))
 
 
-async def test_a_signal_ends_it() -> None:
+async def test_signal_ends_an_adopted_stream() -> None:
     before = signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:
-        async with open_stream(SSEMiddleware(Sends(*[b"data: x\n\n"] * 1000))) as stream:
+        async with open_stream(SSEMiddleware(SendingApp(*[b"data: x\n\n"] * 1000))) as stream:
             await stream.receive()
             signal.raise_signal(signal.SIGTERM)
-            assert (await all_of(stream)).startswith(b"retry: ")
+            assert (await read_all(stream)).startswith(b"retry: ")
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-async def test_an_error_leaves_the_body_cut_and_is_raised() -> None:
-    async def breaks(scope: Any, receive: Any, send: Any) -> None:
-        await send(HEAD)
+async def test_error_of_the_app_cuts_the_body_and_is_raised() -> None:
+    async def fails(scope: Any, receive: Any, send: Any) -> None:
+        await send(START)
         await send(body(b"data: just before\n\n"))
-        raise LookupError("theirs")
+        raise LookupError("of the app")
 
-    with pytest.raises(LookupError, match="theirs"):
-        async with open_stream(SSEMiddleware(breaks)) as stream:
+    with pytest.raises(LookupError, match="of the app"):
+        async with open_stream(SSEMiddleware(fails)) as stream:
             assert await stream.read() == b"data: just before\n\n"
             await stream.read()
     assert not stream.complete
 
 
-async def test_a_body_without_an_end_stays_without() -> None:
+async def test_incomplete_body_stays_incomplete() -> None:
     async def returns(scope: Any, receive: Any, send: Any) -> None:
-        await send(HEAD)
+        await send(START)
         await send(body(b"data: x\n\n"))
 
     async with open_stream(SSEMiddleware(returns)) as stream:
-        assert await all_of(stream) == b"data: x\n\n"
+        assert await read_all(stream) == b"data: x\n\n"
         assert not stream.complete
 
 
 SCOPE: Any = {"type": "http", "method": "GET", "path": "/", "headers": []}
 
 
-async def never() -> Any:
+async def receive_nothing() -> Any:
     await anyio.sleep_forever()
 
 
-@pytest.mark.parametrize("deals_with_it", [False, True])
-async def test_what_the_server_s_send_raises_reaches_the_app(deals_with_it: bool) -> None:
+@pytest.mark.parametrize("handles_it", [False, True])
+async def test_error_of_the_servers_send_is_raised_in_the_app(handles_it: bool) -> None:
     raised = []
 
-    async def asks(scope: Any, receive: Any, send: Any) -> None:
-        await send(HEAD)
+    async def sends(scope: Any, receive: Any, send: Any) -> None:
+        await send(START)
         try:
             for number in range(10):
                 await send(body(b"data: %d\n\n" % number))
                 await anyio.sleep(0.2)
         except ValueError as exc:
             raised.append((str(exc), number))
-            if not deals_with_it:
+            if not handles_it:
                 raise
 
     async def send(message: Any) -> None:
         if message.get("body") == b"data: 1\n\n":
             raise ValueError("out of order")
 
-    if deals_with_it:
-        await SSEMiddleware(asks)(dict(SCOPE), never, send)
+    if handles_it:
+        await SSEMiddleware(sends)(dict(SCOPE), receive_nothing, send)
     else:
         with pytest.raises(ValueError, match="out of order"):
-            await SSEMiddleware(asks)(dict(SCOPE), never, send)
+            await SSEMiddleware(sends)(dict(SCOPE), receive_nothing, send)
     assert raised == [("out of order", 2)]
 
 
 @pytest.mark.parametrize("drain", [False, True])
-async def test_an_app_that_asked_for_its_disconnect_is_on_its_own_then(drain: bool) -> None:
-    """As without the wrapper: its clean-up and its background tasks take the time that they take."""
+async def test_app_that_received_its_disconnect_is_not_cancelled(drain: bool) -> None:
+    """Its clean-up and its background tasks have unlimited time, as without the middleware."""
     seen: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        await send(HEAD)
+        await send(START)
         await send(body(b"data: x\n\n"))
         while (await receive())["type"] != "http.disconnect":
             pass
@@ -263,19 +266,19 @@ async def test_an_app_that_asked_for_its_disconnect_is_on_its_own_then(drain: bo
         await stream.receive()
         if drain:
             await middleware.registry.drain()
-            assert (await all_of(stream)).startswith(b"retry: ")
+            assert (await read_all(stream)).startswith(b"retry: ")
         else:
             await stream.disconnect()
     assert seen == ["cleaned up"]
 
 
-async def test_an_app_that_is_cancelled_has_time_to_clean_up(anyio_backend_name: str) -> None:
+async def test_cancelled_app_has_time_to_clean_up(anyio_backend_name: str) -> None:
     if anyio_backend_name == "trio":
-        pytest.skip("trio cancels for good")
+        pytest.skip("in trio, each await of a cancelled task raises")
     seen: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        await send(HEAD)
+        await send(START)
         try:
             await anyio.sleep_forever()
         finally:
@@ -287,32 +290,32 @@ async def test_an_app_that_is_cancelled_has_time_to_clean_up(anyio_backend_name:
     assert seen == ["cleaned up"]
 
 
-async def test_a_cancellation_from_outside_waits_for_no_client() -> None:
+async def test_cancellation_by_the_server_does_not_wait_for_the_client() -> None:
     async def flood(scope: Any, receive: Any, send: Any) -> None:
-        await send(HEAD)
+        await send(START)
         while True:
             await send(body(b"data: " + b"x" * 5000 + b"\n\n"))
 
-    async def stuck(message: Any) -> None:
+    async def blocked_send(message: Any) -> None:
         if message["type"] == "http.response.body":
             await anyio.sleep_forever()
 
     began = anyio.current_time()
     with anyio.move_on_after(2):
-        await SSEMiddleware(flood, send_timeout=None)(dict(SCOPE), never, stuck)
+        await SSEMiddleware(flood, send_timeout=None)(dict(SCOPE), receive_nothing, blocked_send)
     assert anyio.current_time() - began < 2.5
 
 
-async def test_sends_from_two_tasks() -> None:
+async def test_two_tasks_may_send() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        async def sends(name: bytes) -> None:
+        async def send_many(name: bytes) -> None:
             for number in range(50):
                 await send(body(b"data: %b %d %b\n\n" % (name, number, b"x" * 2000)))
 
-        await send(HEAD)
+        await send(START)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(sends, b"a")
-            tasks.start_soon(sends, b"b")
+            tasks.start_soon(send_many, b"a")
+            tasks.start_soon(send_many, b"b")
         await send(body(b"", more=False))
 
     async with open_stream(SSEMiddleware(app), capacity=1) as stream:
@@ -321,7 +324,7 @@ async def test_sends_from_two_tasks() -> None:
         assert [int(words[1]) for words in data if words[0] == name] == list(range(50))
 
 
-async def test_headers_that_can_be_read_once() -> None:
+async def test_headers_may_be_an_iterator() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         kind = b"text/event-stream" if scope["path"] == "/stream" else b"text/plain"
         pairs = [(b"x-before", b"1"), (b"content-type", kind), (b"x-after", b"2")]
@@ -333,11 +336,11 @@ async def test_headers_that_can_be_read_once() -> None:
             assert (stream.headers["x-before"], stream.headers["x-after"]) == ("1", "2")
 
 
-async def test_what_the_app_writes_into_its_scope_is_seen_around_us() -> None:
+async def test_changes_of_the_scope_are_visible_outside() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         assert b"accept-encoding" not in dict(scope["headers"])
         scope["route"] = "/events"
-        await send(HEAD)
+        await send(START)
         await send(body(b"data: x\n\n", more=False))
 
     async def send(message: Any) -> None:
@@ -345,15 +348,15 @@ async def test_what_the_app_writes_into_its_scope_is_seen_around_us() -> None:
 
     headers = [(b"accept", b"text/event-stream"), (b"accept-encoding", b"gzip")]
     scope = {**SCOPE, "headers": headers}
-    await SSEMiddleware(app)(scope, never, send)
+    await SSEMiddleware(app)(scope, receive_nothing, send)
     assert scope["route"] == "/events"
     assert scope["headers"] is headers
 
 
-def test_a_request_leaves_no_garbage() -> None:
+def test_request_leaves_no_reference_cycles() -> None:
     async def main() -> None:
         async def app(scope: Any, receive: Any, send: Any) -> None:
-            if scope["path"] == "/breaks":
+            if scope["path"] == "/fails":
                 raise LookupError
             await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})
             await send(body(b"x", more=False))
@@ -362,13 +365,13 @@ def test_a_request_leaves_no_garbage() -> None:
             pass
 
         wrapped = SSEMiddleware(app)
-        await wrapped(dict(SCOPE), never, send)
+        await wrapped(dict(SCOPE), receive_nothing, send)
         gc.collect()
         gc.disable()
         try:
-            for path in ("/", "/breaks") * 50:
+            for path in ("/", "/fails") * 50:
                 with suppress(LookupError):
-                    await wrapped({**SCOPE, "path": path}, never, send)
+                    await wrapped({**SCOPE, "path": path}, receive_nothing, send)
             assert gc.collect() < 10
         finally:
             gc.enable()
@@ -376,8 +379,8 @@ def test_a_request_leaves_no_garbage() -> None:
     anyio.run(main)
 
 
-async def test_an_upload_that_nobody_reads_hides_no_disconnect() -> None:
-    app = Sends(*[b"data: x\n\n"] * 1000)
+async def test_unread_upload_does_not_hide_the_disconnect() -> None:
+    app = SendingApp(*[b"data: x\n\n"] * 1000)
     messages: list[Any] = [{"type": "http.request", "body": b"x" * 10_000, "more_body": True}] * 3
 
     async def receive() -> Any:
@@ -394,9 +397,9 @@ async def test_an_upload_that_nobody_reads_hides_no_disconnect() -> None:
     assert anyio.current_time() - began < 4
 
 
-async def test_an_upload_that_goes_on_is_the_app_s() -> None:
+async def test_app_reads_its_upload_during_the_stream() -> None:
     async def echoes(scope: Any, receive: Any, send: Any) -> None:
-        await send(HEAD)
+        await send(START)
         more = True
         while more:
             message = await receive()
@@ -406,14 +409,14 @@ async def test_an_upload_that_goes_on_is_the_app_s() -> None:
 
     pieces = [b"x" * 10, b"x" * 20, b"x" * 30]
     messages = [{"type": "http.request", "body": piece, "more_body": piece != pieces[-1]} for piece in pieces]
-    asked = 0
+    received = 0
 
     async def receive() -> Any:
-        nonlocal asked
-        if asked == len(messages):
+        nonlocal received
+        if received == len(messages):
             await anyio.sleep_forever()
-        asked += 1
-        return messages[asked - 1]
+        received += 1
+        return messages[received - 1]
 
     sent: list[Any] = []
 
@@ -425,45 +428,45 @@ async def test_an_upload_that_goes_on_is_the_app_s() -> None:
     assert b"".join(message.get("body", b"") for message in sent) == b"data: 10\n\ndata: 20\n\ndata: 30\n\n"
 
 
-def plain(**changes: Any) -> Any:
-    return {**HEAD, **changes}
+def start_with(**changes: Any) -> Any:
+    return {**START, **changes}
 
 
 @pytest.mark.parametrize(
-    ("head", "method"),
+    ("start", "method"),
     [
-        (plain(status=204), "GET"),
-        (plain(status=404), "GET"),
-        (plain(status=206), "GET"),
-        (plain(status=201), "GET"),
-        (plain(trailers=True), "GET"),
-        (plain(headers=[*HEAD["headers"], (b"Content-Length", b"9")]), "GET"),
-        (plain(headers=[*HEAD["headers"], (b"content-range", b"bytes 0-8/9")]), "GET"),
-        (plain(headers=[*HEAD["headers"], (b"Content-Encoding", b"gzip")]), "GET"),
-        (plain(headers=[(b"content-type", b"text/plain")]), "GET"),
-        (HEAD, "HEAD"),
+        (start_with(status=204), "GET"),
+        (start_with(status=404), "GET"),
+        (start_with(status=206), "GET"),
+        (start_with(status=201), "GET"),
+        (start_with(trailers=True), "GET"),
+        (start_with(headers=[*START["headers"], (b"Content-Length", b"9")]), "GET"),
+        (start_with(headers=[*START["headers"], (b"content-range", b"bytes 0-8/9")]), "GET"),
+        (start_with(headers=[*START["headers"], (b"Content-Encoding", b"gzip")]), "GET"),
+        (start_with(headers=[(b"content-type", b"text/plain")]), "GET"),
+        (START, "HEAD"),
     ],
 )
-async def test_what_is_not_adopted_passes_untouched(head: Any, method: str) -> None:
-    middleware = SSEMiddleware(Sends(b"data: x\n\n", head=head, pause=20), ping=1, compressors="off")
+async def test_other_response_passes_unchanged(start: Any, method: str) -> None:
+    middleware = SSEMiddleware(SendingApp(b"data: x\n\n", start=start, pause=20), ping=1, compressors="off")
     async with open_stream(middleware, method=method) as stream:
-        assert stream.status == head["status"]
+        assert stream.status == start["status"]
         assert "x-accel-buffering" not in stream.headers
-        assert await all_of(stream) == b"data: x\n\n"
+        assert await read_all(stream) == b"data: x\n\n"
         assert len(middleware.registry) == 0
     assert middleware.registry.statistics().opened == 0
 
 
 @pytest.mark.parametrize("late", [False, True])
-async def test_a_file_that_the_server_sends_passes_untouched(late: bool) -> None:
+async def test_file_that_the_server_sends_passes_unchanged(late: bool) -> None:
     sent = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        await send(HEAD)
+        await send(START)
         if late:
             await anyio.sleep(1)
         await send({"type": "http.response.pathsend", "path": "/some/file"})
-        await anyio.sleep(20)  # for longer than a stream would be silent
+        await anyio.sleep(20)  # longer than the interval of keep-alives
 
     async def receive() -> Any:
         await anyio.sleep_forever()
@@ -474,26 +477,26 @@ async def test_a_file_that_the_server_sends_passes_untouched(late: bool) -> None
     scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
     await SSEMiddleware(app)(scope, receive, send)
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.pathsend"]
-    assert late or sent[0] is HEAD
+    assert late or sent[0] is START
 
 
-async def test_adopt_off() -> None:
-    middleware = SSEMiddleware(Sends(b"data: x\n\n", pause=20), adopt=False, ping=1)
+async def test_adoption_can_be_turned_off() -> None:
+    middleware = SSEMiddleware(SendingApp(b"data: x\n\n", pause=20), adopt=False, ping=1)
     async with open_stream(middleware) as stream:
-        assert await all_of(stream) == b"data: x\n\n"
+        assert await read_all(stream) == b"data: x\n\n"
         assert "x-accel-buffering" not in stream.headers
     assert middleware.registry.statistics().opened == 0
 
 
-async def test_two_wrappers_adopt_it_once() -> None:
-    inner = SSEMiddleware(Sends(b"data: x\n\n", pause=7), ping=5)
+async def test_inner_of_two_middlewares_adopts() -> None:
+    inner = SSEMiddleware(SendingApp(b"data: x\n\n", pause=7), ping=5)
     outer = SSEMiddleware(inner, ping=5)
     async with open_stream(outer) as stream:
-        assert await all_of(stream) == b"data: x\n\n: ping\n\n"
+        assert await read_all(stream) == b"data: x\n\n: ping\n\n"
     assert (inner.registry.statistics().opened, outer.registry.statistics().opened) == (1, 0)
 
 
-async def test_a_stream_of_ours_inside_of_the_app_is_left_alone() -> None:
+async def test_stream_of_this_library_is_not_adopted() -> None:
     async def source() -> AsyncIterator[str]:
         yield "x"
         await anyio.sleep(7)
@@ -503,13 +506,13 @@ async def test_a_stream_of_ours_inside_of_the_app_is_left_alone() -> None:
 
     middleware = SSEMiddleware(app, ping=5)
     async with open_stream(middleware) as stream:
-        assert (await all_of(stream)).count(b": ping\n\n") == 1
+        assert (await read_all(stream)).count(b": ping\n\n") == 1
     assert middleware.registry.statistics().opened == 1
 
 
-@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("early", [None, "drained", "disconnected"])
-async def test_an_app_that_answers_once_more_behind_its_stream(ours: bool, early: str | None) -> None:
+async def test_second_response_after_a_stream_is_discarded(own: bool, early: str | None) -> None:
     sent: list[str] = []
 
     async def source() -> AsyncIterator[str]:
@@ -517,11 +520,11 @@ async def test_an_app_that_answers_once_more_behind_its_stream(ours: bool, early
         await anyio.sleep(3600 if early else 1)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        if ours:
+        if own:
             await EventSourceResponse(source(), retry=None)(scope, receive, send)
         else:
-            await Sends(b"data: x\n\n", asks=early is not None)(scope, receive, send)
-        await Response("again")(scope, receive, send)
+            await SendingApp(b"data: x\n\n", receives=early is not None)(scope, receive, send)
+        await Response("second")(scope, receive, send)
 
     middleware = SSEMiddleware(app)
 
@@ -537,24 +540,24 @@ async def test_an_app_that_answers_once_more_behind_its_stream(ours: bool, early
         if early == "drained":
             middleware.registry.begin_drain()
         if early != "disconnected":
-            assert b"again" not in await all_of(stream)
+            assert b"second" not in await read_all(stream)
             assert stream.complete
     assert sent.count("http.response.start") == 1
 
 
-async def test_a_request_to_a_server_that_stops_already_may_be_answered_once_more() -> None:
+async def test_second_response_during_a_drain_is_discarded() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await EventSourceResponse(["x"])(scope, receive, send)
-        await Response("again")(scope, receive, send)
+        await Response("second")(scope, receive, send)
 
     middleware = SSEMiddleware(app)
     middleware.registry.begin_drain()
     async with open_stream(middleware) as stream:
-        assert re.fullmatch(rb"retry: \d+\n\n", await all_of(stream))
+        assert re.fullmatch(rb"retry: \d+\n\n", await read_all(stream))
         assert stream.complete
 
 
-async def test_a_stream_of_starlette_with_its_background_task() -> None:
+async def test_background_task_of_starlette_runs_after_the_stream() -> None:
     seen: list[str] = []
 
     async def events() -> AsyncIterator[str]:
@@ -583,7 +586,7 @@ async def test_a_stream_of_starlette_with_its_background_task() -> None:
         seen.clear()
         middleware = SSEMiddleware(app, ping=5)
         async with open_stream(middleware) as stream:
-            assert await all_of(stream) == b"data: 0\n\ndata: 1\n\ndata: 2\n\n"
+            assert await read_all(stream) == b"data: 0\n\ndata: 1\n\ndata: 2\n\n"
             assert stream.complete
             await anyio.sleep(3)
         assert seen == ["finally", "background"]

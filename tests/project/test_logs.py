@@ -1,4 +1,4 @@
-"""What is logged: under which name, with which fields, and with nothing of what streams carry."""
+"""Log records: their loggers, their fields, and that they contain no data of streams."""
 
 import ast
 import json
@@ -38,11 +38,11 @@ def fields(record: logging.LogRecord) -> dict[str, Any]:
     return {name: value for name, value in vars(record).items() if name.startswith("sse_")}
 
 
-def ends(records: list[logging.LogRecord]) -> list[dict[str, Any]]:
+def end_records(records: list[logging.LogRecord]) -> list[dict[str, Any]]:
     return [fields(record) for record in records if " ended: " in record.getMessage()]
 
 
-# Names
+# Loggers and fields
 
 
 def logging_calls(path: Path) -> Iterator[ast.Call]:
@@ -54,34 +54,36 @@ def logging_calls(path: Path) -> Iterator[ast.Call]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_logger_has_the_name_of_its_module(path: Path) -> None:
+def test_module_uses_the_logger_of_its_name(path: Path) -> None:
     for call in logging_calls(path):
         assert isinstance(call.func, ast.Attribute)
         if call.func.attr == "getLogger":
             assert ast.unparse(call) == "logging.getLogger(__name__)"
         elif call.func.attr == "basicConfig":
-            assert path == PACKAGE / "cli" / "commands" / "serve.py"  # a command is an application, whose log it is
+            assert (
+                path == PACKAGE / "cli" / "commands" / "serve.py"
+            )  # a command is an application, which configures logging
         else:
             assert isinstance(call.func.value, ast.Name)
-            assert call.func.value.id == "logger", f"{ast.unparse(call)}: by the logger of the module"
+            assert call.func.value.id == "logger", f"{ast.unparse(call)} must use the logger of the module"
 
 
 @pytest.mark.skipif(not PAGE.exists(), reason="an sdist has no pages")
-def test_the_fields_are_those_of_the_page() -> None:
-    given = set()
+def test_documentation_lists_each_field() -> None:
+    used = set()
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("sse_"):
-                given.add(node.value)
-    told = {line.split("`")[1] for line in PAGE.read_text().splitlines() if line.startswith("| `sse_")}
-    assert told == given
+                used.add(node.value)
+    documented = {line.split("`")[1] for line in PAGE.read_text().splitlines() if line.startswith("| `sse_")}
+    assert documented == used
 
 
 # The end of a stream
 
 
 @pytest.mark.anyio
-async def test_the_end_of_each_stream_is_a_record(caplog: pytest.LogCaptureFixture) -> None:
+async def test_end_of_a_stream_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "asgi_sse")
     registry = StreamRegistry()
 
@@ -92,7 +94,7 @@ async def test_the_end_of_each_stream_is_a_record(caplog: pytest.LogCaptureFixtu
 
     async with open_stream(EventSourceResponse(three(), registry=registry), "/three") as stream:
         assert len([event async for event in stream]) == 3
-    (end,) = ends(caplog.records)
+    (end,) = end_records(caplog.records)
     assert end.pop("sse_seconds") == pytest.approx(3, abs=0.1)
     size = registry.statistics().bytes
     assert end == {"sse_path": "/three", "sse_reason": "finished", "sse_events": 3, "sse_bytes": size}
@@ -102,37 +104,37 @@ async def test_the_end_of_each_stream_is_a_record(caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.anyio
-async def test_a_drain_is_a_record(caplog: pytest.LogCaptureFixture) -> None:
+async def test_drain_is_logged_with_its_cause(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "asgi_sse")
     registry = StreamRegistry()
-    async with open_stream(EventSourceResponse(raises_when_it_is_ended(), registry=registry)) as stream:
+    async with open_stream(EventSourceResponse(raises_in_its_clean_up(), registry=registry)) as stream:
         await stream.receive()
         with pytest.raises(OwnError):
             await registry.drain()
             await stream.receive()
     (record,) = (record for record in caplog.records if "drained" in record.getMessage())
-    told = fields(record)
-    assert told.pop("sse_seconds") < 1
-    assert told == {"sse_streams": 1, "sse_cause": "by call"}
+    found = fields(record)
+    assert found.pop("sse_seconds") < 1
+    assert found == {"sse_streams": 1, "sse_cause": "drain()"}
 
 
 @pytest.mark.anyio
-async def test_an_ordinary_stream_has_no_record_above_debug(caplog: pytest.LogCaptureFixture) -> None:
+async def test_ordinary_stream_logs_nothing_above_debug(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "asgi_sse")
     async with open_stream(EventSourceResponse(["x"])) as stream:
         assert len([event async for event in stream]) == 1
     assert not caplog.records
 
 
-# Nothing of what streams carry
+# No data of streams
 
 
-def check(records: list[logging.LogRecord]) -> None:
-    """The mark is nowhere, but in the text of an error of the app's own, which the app has written."""
+def assert_no_mark(records: list[logging.LogRecord]) -> None:
+    """Check that only the text of the app's own exceptions contains the mark."""
     for record in records:
-        told = {name: value for name, value in vars(record).items() if name not in ("exc_info", "exc_text")}
+        attributes = {name: value for name, value in vars(record).items() if name not in ("exc_info", "exc_text")}
         assert MARK not in record.getMessage()
-        assert MARK not in repr(told)
+        assert MARK not in repr(attributes)
         if record.exc_info and record.exc_info[1] is not None:
             for error in chain_of(record.exc_info[1]):
                 assert isinstance(error, OwnError) or MARK not in "".join(traceback.format_exception_only(error))
@@ -146,11 +148,11 @@ def chain_of(error: BaseException) -> Iterator[BaseException]:
 
 
 class OwnError(Exception):
-    """Of the app, which may put into it what it likes."""
+    """An exception of the app, which may contain anything."""
 
 
-async def drive(app: Any, path: str = "/", **options: Any) -> None:
-    """As a client that carries the mark in all that a client can send beside its path."""
+async def request_with_marks(app: Any, path: str = "/", **options: Any) -> None:
+    """Read a stream as a client that sends the mark in every part of its request except the path."""
     headers = {"cookie": f"session={MARK}", "authorization": f"Bearer {MARK}", "last-event-id": MARK}
     try:
         async with open_stream(app, f"{path}?token={MARK}", headers=headers.items(), **options) as stream:
@@ -171,7 +173,7 @@ async def raises_twice() -> AsyncIterator[str]:
         yield MARK
         raise OwnError(MARK)
     finally:
-        raise OwnError("in its clean-up")
+        raise OwnError("in the clean-up")
 
 
 async def never_cleans_up() -> AsyncIterator[str]:
@@ -183,7 +185,7 @@ async def never_cleans_up() -> AsyncIterator[str]:
             await anyio.sleep(50)
 
 
-async def raises_when_it_is_ended() -> AsyncIterator[str]:
+async def raises_in_its_clean_up() -> AsyncIterator[str]:
     try:
         yield MARK
         await anyio.sleep_forever()
@@ -197,7 +199,7 @@ async def reads_the_body(request: Request) -> AsyncIterator[str]:
     raise OwnError(MARK)
 
 
-async def flat_out() -> AsyncIterator[str]:
+async def never_waits() -> AsyncIterator[str]:
     while True:
         yield MARK * 10_000
 
@@ -214,7 +216,7 @@ def responds(source: Any, **options: Any) -> Any:
 
 
 @pytest.mark.anyio
-async def test_failures_tell_nothing_of_what_was_sent(caplog: pytest.LogCaptureFixture) -> None:
+async def test_records_of_failures_contain_no_data(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "asgi_sse")
     broker = Broker(on_join=raising_hook, on_leave=raising_hook)
 
@@ -227,8 +229,8 @@ async def test_failures_tell_nothing_of_what_was_sent(caplog: pytest.LogCaptureF
             "/twice": raises_twice,
             "/on-error": responds(raises, on_error=raising_hook),
             "/never": responds(never_cleans_up, cleanup_timeout=0.1, max_lifetime=1),
-            "/ended": responds(raises_when_it_is_ended, max_lifetime=1),
-            "/slow": responds(flat_out, send_timeout=1),
+            "/ended": responds(raises_in_its_clean_up, max_lifetime=1),
+            "/slow": responds(never_waits, send_timeout=1),
             "/body": reads_the_body,
             "/run": run,
             "/news": broker.channel("news"),
@@ -236,8 +238,8 @@ async def test_failures_tell_nothing_of_what_was_sent(caplog: pytest.LogCaptureF
         broker=broker,
     )
     for path in ("/raises", "/twice", "/on-error", "/never", "/ended", "/run"):
-        await drive(app, path)
-    await drive(app, "/body", method="POST", body=MARK.encode())
+        await request_with_marks(app, path)
+    await request_with_marks(app, "/body", method="POST", body=MARK.encode())
     with pytest.raises(SendTimeoutError, match="the client of /slow took nothing"):
         async with open_stream(app, "/slow", capacity=1):
             await anyio.sleep(5)
@@ -245,7 +247,7 @@ async def test_failures_tell_nothing_of_what_was_sent(caplog: pytest.LogCaptureF
         assert (await stream.receive()).event == "reset"
         broker.publish_nowait("news", MARK)
         assert (await stream.receive()).data == MARK
-    told = " ".join(record.getMessage() for record in caplog.records)
+    text = " ".join(record.getMessage() for record in caplog.records)
     for expected in (
         "the source of run job raised",
         "on_end of run job raised",
@@ -256,12 +258,12 @@ async def test_failures_tell_nothing_of_what_was_sent(caplog: pytest.LogCaptureF
         "/slow ended: timed_out",
         "/ended ended: expired",
     ):
-        assert expected in told, expected
-    check(caplog.records)
+        assert expected in text, expected
+    assert_no_mark(caplog.records)
 
 
 @pytest.mark.anyio
-async def test_the_streams_of_an_app_of_its_own_tell_nothing(caplog: pytest.LogCaptureFixture) -> None:
+async def test_records_of_adopted_streams_contain_no_data(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "asgi_sse")
 
     async def fails(scope: Any, receive: Any, send: Any) -> None:
@@ -276,12 +278,12 @@ async def test_the_streams_of_an_app_of_its_own_tell_nothing(caplog: pytest.LogC
         await send({"type": "http.response.body", "body": MARK.encode()})
 
     for app in (fails, compressed):
-        for compression in ("bypass", "refuse"):
-            await drive(SSEMiddleware(app, compressors=compression))
-    told = " ".join(record.getMessage() for record in caplog.records)
-    assert "stream / ended: failed" in told
-    assert "left the app gzip-encoded" in told
-    check(caplog.records)
+        for compressors in ("bypass", "refuse"):
+            await request_with_marks(SSEMiddleware(app, compressors=compressors))
+    text = " ".join(record.getMessage() for record in caplog.records)
+    assert "stream / ended: failed" in text
+    assert "left the app gzip-encoded" in text
+    assert_no_mark(caplog.records)
 
 
 @pytest.mark.parametrize(
@@ -300,14 +302,14 @@ async def test_the_streams_of_an_app_of_its_own_tell_nothing(caplog: pytest.LogC
     ],
     ids=range(10),
 )
-def test_what_is_wrong_with_a_publication_is_told_without_it(payload: bytes) -> None:
+def test_error_of_a_publication_does_not_contain_it(payload: bytes) -> None:
     with pytest.raises(InvalidEventError, match=rf"^payload of {len(payload)} bytes(:| must be) ") as info:
         wire.load(payload)
     for error in chain_of(info.value):
         assert MARK not in str(error)
 
 
-def test_which_field_is_wrong_is_told() -> None:
+def test_error_of_a_publication_names_the_field() -> None:
     with pytest.raises(InvalidEventError, match="does not accept this value of retry"):
         wire.load(json.dumps({"data": "x", "event": "ok", "retry": -1}).encode())
     assert wire.load(wire.dump(ServerSentEvent("x", event="ok"), "finished"))[1] == "finished"
@@ -324,8 +326,7 @@ def test_which_field_is_wrong_is_told() -> None:
         f"nats://{MARK}@one:1,two:2",
     ],
 )
-def test_an_engine_is_named_without_its_password(url: str) -> None:
-    """In errors, as in records."""
+def test_error_of_a_backend_does_not_contain_its_password(url: str) -> None:
     pytest.importorskip("redis" if url.startswith("redis") else "nats")
     with pytest.raises(BrokerError, match=r"localhost:1|one:1") as info:
         Broker(url).subscribe("a")

@@ -557,7 +557,7 @@ async def test_shutdown_shortens_a_running_drain(handled: list[int], caplog: pyt
         assert stream.complete
         assert 1 <= anyio.current_time() - began < 1.2
     (line,) = [record.getMessage() for record in caplog.records if "drained" in record.getMessage()]
-    assert line.startswith("drained 1 stream (by call): ")
+    assert line.startswith("drained 1 stream (drain()): ")
     assert handled
 
 

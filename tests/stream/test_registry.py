@@ -1,4 +1,4 @@
-"""`StreamRegistry`: the running streams, and how they end when the server stops."""
+"""`StreamRegistry`: the running streams, their statistics, observers and drains."""
 
 import math
 import re
@@ -28,12 +28,12 @@ async def idle() -> AsyncIterator[str]:
     await anyio.sleep_forever()
 
 
-async def watches(request: Request) -> AsyncIterator[str]:
+async def watches_draining(request: Request) -> AsyncIterator[str]:
     yield "first"
     await request.draining.wait()
     assert request.draining
     await anyio.sleep(2)
-    yield "farewell"
+    yield "last event"
 
 
 async def ignores_its_grace(request: Request) -> AsyncIterator[str]:
@@ -43,7 +43,7 @@ async def ignores_its_grace(request: Request) -> AsyncIterator[str]:
     await anyio.sleep_forever()
 
 
-async def test_it_knows_the_running_streams() -> None:
+async def test_registry_shows_the_running_streams() -> None:
     registry = StreamRegistry()
     async with open_stream(EventSourceResponse(idle(), registry=registry), "/some/path") as stream:
         await stream.receive()
@@ -64,21 +64,21 @@ async def test_it_knows_the_running_streams() -> None:
     assert statistics.events == 1
 
 
-async def test_who_asks_is_told_of_each_stream_that_has_ended(caplog: pytest.LogCaptureFixture) -> None:
+async def test_when_ended_calls_back_for_each_stream(caplog: pytest.LogCaptureFixture) -> None:
     registry = StreamRegistry()
     ended: list[str] = []
 
-    def tell(stream: Stream) -> None:
+    def record(stream: Stream) -> None:
         ended.append(f"{stream.path} {stream.reason} {stream.events}")
         assert not len(registry)
-        raise LookupError("of who was told")
+        raise LookupError("of the callback")
 
-    registry.when_ended(tell)
+    registry.when_ended(record)
     registry.when_ended(lambda stream: ended.append(stream.path))
     async with open_stream(EventSourceResponse(["a"], registry=registry), "/some/path") as stream:
         assert [event.data async for event in stream] == ["a"]
     assert ended == ["/some/path finished 1", "/some/path"]
-    assert "of who was told" in caplog.text
+    assert "of the callback" in caplog.text
     assert registry.statistics().drains == 0
     async with open_stream(EventSourceResponse(idle(), registry=registry), "/another") as stream:
         await registry.drain()
@@ -87,78 +87,82 @@ async def test_who_asks_is_told_of_each_stream_that_has_ended(caplog: pytest.Log
     assert registry.statistics().drains == 1
 
 
-async def test_an_observer_sees_a_stream_before_its_last_message_leaves() -> None:
+async def test_observer_hooks_run_in_order_around_the_last_message() -> None:
     registry = StreamRegistry()
-    course: list[str] = []
+    calls: list[str] = []
     request: ContextVar[str] = ContextVar("request")
 
-    class Course(Observer):
+    class Recorder(Observer):
         def begun(self, stream: Stream) -> None:
-            course.append(f"begun {request.get()} {stream.state}")
+            calls.append(f"begun {request.get()} {stream.state}")
 
         def ending(self, stream: Stream) -> None:
-            course.append(f"ending {request.get()} {stream.reason} {stream.events} {stream.bytes_sent}")
+            calls.append(f"ending {request.get()} {stream.reason} {stream.events} {stream.bytes_sent}")
 
         def ended(self, stream: Stream) -> None:
-            course.append(f"ended {request.get()} {stream.reason} {stream.state}")
+            calls.append(f"ended {request.get()} {stream.reason} {stream.state}")
 
     async def source() -> AsyncIterator[str]:
-        course.append("source")
+        calls.append("source")
         yield "x"
         if request.get() == "/fails":
             await anyio.sleep(1)
             raise LookupError
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        async def sends(message: Any) -> None:
+        async def send_and_record(message: Any) -> None:
             await send(message)
             if not message.get("more_body", True):
-                course.append("sent")
+                calls.append("sent")
 
         request.set(scope["path"])
         response = EventSourceResponse(source(), registry=registry, opening_comment=False, retry=None)
-        await response(scope, receive, sends)
+        await response(scope, receive, send_and_record)
 
-    leave = registry.observe(Course())
+    remove = registry.observe(Recorder())
     async with open_stream(app, "/ends") as stream:
         assert [event.data async for event in stream] == ["x"]
-    assert course == [
+    assert calls == [
         "begun /ends open", "source", "ending /ends finished 1 9", "sent", "ended /ends finished closed",
     ]  # fmt: skip
-    course.clear()
+    calls.clear()
     with pytest.raises(LookupError):
         async with open_stream(app, "/fails") as stream:
             assert [event.data async for event in stream] == ["x"]
-    assert course == ["begun /fails open", "source", "ended /fails failed closed"]  # its body stays cut
-    leave()
-    leave_again = registry.when_ended(lambda stream: course.append(stream.path))
-    leave_again()
+    assert calls == [
+        "begun /fails open",
+        "source",
+        "ended /fails failed closed",
+    ]  # a body that stays cut has no last message
+    remove()
+    remove_callback = registry.when_ended(lambda stream: calls.append(stream.path))
+    remove_callback()
     async with open_stream(app, "/ends") as stream:
         assert [event.data async for event in stream] == ["x"]
-    assert course[3:] == ["source", "sent"]
+    assert calls[3:] == ["source", "sent"]
 
 
-async def test_who_observes_twice_is_told_twice_until_each_is_undone() -> None:
+async def test_observer_that_is_added_twice_is_removed_once_at_a_time() -> None:
     registry = StreamRegistry()
-    told: list[str] = []
+    ended: list[str] = []
 
-    class Noting(Observer):
+    class Recorder(Observer):
         def ended(self, stream: Stream) -> None:
-            told.append(stream.path)
+            ended.append(stream.path)
 
-    observer = Noting()
-    undo, undo_other = registry.observe(observer), registry.observe(observer)
+    observer = Recorder()
+    remove_first, remove_second = registry.observe(observer), registry.observe(observer)
     for path, times in (("/two", 2), ("/one", 1), ("/none", 0)):
         async with open_stream(EventSourceResponse(["x"], registry=registry), path) as stream:
             assert [event.data async for event in stream] == ["x"]
-        assert told.count(path) == times
-        undo()
-        undo()  # once more is nothing
+        assert ended.count(path) == times
+        remove_first()
+        remove_first()  # a second call does nothing
         if path == "/one":
-            undo_other()
+            remove_second()
 
 
-async def test_how_long_streams_have_lasted() -> None:
+async def test_statistics_count_durations() -> None:
     registry = StreamRegistry()
 
     async def lasting(seconds: float) -> AsyncIterator[str]:
@@ -176,8 +180,8 @@ async def test_how_long_streams_have_lasted() -> None:
     assert registry.statistics().draining
 
 
-def test_what_several_threads_count_is_counted() -> None:
-    """Servers in threads may share a registry, and a count that was lost would be seen to go down."""
+def test_counts_of_several_threads_are_not_lost() -> None:
+    """Servers in several threads may share a registry."""
     registry, counters = StreamRegistry(), StreamCounters()
 
     def count() -> None:
@@ -200,7 +204,7 @@ def test_what_several_threads_count_is_counted() -> None:
     assert (counters.seconds, counters.durations[1]) == (160_000, 80_000)
 
 
-async def test_a_client_that_does_not_read_shows() -> None:
+async def test_statistics_show_the_slowest_client() -> None:
     registry = StreamRegistry()
 
     async def fast() -> AsyncIterator[str]:
@@ -212,7 +216,7 @@ async def test_a_client_that_does_not_read_shows() -> None:
         assert 4 <= registry.statistics().longest_wait <= 5
 
 
-async def test_drain_ends_each_stream_properly_with_a_retry_of_its_own() -> None:
+async def test_drain_completes_each_body_with_its_own_reconnection_time() -> None:
     registry = StreamRegistry(drain_retry=(1000, 5000))
     reasons: list[str] = []
     retries = set()
@@ -237,7 +241,7 @@ async def test_drain_ends_each_stream_properly_with_a_retry_of_its_own() -> None
     assert len(retries) > 10
 
 
-async def test_what_was_yielded_before_the_drain_is_sent() -> None:
+async def test_events_yielded_before_a_drain_are_sent() -> None:
     async def burst() -> AsyncIterator[int]:
         for i in range(1000):
             yield i
@@ -254,22 +258,24 @@ async def test_what_was_yielded_before_the_drain_is_sent() -> None:
         assert stream.complete
 
 
-async def test_grace_for_those_that_watch() -> None:
+async def test_endpoint_that_watches_draining_has_the_grace_period() -> None:
     registry = StreamRegistry(drain_retry=(1234, 1234))
-    app = create_app({"/watches": watches, "/ignores": ignores_its_grace, "/idle": idle_endpoint}, registry=registry)
+    app = create_app(
+        {"/watches": watches_draining, "/ignores": ignores_its_grace, "/idle": idle_endpoint}, registry=registry
+    )
     async with (
-        open_stream(app, "/watches") as farewell,
+        open_stream(app, "/watches") as watching,
         open_stream(app, "/ignores") as ignoring,
         open_stream(app, "/idle") as other,
     ):
-        for stream in (farewell, ignoring, other):
+        for stream in (watching, ignoring, other):
             assert (await stream.receive()).data == "first"
         report = await app.registry.drain()
         assert (report.finished, report.closed, report.cancelled, report.abandoned) == (1, 1, 1, 0)
         assert 10 <= report.seconds <= 10.1
-        assert [event.data async for event in farewell] == ["farewell"]
-        assert farewell.retry == 1234
-        assert farewell.complete
+        assert [event.data async for event in watching] == ["last event"]
+        assert watching.retry == 1234
+        assert watching.complete
         assert [event.data async for event in ignoring] == []
         assert ignoring.complete
 
@@ -278,7 +284,7 @@ def idle_endpoint() -> AsyncIterator[str]:
     return idle()
 
 
-async def test_a_client_that_does_not_read_is_cut_at_the_deadline() -> None:
+async def test_client_that_does_not_read_is_cut_at_the_deadline() -> None:
     registry = StreamRegistry()
 
     async def fast() -> AsyncIterator[str]:
@@ -293,7 +299,7 @@ async def test_a_client_that_does_not_read_is_cut_at_the_deadline() -> None:
     assert not stream.complete
 
 
-async def test_a_source_that_ignores_its_cancellation_is_left_behind() -> None:
+async def test_source_that_ignores_its_cancellation_is_abandoned() -> None:
     release = anyio.Event()
 
     async def stubborn() -> AsyncIterator[str]:
@@ -314,7 +320,7 @@ async def test_a_source_that_ignores_its_cancellation_is_left_behind() -> None:
             await anyio.sleep(0.1)
 
 
-async def test_new_streams_while_draining_are_told_to_return() -> None:
+async def test_new_stream_during_a_drain_ends_with_a_reconnection_time() -> None:
     registry = StreamRegistry(drain_retry=(1500, 1500))
     registry.begin_drain()
     assert registry.draining
@@ -331,25 +337,25 @@ async def test_new_streams_while_draining_are_told_to_return() -> None:
     assert not started
 
 
-async def test_a_stream_that_is_drained_in_its_first_step() -> None:
-    """The head does not wait for the deadline."""
+async def test_stream_drained_in_its_first_step_is_opened_at_once() -> None:
+    """The response start does not wait for the deadline."""
 
-    async def waits(request: Request) -> AsyncIterator[str]:
+    async def waits_for_draining(request: Request) -> AsyncIterator[str]:
         assert not request.draining
         (running,) = app.registry
         running.drain(5, anyio.current_time() + 10)
         await request.draining.wait()
         await anyio.sleep(1)
-        yield "farewell"
+        yield "last event"
 
-    app = create_app({"/": waits}, open_timeout=0)
+    app = create_app({"/": waits_for_draining}, open_timeout=0)
     began = anyio.current_time()
     async with open_stream(app) as stream:
         assert anyio.current_time() - began < 0.5
-        assert (await stream.receive(timeout=2)).data == "farewell"
+        assert (await stream.receive(timeout=2)).data == "last event"
 
 
-async def test_a_drain_that_has_begun_keeps_its_deadline() -> None:
+async def test_later_drain_keeps_the_earlier_deadline() -> None:
     registry = StreamRegistry(drain_timeout=2)
     app = create_app({"/": ignores_its_grace}, registry=registry)
     async with open_stream(app) as stream:
@@ -361,14 +367,14 @@ async def test_a_drain_that_has_begun_keeps_its_deadline() -> None:
         assert report.cancelled == 1
 
 
-async def test_a_stream_that_fails_while_draining_ended_by_itself() -> None:
+async def test_stream_that_fails_while_draining_counts_as_finished() -> None:
     async def fails(request: Request) -> AsyncIterator[str]:
         yield "first"
         await request.draining.wait()
-        raise LookupError("farewell")
+        raise LookupError("last event")
 
     app = create_app({"/": fails})
-    with pytest.raises(LookupError, match="farewell"):
+    with pytest.raises(LookupError, match="last event"):
         async with open_stream(app) as stream:
             await stream.receive()
             report = await app.registry.drain()
@@ -376,7 +382,7 @@ async def test_a_stream_that_fails_while_draining_ended_by_itself() -> None:
             await stream.receive()
 
 
-async def test_no_farewell_in_the_middle_of_an_event() -> None:
+async def test_drain_inserts_nothing_into_an_incomplete_event() -> None:
     async def half() -> AsyncIterator[bytes]:
         yield b"data: whole\n\ndata: ha"
         await anyio.sleep_forever()
@@ -423,16 +429,16 @@ async def test_deadline_queue_rests_while_an_expired_stream_is_sent(monkeypatch:
     assert ticks >= 1
 
 
-async def test_drain_without_streams_and_twice() -> None:
+async def test_drain_without_streams_can_be_repeated() -> None:
     registry = StreamRegistry()
     assert (await registry.drain()).closed == 0
     assert (await registry.drain()).closed == 0
 
 
-async def test_the_end_of_streams_is_no_drain() -> None:
-    """They are told to return, some or all, and are taken again at once."""
+async def test_end_drains_only_the_given_streams() -> None:
+    """Their clients reconnect, and are accepted at once."""
     registry = StreamRegistry(drain_retry=(1500, 1500))
-    app = create_app({"/idle": idle_endpoint, "/watches": watches}, registry=registry)
+    app = create_app({"/idle": idle_endpoint, "/watches": watches_draining}, registry=registry)
     async with (
         open_stream(app, "/idle") as one,
         open_stream(app, "/idle") as other,
@@ -451,9 +457,9 @@ async def test_the_end_of_streams_is_no_drain() -> None:
             assert (await back.receive()).data == "first"
             assert [event async for event in other] == []
             assert (other.complete, other.retry) == (True, 1500)
-            assert [event.data async for event in last] == ["farewell"]  # which had its grace
+            assert [event.data async for event in last] == ["last event"]  # it had the grace period
             with pytest.raises(TimeoutError):
-                await back.receive(timeout=60)  # nothing ends who came later
+                await back.receive(timeout=60)  # a stream that began later continues
 
 
 @pytest.mark.real_time
@@ -468,7 +474,7 @@ async def test_begin_drain_from_another_thread() -> None:
         thread.join()
 
 
-async def test_streams_that_are_given_no_registry_share_one_in_their_loop() -> None:
+async def test_streams_without_a_registry_share_that_of_their_loop() -> None:
     async with open_stream(EventSourceResponse(idle())) as stream, open_stream(EventSourceResponse(idle())) as other:
         await stream.receive()
         await other.receive()
@@ -499,7 +505,7 @@ async def test_deadline_queue_serves_many_streams() -> None:
 
 
 @pytest.mark.parametrize("timeout", [-1, math.nan])
-def test_a_drain_timeout_that_is_out_of_range(timeout: float) -> None:
+def test_negative_drain_timeout_is_refused(timeout: float) -> None:
     with pytest.raises(ValueError, match=f"drain_timeout must be at least 0, got {timeout}"):
         StreamRegistry(drain_timeout=timeout)
 
@@ -507,13 +513,13 @@ def test_a_drain_timeout_that_is_out_of_range(timeout: float) -> None:
 @pytest.mark.parametrize(
     "retry", [(5, 1), (-1, 5), (0.5, 5), (1, 5.0), 3000, None, "12", (1000,), (1, 2, 3), (False, 5), (0, True)]
 )
-def test_a_drain_retry_that_is_no_range(retry: Any) -> None:
-    told = f"drain_retry must be two whole numbers of milliseconds, the lower first, got {retry!r}; pass a range"
-    with pytest.raises(ValueError, match=re.escape(told)):
+def test_invalid_drain_retry_is_refused(retry: Any) -> None:
+    message = f"drain_retry must be two whole numbers of milliseconds, the lower first, got {retry!r}; pass a range"
+    with pytest.raises(ValueError, match=re.escape(message)):
         StreamRegistry(drain_retry=retry)
 
 
-async def test_what_is_no_length_of_time() -> None:
+async def test_invalid_timeout_is_refused() -> None:
     with pytest.raises(TypeError, match="drain_timeout must be a number, got True"):
         StreamRegistry(drain_timeout=True)
     registry = StreamRegistry()

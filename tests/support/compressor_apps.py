@@ -1,4 +1,4 @@
-"""Apps with each compressor, inside of `SSEMiddleware` and around it."""
+"""Apps with each compressor, inside `SSEMiddleware` and around it."""
 
 import asyncio
 import os
@@ -13,7 +13,9 @@ PAGE = "a page " * 1000
 EVENTS = 4
 
 
-SEEN = Path(os.environ.get("COMPRESSOR_SEEN", os.devnull))  # what a client has got, if it is one that tells
+SEEN = Path(
+    os.environ.get("COMPRESSOR_SEEN", os.devnull)
+)  # the events that a client has reported as received, if it reports them
 PAUSE = 0 if SEEN.is_file() else 0.5
 
 
@@ -22,10 +24,10 @@ def is_awaited(event: str) -> bool:
 
 
 async def times() -> AsyncIterator[str]:
-    """Now and then the time; to a client that tells what it has got, the next one as soon as it has this one."""
+    """Yield the time at intervals. For a client that reports its events, yield the next when it has the last."""
     for _ in range(EVENTS):
         now = f"{time.time()}"
-        yield f"{now} {'.' * 600}"  # over every compressor's threshold
+        yield f"{now} {'.' * 600}"  # more than the threshold of every compressor
         while is_awaited(now):
             await asyncio.sleep(0.01)
         await asyncio.sleep(PAUSE)

@@ -1,4 +1,4 @@
-"""An app of each framework, for `SSEMiddleware` to be put around: a page, an endless stream of its own kind, hooks."""
+"""An app of each framework to be wrapped by `SSEMiddleware`: a page, an endless event stream, and lifespan hooks."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -102,7 +102,7 @@ def quart() -> Any:
 
 
 def django() -> Any:
-    """It has no lifespan, so no hooks."""
+    """Django has no lifespan support, and so this app has no hooks."""
     from django.conf import settings
     from django.core.asgi import get_asgi_application
     from django.http import HttpResponse, StreamingHttpResponse
@@ -246,12 +246,12 @@ def base_http_around() -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """``wrapped_django`` and the like, and ``sentry_is_around``: only the framework that is asked for is imported."""
+    """Build ``wrapped_<name>`` or ``<name>_is_around``, and import the framework of that app only."""
     if name.startswith("wrapped_") and name.removeprefix("wrapped_") in INSIDE:
         app = wrapped(globals()[name.removeprefix("wrapped_")]())
     elif name.endswith("_is_around"):
         app = globals()[name.removesuffix("_is_around") + "_around"]()
     else:
         raise AttributeError(name)
-    globals()[name] = app  # uvicorn asks twice
+    globals()[name] = app  # uvicorn looks the name up twice
     return app

@@ -1,4 +1,4 @@
-"""The app that is scraped, in a process of its own."""
+"""An app with metrics, which the tests scrape in a process of its own."""
 
 from collections.abc import AsyncIterator
 
@@ -13,7 +13,7 @@ broker = Broker()
 
 async def news(request: Request) -> AsyncIterator[int]:
     async with broker.subscribe("news") as subscription:
-        broker.publish_nowait("news", "for nobody")
+        broker.publish_nowait("news", "discarded")
         yield 1
         await subscription.__anext__()
         yield 2
