@@ -73,7 +73,7 @@ async def test_websocket_is_refused() -> None:
     ("make", "error", "message"),
     [
         (lambda: create_app({}, pong=5), TypeError, "unknown option 'pong'; the options are routes, broker, "),  # type: ignore[call-arg]
-        (lambda: create_app({}, ping=-5), ValueError, "ping=-5"),
+        (lambda: create_app({}, ping=-5), ValueError, "ping must be at least 0 or None, got -5"),
         (lambda: create_app({}, drain_timeout=3), TypeError, "registry=StreamRegistry(drain_timeout=3)"),  # type: ignore[call-arg]
         (lambda: create_app({}, drain_retry=(1, 2)), TypeError, "registry=StreamRegistry(drain_retry=(1, 2))"),  # type: ignore[call-arg]
         (lambda: create_app({}, registry=True), TypeError, "registry must be a StreamRegistry, got True"),  # type: ignore[arg-type]
