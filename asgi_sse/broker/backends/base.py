@@ -142,7 +142,7 @@ class Backend(ABC):
     3. **Once.** A key identifies an event of one channel for two minutes, whichever process publishes it.
     4. **No gap, no duplicate.** The dispatcher receives each event once. A subscriber that resumes after an id receives
        all events that follow, from any process, as long as the log keeps them.
-    5. **Never silent.** If events are lost, every subscriber that may have missed one is told by a ``reset``. Events
+    5. **Never silent.** If events are lost, every subscriber that may have missed one receives a ``reset``. Events
        are lost if the server was restarted empty, was emptied, came back with less than it had acknowledged, or
        dropped events that this process had not read. If the log has lost acknowledged events, it gets a new epoch, and
        all processes agree on it. No id that was given out ever stands for a second event.

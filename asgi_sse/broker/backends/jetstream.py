@@ -188,7 +188,7 @@ class JetStream:
                 return connection
             except (nats.errors.Error, OSError, TimeoutError) as exc:
                 await connection.close()
-                # nats-py often says only that there are no servers; its error callback was told the cause.
+                # nats-py often says only that there are no servers; its error callback has the cause.
                 failed = connection._error if isinstance(exc, NoServersError) and connection._error else exc
             except BaseException:
                 await connection.close()

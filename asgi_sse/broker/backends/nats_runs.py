@@ -24,7 +24,7 @@ _MAX_LEASES: Final = 100_000
 """Leases that the bucket keeps."""
 
 _SERVER_TTL_MARGIN_S: Final = 60
-"""Seconds for which the server keeps an expired lease, in which nobody reads it."""
+"""Seconds for which the server keeps a lease after its expiry. Processes no longer read it then."""
 
 _WRONG_REVISION: Final = frozenset({10071, 10164})
 """Error codes of the server for "wrong last sequence", with and without that sequence in the text."""

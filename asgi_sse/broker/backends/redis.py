@@ -17,8 +17,8 @@ These are its keys. The prefix p is in braces, so that a cluster keeps all of th
 
 ``XREAD`` does not report missing entries, so the reader checks the offset and the epoch of each entry. If an entry is
 not the next one, the log was trimmed too soon, or was emptied. After each lost connection, the backend compares the
-last entry that it read with the entry of that offset now. They differ, or there is none, if the server has come back
-with less than it had acknowledged, or if a replica that was behind its master took over.
+last entry that it read with the entry of that offset now. The entry differs or is missing if the server has come back
+with less than it had acknowledged, or if a replica took over before it had all of its master's data.
 """
 
 from __future__ import annotations
