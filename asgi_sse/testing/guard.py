@@ -17,7 +17,7 @@ from typing import Any, Final
 import anyio
 
 from asgi_sse.protocol.validation import check_number
-from asgi_sse.stream.observer import process_observers, Observer
+from asgi_sse.stream.observer import Observer, process_observers
 from asgi_sse.stream.stream import Stream
 
 from .clock import inside_of, real_deadline, virtual_time
