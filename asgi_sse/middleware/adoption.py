@@ -97,8 +97,8 @@ class AdoptedStream(Changing, Child):
     """
 
     __slots__ = (
-        "_ahead_bytes", "_app_done", "_discard", "_disconnect_delivered", "_error", "_messages", "_passed_through",
-        "_raised", "_receive", "_receiving", "_send", "_sending", "_app_start", "_started", "_stopping", "_stream",
+        "_ahead_bytes", "_app_done", "_app_start", "_discard", "_disconnect_delivered", "_error", "_messages",
+        "_passed_through", "_raised", "_receive", "_receiving", "_send", "_sending", "_started", "_stopping", "_stream",
         "_stream_done", "_wait", "disconnected", "reading", "start",
     )  # fmt: skip
 

@@ -57,7 +57,8 @@ class CORS:
                 )
         if "*" in allowed and self.credentials:
             raise ValueError(
-                "CORS origins must not be '*' with credentials, which browsers reject; name the origins, or pass a function"
+                "CORS origins must not be '*' with credentials, which browsers reject; "
+                "name the origins, or pass a function"
             )
         object.__setattr__(self, "_allowed", frozenset(origin.lower() for origin in allowed))
 
