@@ -1,4 +1,4 @@
-"""The settings of the page on proxies, in nginx and Caddy as they stand there, in front of a real server."""
+"""The page on proxies: nginx and Caddy run with exactly its settings, in front of a real server."""
 
 import re
 import shutil
@@ -22,20 +22,20 @@ from serving import ROOT, address, free_port, serving
 from asgi_sse import EventDecoder, ServerSentEvent
 
 PAGE = ROOT / "docs/pages/guides/proxies.md"
-ENOUGH = 60.0  # seconds for any one thing; none of them waits for it to pass
+TIMEOUT_S = 60.0  # for each single step, on a slow machine; no test waits for it to pass
 
 if not PAGE.exists():
-    pytest.skip("the tree is not beside the tests", allow_module_level=True)
+    pytest.skip("the repository is not next to the tests", allow_module_level=True)
 
 
 def settings_of_the_page(language: str) -> str:
     found = re.search(rf"^```{language}\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    assert found, f"{PAGE.name} has no settings of {language}"
+    assert found, f"{PAGE.name} has no settings for {language}"
     return found[1]
 
 
 def with_ports(settings: str, listen: str, port: str, upstream: int) -> str:
-    """The settings as they stand in the page, but for the addresses."""
+    """Return the settings with other addresses, and otherwise unchanged."""
     assert listen in settings, settings
     assert "127.0.0.1:8000" in settings, settings
     return settings.replace(listen, port).replace("127.0.0.1:8000", f"127.0.0.1:{upstream}")
@@ -46,11 +46,11 @@ def nginx(directory: Path, port: int, upstream: int, settings: str) -> list[str]
     if binary is None:
         pytest.skip("nginx is not installed")
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    places = "".join(f"{kind}_temp_path {directory}/{kind};\n" for kind in kinds)
+    temporary = "".join(f"{kind}_temp_path {directory}/{kind};\n" for kind in kinds)
     server = with_ports(settings, "listen 80;", f"listen 127.0.0.1:{port};", upstream)
     (directory / "nginx.conf").write_text(
         f"daemon off;\nworker_shutdown_timeout 1s;\npid {directory}/pid;\nerror_log {directory}/error.log;\n"
-        f"events {{}}\nhttp {{\naccess_log off;\n{places}{server}}}\n"
+        f"events {{}}\nhttp {{\naccess_log off;\n{temporary}{server}}}\n"
     )
     return [binary, "-p", str(directory), "-e", f"{directory}/error.log", "-c", f"{directory}/nginx.conf"]
 
@@ -66,26 +66,26 @@ def caddy(directory: Path, port: int, upstream: int, settings: str) -> list[str]
 
 PLAIN_NGINX = "server {\n listen 80;\n location / { proxy_pass http://127.0.0.1:8000; }\n}\n"
 GZIP = "gzip on;\ngzip_types text/event-stream;\ngzip_min_length 0;\ngzip_proxied any;\n"
-DEAF = "proxy_ignore_headers X-Accel-Buffering;\n"
+IGNORE_HEADER = "proxy_ignore_headers X-Accel-Buffering;\n"
 PLAIN_CADDY = ":80 {\n reverse_proxy 127.0.0.1:8000\n}\n"
 
 Proxy = tuple[Callable[[Path, int, int, str], list[str]], Callable[[], str]]
 PAGE_NGINX: Proxy = (nginx, lambda: settings_of_the_page("nginx"))
 PAGE_CADDY: Proxy = (caddy, lambda: settings_of_the_page("caddyfile"))
-GOOD: dict[str, Proxy] = {
+WORKING: dict[str, Proxy] = {
     "nginx": PAGE_NGINX,
-    "nginx that compresses streams": (nginx, lambda: GZIP + settings_of_the_page("nginx")),
-    "nginx by its defaults": (nginx, lambda: PLAIN_NGINX),
-    "nginx by its defaults, compressing": (nginx, lambda: GZIP + PLAIN_NGINX),
+    "nginx that would compress streams": (nginx, lambda: GZIP + settings_of_the_page("nginx")),
+    "nginx with defaults": (nginx, lambda: PLAIN_NGINX),
+    "nginx with defaults and gzip": (nginx, lambda: GZIP + PLAIN_NGINX),
     "caddy": PAGE_CADDY,
-    "caddy by its defaults": (caddy, lambda: PLAIN_CADDY),
+    "caddy with defaults": (caddy, lambda: PLAIN_CADDY),
 }
 
 
 class Client:
-    """A client of one address."""
+    """An HTTP client of one address."""
 
-    def __init__(self, port: int, timeout: float = ENOUGH, server: subprocess.Popen[bytes] | None = None) -> None:
+    def __init__(self, port: int, timeout: float = TIMEOUT_S, server: subprocess.Popen[bytes] | None = None) -> None:
         self.server = server
         self.http = httpx.Client(
             base_url=f"http://127.0.0.1:{port}",
@@ -119,14 +119,14 @@ class Client:
     def publish(self, channel: str, data: str) -> None:
         assert self.http.post(f"/publish/{channel}", content=data).status_code == 204
 
-    def readers(self, channel: str) -> str | None:
-        (event,) = EventDecoder().feed(self.http.get(f"/readers/{channel}").content)
+    def subscribers(self, channel: str) -> str | None:
+        (event,) = EventDecoder().feed(self.http.get(f"/subscribers/{channel}").content)
         return event.data if isinstance(event.data, str) else None
 
-    def wait_until_nobody_reads(self, channel: str) -> None:
-        deadline = time.monotonic() + ENOUGH
-        while self.readers(channel) != "0":
-            assert time.monotonic() < deadline, "the client has left, and the app does not know"
+    def wait_for_no_subscribers(self, channel: str) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while self.subscribers(channel) != "0":
+            assert time.monotonic() < deadline, "the client has left, but the app was not told"
             time.sleep(0.02)
 
 
@@ -138,13 +138,13 @@ def app(port: int, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @contextmanager
-def proxied(proxy: Proxy, upstream: int, directory: Path, timeout: float = ENOUGH) -> Iterator[Client]:
+def proxied(proxy: Proxy, upstream: int, directory: Path, timeout: float = TIMEOUT_S) -> Iterator[Client]:
     make, settings = proxy
     port = free_port()
-    places = {"XDG_CONFIG_HOME": str(directory), "XDG_DATA_HOME": str(directory)}  # of Caddy
+    variables = {"XDG_CONFIG_HOME": str(directory), "XDG_DATA_HOME": str(directory)}  # for Caddy
     arguments = make(directory, port, upstream, settings())
     with (
-        serving(arguments, port, directory / "proxy.log", variables=places) as server,
+        serving(arguments, port, directory / "proxy.log", variables=variables) as server,
         Client(port, timeout, server) as client,
     ):
         yield client
@@ -163,18 +163,20 @@ def direct(upstream: int) -> Iterator[Client]:
         yield client
 
 
-@pytest.mark.parametrize("name", GOOD)
-def test_what_the_page_promises(name: str, upstream: int, direct: Client, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", WORKING)
+def test_events_disconnects_resume_and_post_pass_through(
+    name: str, upstream: int, direct: Client, tmp_path: Path
+) -> None:
     channel = re.sub(r"\W", "-", name)
-    with proxied(GOOD[name], upstream, tmp_path) as client:
+    with proxied(WORKING[name], upstream, tmp_path) as client:
         with client.events(f"/events/of/{channel}") as events:
             seen = []
-            for data in ("one", "two " * 1000, "three"):  # each is there before the next one is published
+            for data in ("one", "two " * 1000, "three"):  # each arrives before the next one is published
                 direct.publish(channel, data)
                 seen.append(next(events))
                 assert seen[-1].data == data
-            assert direct.readers(channel) == "1"
-        direct.wait_until_nobody_reads(channel)
+            assert direct.subscribers(channel) == "1"
+        direct.wait_for_no_subscribers(channel)
         direct.publish(channel, "missed")
         with client.events(f"/events/of/{channel}", headers={"Last-Event-ID": str(seen[0].id)}) as events:
             assert [next(events).data for _ in range(3)] == ["two " * 1000, "three", "missed"]
@@ -184,90 +186,90 @@ def test_what_the_page_promises(name: str, upstream: int, direct: Client, tmp_pa
             assert [event.data for event in events] == ["tokens", "by", "POST", "[DONE]"]
 
 
-@pytest.mark.parametrize("name", ["nginx that compresses streams", "caddy"])
-def test_settings_of_the_page_do_not_compress_streams(name: str, upstream: int, tmp_path: Path) -> None:
-    with proxied(GOOD[name], upstream, tmp_path) as client:
-        for path in ("/events", "/events/answer"):  # what has no slash is not redirected either
+@pytest.mark.parametrize("name", ["nginx that would compress streams", "caddy"])
+def test_settings_of_the_page_never_compress_streams(name: str, upstream: int, tmp_path: Path) -> None:
+    with proxied(WORKING[name], upstream, tmp_path) as client:
+        for path in ("/events", "/events/answer"):  # the first one must not be redirected either
             with client.stream(path, "POST", content=b"long" * 1000) as (headers, _):
                 assert "content-encoding" not in headers
 
 
 @pytest.mark.parametrize("name", ["nginx", "caddy"])
-def test_what_the_page_warns_of(name: str, upstream: int, tmp_path: Path) -> None:
-    """An event that is there does not come: not before the stream has ended, or a buffer is full."""
-    deaf: Proxy = (nginx, lambda: DEAF + GZIP + PLAIN_NGINX)
-    everything: Proxy = (caddy, lambda: PLAIN_CADDY.replace(":80 {", ":80 {\n encode gzip"))
+def test_settings_that_the_page_warns_about_delay_events(name: str, upstream: int, tmp_path: Path) -> None:
+    """An event does not pass through until the stream ends or a buffer is full."""
+    buffering: Proxy = (nginx, lambda: IGNORE_HEADER + GZIP + PLAIN_NGINX)
+    compressing: Proxy = (caddy, lambda: PLAIN_CADDY.replace(":80 {", ":80 {\n encode gzip"))
     with (
-        proxied(deaf if name == "nginx" else everything, upstream, tmp_path, timeout=0.5) as client,
+        proxied(buffering if name == "nginx" else compressing, upstream, tmp_path, timeout=0.5) as client,
         pytest.raises(httpx.ReadTimeout),
         client.events("/events/replay") as events,
     ):
         next(events)
 
 
-def test_caddy_with_a_flush_interval_reads_on_for_nobody(upstream: int, direct: Client, tmp_path: Path) -> None:
+def test_caddy_with_flush_interval_hides_the_disconnect(upstream: int, direct: Client, tmp_path: Path) -> None:
     eager: Proxy = (caddy, lambda: ":80 {\n reverse_proxy 127.0.0.1:8000 {\n flush_interval -1\n }\n}\n")
     binary = shutil.which("caddy")
     if binary is None or not subprocess.check_output([binary, "version"], text=True).startswith(("2.6", "v2.6")):
-        pytest.skip("seen in Caddy 2.6")
+        pytest.skip("only Caddy 2.6 is known to do this")
     with proxied(eager, upstream, tmp_path) as client:
         with client.events("/events/of/eager") as events:
             direct.publish("eager", "one")
             next(events)
         for data in ("two", "three", "four"):
             direct.publish("eager", data)
-        assert direct.readers("eager") == "1"
-    direct.wait_until_nobody_reads("eager")  # with Caddy's own end
+        assert direct.subscribers("eager") == "1"
+    direct.wait_for_no_subscribers("eager")  # Caddy has ended
 
 
-def test_comments_keep_a_quiet_stream_open(upstream: int, tmp_path: Path) -> None:
+def test_keep_alives_keep_a_silent_stream_open(upstream: int, tmp_path: Path) -> None:
     def with_ping() -> None:
         received = b""
-        with client.stream("/events/quiet?ping=0.2") as (_, chunks):
-            while received.count(b"\n:") < 12:  # at 2.4 s, of which nginx gives 2 s
+        with client.stream("/events/silent?ping=0.2") as (_, chunks):
+            while received.count(b"\n:") < 12:  # after 2.4 s; the timeout of nginx is 2 s
                 received += next(chunks)
 
-    def without() -> None:
+    def without_ping() -> None:
         with (
             pytest.raises(httpx.RemoteProtocolError, match="incomplete"),
-            client.events("/events/quiet?ping=0") as events,
+            client.events("/events/silent?ping=0") as events,
         ):
-            assert [event.data for event in events] == ["that is all"]
+            assert [event.data for event in events] == ["the only event"]
 
     assert "proxy_read_timeout 60s;" in settings_of_the_page("nginx")
-    hasty: Proxy = (nginx, lambda: settings_of_the_page("nginx").replace("read_timeout 60s", "read_timeout 2s"))
-    with proxied(hasty, upstream, tmp_path) as client, ThreadPoolExecutor() as pool:
-        for done in [pool.submit(with_ping), pool.submit(without)]:
+    shorter: Proxy = (nginx, lambda: settings_of_the_page("nginx").replace("read_timeout 60s", "read_timeout 2s"))
+    with proxied(shorter, upstream, tmp_path) as client, ThreadPoolExecutor() as pool:
+        for done in [pool.submit(with_ping), pool.submit(without_ping)]:
             done.result()
 
 
-def test_a_browser_comes_back_when_the_app_was_away(tmp_path: Path) -> None:
+def test_browser_reconnects_while_the_app_is_down(tmp_path: Path) -> None:
     if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
         pytest.skip("no Chromium is installed")
     pytest.importorskip("playwright")
-    hasty: Proxy = (nginx, lambda: settings_of_the_page("nginx").replace("retry: 3000", "retry: 100"))
+    shorter: Proxy = (nginx, lambda: settings_of_the_page("nginx").replace("retry: 3000", "retry: 100"))
     script = """
-        const source = new EventSource("events/quiet?ping=15");
-        source.onerror = () => console.log("comes back", source.readyState === EventSource.CONNECTING);
+        const source = new EventSource("events/silent?ping=15");
+        source.onerror = () => console.log("reconnects", source.readyState === EventSource.CONNECTING);
         source.onmessage = (event) => { console.log(event.data); source.close(); };
     """
     port = free_port()
-    with ExitStack() as stack, proxied(hasty, port, tmp_path) as client:
+    with ExitStack() as stack, proxied(shorter, port, tmp_path) as client:
         browser = Browser(stack)
 
         def enough(logged: list[str]) -> bool:
-            if logged.count("comes back true") >= 2 and not started:  # twice: it is not by chance
+            if logged.count("reconnects true") >= 2 and not started:  # twice, to exclude chance
                 started.append(stack.enter_context(app(port, tmp_path)))
-            return "that is all" in logged
+            return "the only event" in logged
 
         started: list[object] = []
         logged = browser.run(script, str(client.http.base_url), enough)
-        assert {*logged} <= {"comes back true", "that is all"}
-        assert logged[-1] == "that is all"
+        assert {*logged} <= {"reconnects true", "the only event"}
+        assert logged[-1] == "the only event"
 
 
-def test_more_streams_than_a_browser_has_connections(upstream: int, direct: Client, tmp_path: Path) -> None:
-    """Over HTTP/2 all of them are in one."""
+def test_ten_streams_share_one_http2_connection(upstream: int, direct: Client, tmp_path: Path) -> None:
+    """Ten are more than the six connections that a browser opens over HTTP/1.1."""
 
     def nginx_with_tls(directory: Path, port: int, upstream: int, settings: str) -> list[str]:
         certificate = authority.issue_cert("127.0.0.1")
@@ -291,7 +293,7 @@ def test_more_streams_than_a_browser_has_connections(upstream: int, direct: Clie
             http2=True,
             verify=context,
             trust_env=False,
-            timeout=ENOUGH,
+            timeout=TIMEOUT_S,
             limits=httpx.Limits(max_connections=1),
         )
         streams.enter_context(http)
@@ -300,16 +302,16 @@ def test_more_streams_than_a_browser_has_connections(upstream: int, direct: Clie
             response = streams.enter_context(http.stream("GET", "/events/of/h2"))
             assert response.http_version == "HTTP/2"
             bodies.append(response.iter_bytes())
-        direct.publish("h2", "for all of them")
+        direct.publish("h2", "for all ten")
         for body in bodies:
             received = b""
-            while b"data: for all of them" not in received:
+            while b"data: for all ten" not in received:
                 received += next(body)
-        assert direct.readers("h2") == "10"
-    direct.wait_until_nobody_reads("h2")
+        assert direct.subscribers("h2") == "10"
+    direct.wait_for_no_subscribers("h2")
 
 
-def test_nginx_is_told_to_read_its_settings_again(upstream: int, direct: Client, tmp_path: Path) -> None:
+def test_clients_resume_after_a_reload_of_nginx(upstream: int, direct: Client, tmp_path: Path) -> None:
     with proxied(PAGE_NGINX, upstream, tmp_path) as client:
         assert client.server is not None
         with client.events("/events/of/reload") as events:
@@ -324,25 +326,25 @@ def test_nginx_is_told_to_read_its_settings_again(upstream: int, direct: Client,
 
 
 @pytest.mark.parametrize("name", ["nginx", "caddy"])
-def test_the_app_restarts(name: str, tmp_path: Path) -> None:
+def test_clients_survive_a_restart_of_the_app(name: str, tmp_path: Path) -> None:
     port = free_port()
-    with ExitStack() as first_life, ThreadPoolExecutor() as pool:
-        process = first_life.enter_context(app(port, tmp_path))
-        with proxied(GOOD[name], port, tmp_path) as client:
-            with client.stream("/events/quiet?ping=0") as (_, chunks):
+    with ExitStack() as first_app, ThreadPoolExecutor() as pool:
+        process = first_app.enter_context(app(port, tmp_path))
+        with proxied(WORKING[name], port, tmp_path) as client:
+            with client.stream("/events/silent?ping=0") as (_, chunks):
                 received = next(chunks)
                 process.terminate()
-                received += b"".join(chunks)  # httpx raises if the body has no proper end
-            told = re.findall(rb"^retry: (\d+)$", received, re.MULTILINE)
-            assert 1000 <= int(told[-1]) <= 5000
-            process.wait(ENOUGH)
+                received += b"".join(chunks)  # httpx raises if the body is cut
+            times = re.findall(rb"^retry: (\d+)$", received, re.MULTILINE)
+            assert 1000 <= int(times[-1]) <= 5000
+            process.wait(TIMEOUT_S)
             meanwhile = pool.submit(lambda: client.http.get("/events/answer?meanwhile"))
-            if name == "nginx":  # it answers, and an EventSource comes back
+            if name == "nginx":  # it answers, so that an EventSource reconnects
                 answer = meanwhile.result()
                 assert (answer.status_code, answer.content) == (200, b"retry: 3000\n\n")
                 assert answer.headers["content-type"].startswith("text/event-stream")
             with app(port, tmp_path):
-                if name == "caddy":  # it waits for the app
+                if name == "caddy":  # the request waits for the app
                     assert meanwhile.result().status_code == 200
                 with client.events("/events/answer", "POST", content=b"again") as events:
                     assert next(events).data == "again"

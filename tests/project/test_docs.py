@@ -1,4 +1,4 @@
-"""The documentation is true: each of its code blocks is run, or says why it cannot be; links lead somewhere."""
+"""The documentation is correct: its code blocks run, or say why they cannot, and its links have targets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from pages import ENOUGH, PAGES, Block, Browser, in_order, read_blocks, session
+from pages import PAGES, TIMEOUT_S, Block, Browser, in_order, read_blocks, session
 from serving import ROOT, environment
 
 import asgi_sse
@@ -34,22 +34,22 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
 if not PAGES.exists():
-    pytest.skip("the tree is not beside the tests", allow_module_level=True)
+    pytest.skip("the repository is not next to the tests", allow_module_level=True)
 
-yaml: Any = import_module("yaml")  # which uvicorn[standard] needs too
+yaml: Any = import_module("yaml")  # installed with uvicorn[standard]
 
-ALL = [
+DOCUMENTS = [
     *(ROOT / f"{name}.md" for name in ("README", "MIGRATING", "CONTRIBUTING", "SECURITY", "CHANGELOG")),
     *sorted((ROOT / "benchmarks").glob("*.md")),
     *sorted(PAGES.rglob("*.md")),
 ]
-BLOCKS = {page: read_blocks(page) for page in ALL}
-RUN_ELSEWHERE = {  # by which test
+BLOCKS = {page: read_blocks(page) for page in DOCUMENTS}
+TESTED_ELSEWHERE = {  # blocks of these languages on these pages, and their test
     "nginx": ("docs/pages/guides/proxies.md", "test_proxies.py"),
     "caddyfile": ("docs/pages/guides/proxies.md", "test_proxies.py"),
 }
-TARGET = re.compile(r"""(?:\]\(|\ssrc="|\ssrcset=")([^)"\s]+)[)"]""")  # of a link, or of an image in HTML
-PLACES = [*ALL, *(ROOT / folder / "README.md" for folder in ("examples", "examples/mcp", "tests/fuzz"))]  # of links
+TARGET = re.compile(r"""(?:\]\(|\ssrc="|\ssrcset=")([^)"\s]+)[)"]""")  # of a Markdown link, or an image in HTML
+LINKING = [*DOCUMENTS, *(ROOT / folder / "README.md" for folder in ("examples", "examples/mcp", "tests/fuzz"))]
 
 
 def name_of(page: Path) -> str:
@@ -57,7 +57,7 @@ def name_of(page: Path) -> str:
 
 
 def pages_with(*languages: str, mark: str = "") -> pytest.MarkDecorator:
-    """The pages that have blocks of a language, as parameters."""
+    """Parametrise a test with the pages that have blocks of these languages."""
     found = [
         page
         for page, blocks in BLOCKS.items()
@@ -66,38 +66,40 @@ def pages_with(*languages: str, mark: str = "") -> pytest.MarkDecorator:
     return pytest.mark.parametrize("page", found, ids=name_of)
 
 
-@pytest.mark.parametrize("page", ALL, ids=name_of)
+@pytest.mark.parametrize("page", DOCUMENTS, ids=name_of)
 def test_each_block_is_run_or_says_why_not(page: Path) -> None:
     blocks = BLOCKS[page]
     extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
     for number, block in enumerate(blocks):
         named = {extra for found in re.findall(r"(?:asgi-sse|\.)\[(.*?)\]", block.text) for extra in found.split(",")}
-        assert block.language != "sh" or named <= extras, f"{block}: there are no such extras"
+        assert block.language != "sh" or named <= extras, f"{block}: unknown extras"
         if block.command == "not run":
-            assert len(block.mark.removeprefix("not run:").split()) >= 2, f"{block}: say why it is not run"
+            assert len(block.mark.removeprefix("not run:").split()) >= 2, f"{block}: give the reason why it is not run"
         elif block.language == "text":
-            behind = number > 0 and blocks[number - 1].command == "run"
-            assert behind or page.parent.name == "benchmarks", f"{block}: of what is it the output?"
+            follows_run = number > 0 and blocks[number - 1].command == "run"
+            assert follows_run or page.parent.name == "benchmarks", (
+                f"{block}: put it after the block whose output it is"
+            )
         elif block.language == "diff":
-            assert page.name == "MIGRATING.md", f"{block}: who runs it?"
+            assert page.name == "MIGRATING.md", f"{block}: no test runs a diff here"
         elif block.command == "command":
-            assert page.name == "README.md", f"{block}: who runs it?"
-            assert block.mark in {"command: demo", "command: test"}, f"{block}: who runs it?"
+            assert page.name == "README.md", f"{block}: no test runs this command here"
+            assert block.mark in {"command: demo", "command: test"}, f"{block}: no test runs this command"
         elif block.installs:
-            assert named, f"{block}: say above it how it is run"
+            assert named, f"{block}: say in a comment above it how to run it"
         elif block.language == "sh":
-            how = "<!-- run -->, or <!-- not run: REASON -->"
-            assert block.mark in {"run", "run: to the end"}, f"{block}: say above it how it is run: {how}"
+            marks = "<!-- run --> or <!-- not run: REASON -->"
+            assert block.mark in {"run", "run: to the end"}, f"{block}: write {marks} above it"
         elif block.language == "js":
-            assert block.mark in {"", "run: browser"}, f"{block}: how is it run? {block.mark!r}"
-        elif block.language in RUN_ELSEWHERE:
-            assert name_of(page) == name_of(ROOT / RUN_ELSEWHERE[block.language][0]), f"{block}: who runs it?"
+            assert block.mark in {"", "run: browser"}, f"{block}: unknown mark {block.mark!r}"
+        elif block.language in TESTED_ELSEWHERE:
+            assert name_of(page) == name_of(ROOT / TESTED_ELSEWHERE[block.language][0]), f"{block}: no test runs it"
         elif block.is_module:
             later = blocks[number + 1 :]
-            assert any(other.command == "run" for other in later), f"{block}: nobody imports it"
+            assert any(other.command == "run" for other in later), f"{block}: no later block imports it"
         else:
             assert block.language in {"python", "yaml", "toml", "json"}, (
-                f"{block}: {block.language!r} is not known here"
+                f"{block}: the tests do not know the language {block.language!r}"
             )
 
 
@@ -111,7 +113,7 @@ def test_each_block_is_run_or_says_why_not(page: Path) -> None:
     ],
     ids=str,
 )
-def test_it_can_be_parsed(block: Block) -> None:
+def test_block_can_be_parsed(block: Block) -> None:
     if block.language == "yaml":
         assert all(yaml.safe_load_all(block.text))
     elif block.language == "toml":
@@ -122,11 +124,11 @@ def test_it_can_be_parsed(block: Block) -> None:
         pytest.skip("node is not installed")
     else:
         subprocess.run(
-            [node, "--input-type=module", "--check"], input=block.text, text=True, check=True, timeout=ENOUGH
+            [node, "--input-type=module", "--check"], input=block.text, text=True, check=True, timeout=TIMEOUT_S
         )
 
 
-# What the apps of a page, in the order in which its blocks make them, do beyond what the page itself shows.
+# Checks of the apps of a page, beyond what the page itself shows. `apps` has them in the order of the page's blocks.
 
 CHECKS: dict[str, Callable[[list[Any]], Awaitable[None]]] = {}
 
@@ -147,7 +149,7 @@ async def _(apps: list[Any]) -> None:
         assert [event.data async for event in stream] == ["You", "said:", "hi", "[DONE]"]
     async with open_stream(around, "/more/ticks") as stream:
         assert (await stream.receive()).id == "1"
-    async with open_stream(around, "/ticks") as stream:  # of the app around which it is
+    async with open_stream(around, "/ticks") as stream:  # from the wrapped app
         assert (await stream.receive()).id == "1"
     async with open_stream(fastapi, "/events") as stream:
         assert [event.data async for event in stream] == ["hello"]
@@ -242,7 +244,7 @@ async def _(apps: list[Any]) -> None:
 
 @check("guides/scale.md")
 async def _(apps: list[Any]) -> None:
-    async with open_stream(apps[0], "/news") as stream:  # in memory, as long as there is no URL
+    async with open_stream(apps[0], "/news") as stream:  # in memory, because no URL is set
         assert stream.status == 200
 
 
@@ -251,8 +253,8 @@ async def _(apps: list[Any]) -> None:
     _, probed = apps
     for path in ("/ready", "/live"):
         async with open_stream(probed, path) as stream:
-            assert stream.status == (503 if path == "/ready" else 200)  # the page's own test has drained it
-    async with open_stream(probed, "/ticks") as stream:  # who comes meanwhile
+            assert stream.status == (503 if path == "/ready" else 200)  # the page's own test drained it
+    async with open_stream(probed, "/ticks") as stream:  # a new client during the drain
         assert stream.status == 200
         assert [event async for event in stream] == []
         assert stream.complete
@@ -261,21 +263,23 @@ async def _(apps: list[Any]) -> None:
 
 @pytest.fixture
 def page_module(tmp_path: Path) -> Iterator[ModuleType]:
-    """A module in which a page is run: frameworks look annotations up there."""
+    """A module in which a page runs, because frameworks look up annotations in it."""
     module = ModuleType("page_of_the_documentation")
     sys.modules[module.__name__] = module
     yield module
     del sys.modules[module.__name__]
-    for name, other in [*sys.modules.items()]:  # a page may import its own files
+    for name, other in [*sys.modules.items()]:  # files of the page that it has imported
         if str(getattr(other, "__file__", "")).startswith(str(tmp_path)):
             del sys.modules[name]
 
 
 @pages_with("python")
-def test_python(page: Path, page_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run(
+    page: Path, page_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     blocks = [block for block in BLOCKS[page] if block.language == "python"]
     for block in blocks:
-        block.compiled()  # of those that are not run too
+        block.compiled()  # including those that are not run
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     names = vars(page_module)
@@ -285,7 +289,7 @@ def test_python(page: Path, page_module: ModuleType, tmp_path: Path, monkeypatch
         if block.command == "not run" or block.is_module:
             continue
         before = names.get("app")
-        if block.title:  # a file of its own, which changes nothing for those before it
+        if block.title:  # a file of its own, which must not change names of earlier blocks
             (tmp_path / block.title).write_text(block.text)
             names = dict(names)
         exec(block.compiled(), names)
@@ -293,10 +297,10 @@ def test_python(page: Path, page_module: ModuleType, tmp_path: Path, monkeypatch
             apps.append(names["app"])
         found = {name: value for name, value in names.items() if name.startswith("test_") and callable(value)}
         for name in found.keys() & tests.keys():
-            assert found[name] is tests[name], f"{block}: there is a {name} before, which would not be run"
+            assert found[name] is tests[name], f"{block}: an earlier block defines {name} too, and would not run"
         tests |= found
     for test in tests.values():
-        if inspect.signature(test).parameters:  # of fixtures
+        if inspect.signature(test).parameters:  # it needs fixtures
             run_by_pytest(page, tmp_path)
         elif inspect.iscoroutinefunction(test):
             run(test)
@@ -308,7 +312,7 @@ def test_python(page: Path, page_module: ModuleType, tmp_path: Path, monkeypatch
 
 def run(function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
     async def within_time() -> None:
-        async with asyncio.timeout(ENOUGH):
+        async with asyncio.timeout(TIMEOUT_S):
             await function(*arguments)
 
     asyncio.run(within_time())
@@ -317,9 +321,9 @@ def run(function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
 def run_by_pytest(page: Path, directory: Path) -> None:
     blocks = [block for block in BLOCKS[page] if block.language == "python" and block.command != "not run"]
     (directory / "test_page.py").write_text("\n".join(block.text for block in blocks if not block.is_module))
-    own = find_spec("asgi_sse.testing.pytest_plugin") is not None
+    available = find_spec("asgi_sse.testing.pytest_plugin") is not None
     installed = any(point.value.startswith("asgi_sse") for point in entry_points(group="pytest11"))
-    plugin = ["-p", "asgi_sse.testing.pytest_plugin"] if own and not installed else []
+    plugin = ["-p", "asgi_sse.testing.pytest_plugin"] if available and not installed else []
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:asyncio", *plugin, "."]
     done = subprocess.run(
         command, cwd=directory, env=environment(), capture_output=True, text=True, timeout=180, check=False
@@ -329,6 +333,7 @@ def run_by_pytest(page: Path, directory: Path) -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Callable[[], Browser]]:
+    """Return a function that gives the browser, and starts it at the first call."""
     with ExitStack() as stack:
         started: list[Browser] = []
 
@@ -344,13 +349,13 @@ def browser() -> Iterator[Callable[[], Browser]]:
 
 
 @pages_with("sh", mark="run")
-def test_commands(page: Path, tmp_path: Path, browser: Callable[[], Browser]) -> None:
+def test_commands_run_as_shown(page: Path, tmp_path: Path, browser: Callable[[], Browser]) -> None:
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     blocks = BLOCKS[page]
-    with ExitStack() as engines, session(tmp_path, engines_for(page, engines, tmp_path)) as reader:
-        for block, behind in zip(blocks, [*blocks[1:], None], strict=True):
-            expected = behind.text if behind is not None and behind.language == "text" else ""
+    with ExitStack() as backends, session(tmp_path, backends_for(page, backends, tmp_path)) as reader:
+        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+            expected = following.text if following is not None and following.language == "text" else ""
             if block.title:
                 reader.write(block)
             if block.mark in {"run", "run: to the end"}:
@@ -360,16 +365,16 @@ def test_commands(page: Path, tmp_path: Path, browser: Callable[[], Browser]) ->
                 def enough(lines: list[str], expected: str = expected) -> bool:
                     return in_order(expected, "\n".join(lines))
 
-                assert expected, f"{block}: say what it logs"
-                reader.log_of(browser().run(block.text, reader.origin, enough), expected, block)
+                assert expected, f"{block}: add a text block with what it logs"
+                reader.check_log(browser().run(block.text, reader.origin, enough), expected, block)
     for block in blocks:
         if block.is_module and not sys.dont_write_bytecode:
             path = tmp_path / block.title
-            assert any(path.parent.glob(f"__pycache__/{path.stem}.*")), f"{block}: nobody has imported it"
+            assert any(path.parent.glob(f"__pycache__/{path.stem}.*")), f"{block}: nothing imported it"
 
 
-def engines_for(page: Path, stack: ExitStack, directory: Path) -> dict[str, str]:
-    """Engines in place of those that the page's commands name."""
+def backends_for(page: Path, stack: ExitStack, directory: Path) -> dict[str, str]:
+    """Start a backend for each URL in the page's commands, and return the URLs to use instead."""
     text = re.sub("#.*", "", "".join(block.text for block in BLOCKS[page] if block.command == "run"))
     replaced = {}
     for url, kind in {"redis://localhost:6379/0": "Valkey", "nats://localhost:4222": "Nats"}.items():
@@ -390,25 +395,25 @@ def anchors_of(page: Path) -> set[str]:
     return {title.strip().replace(" ", "-") for title in plain}
 
 
-def test_the_migration_is_what_there_is_to_import() -> None:
+def test_migration_names_can_be_imported() -> None:
     (block,) = (block for block in BLOCKS[ROOT / "MIGRATING.md"] if block.language == "diff")
     exec("\n".join(line[1:] for line in block.text.splitlines() if line.startswith("+")), {})
 
 
-@pytest.mark.parametrize("page", PLACES, ids=name_of)
-def test_links_lead_somewhere(page: Path) -> None:
+@pytest.mark.parametrize("page", LINKING, ids=name_of)
+def test_links_have_targets(page: Path) -> None:
     text = re.sub(r"^ *```.*?^ *```|`[^`\n]*`", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for target in TARGET.findall(text):
         if re.match(r"https?:", target):
             continue
         path, _, anchor = target.partition("#")
-        there = (page.parent / path).resolve() if path else page
-        assert there.exists(), f"{name_of(page)}: {target}"
-        if anchor and there.suffix == ".md":
-            assert anchor in anchors_of(there), f"{name_of(page)}: {target}"
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), f"{name_of(page)}: {target}"
+        if anchor and linked.suffix == ".md":
+            assert anchor in anchors_of(linked), f"{name_of(page)}: {target}"
 
 
-def test_the_site_has_every_page() -> None:
+def test_site_navigation_has_every_page() -> None:
     def files(item: Any) -> Iterator[str]:
         if isinstance(item, str):
             yield item
@@ -420,8 +425,10 @@ def test_the_site_has_every_page() -> None:
     assert sorted(files(nav)) == sorted(str(page.relative_to(PAGES)) for page in PAGES.rglob("*.md"))
 
 
-@pytest.mark.parametrize("page", [page for page in ALL if page.read_text().startswith("<!-- include")], ids=name_of)
-def test_included_pages_have_links_of_the_site(page: Path) -> None:
+@pytest.mark.parametrize(
+    "page", [page for page in DOCUMENTS if page.read_text().startswith("<!-- include")], ids=name_of
+)
+def test_links_of_included_pages_fit_the_site(page: Path) -> None:
     hook = runpy.run_path(str(ROOT / "docs/include.py"))["on_page_markdown"]
     file = SimpleNamespace(src_path=str(page.relative_to(PAGES)))
     text = hook(page.read_text(), page=SimpleNamespace(file=file))
@@ -430,64 +437,70 @@ def test_included_pages_have_links_of_the_site(page: Path) -> None:
     for target in TARGET.findall(text):
         if re.match(r"https?:|#", target):
             continue
-        place = (page.parent / target.partition("#")[0]).resolve().relative_to(PAGES)
-        image = place.parts[0] == "included"  # which the hook adds to the site
-        assert (ROOT.joinpath(*place.parts[1:]) if image else PAGES / place).exists(), target
+        path = (page.parent / target.partition("#")[0]).resolve().relative_to(PAGES)
+        image = path.parts[0] == "included"  # the hook adds it to the site
+        assert (ROOT.joinpath(*path.parts[1:]) if image else PAGES / path).exists(), target
 
 
-def test_the_options_table_names_each_default() -> None:
-    defaults = StreamOptions()
+def test_options_table_lists_each_option_with_its_default() -> None:
     _, options = (PAGES / "reference/response.md").read_text().split("## Options")
-    rows = re.findall(r"^\| `(\w+)` \| (\S+)", options, re.MULTILINE)
-    assert len(rows) == 8
-    for name, shown in rows:
-        value = getattr(defaults, name)
-        assert shown == ("none" if value is None else f"{value:g}"), name
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\S+)", options.partition("\n## ")[0], re.MULTILINE))
+    words: dict[Any, str] = {None: "none", True: "on", "\n": "LF"}
+    for field in fields(StreamOptions):
+        default: Any = field.default
+        assert rows.pop(field.name) == (words.get(default) or f"{default:g}"), field.name
+    assert not rows
     documented = inspect.getdoc(asgi_sse.EventSourceResponse) or ""
     for field in fields(StreamOptions):
         assert f"{field.name}:" in documented
 
 
+@pytest.mark.parametrize(
+    ("page", "heading", "function", "others"),
+    [
+        ("app", "Options", asgi_sse.SSEMiddleware, {"self", "app", "defaults"}),
+        ("broker", "Options of a broker", asgi_sse.Broker, {"self"}),
+        ("broker", "Options of a run", asgi_sse.Broker.run, {"self", "name", "source"}),
+        ("registry", "Registry", asgi_sse.StreamRegistry, {"self"}),
+    ],
+)
+def test_option_tables_list_each_parameter(
+    page: str, heading: str, function: Callable[..., Any], others: set[str]
+) -> None:
+    _, text = re.split(rf"^#+ {heading}$", (PAGES / f"reference/{page}.md").read_text(), flags=re.MULTILINE)
+    cells = re.findall(r"^\| (`\w.*?) \|", text.partition("\n## ")[0], re.MULTILINE)
+    names = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    assert names == {*inspect.signature(function).parameters} - others
+
+
 @pytest.mark.parametrize("name", ["demo", "serve", "publish", "tail", "bench"])
-def test_the_commands_have_the_options_that_their_page_says(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reference_lists_each_option_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     _, found = re.split(rf"^## {name}$", (PAGES / "reference/cli.md").read_text(), flags=re.MULTILINE)
     with pytest.raises(SystemExit):
         main([name, "--help"])
-    heads = "".join(line for line in capsys.readouterr().out.splitlines() if line.startswith("  -"))
+    lines = "".join(line for line in capsys.readouterr().out.splitlines() if line.startswith("  -"))
     option = re.compile(r"--[a-z][a-z-]+")
-    assert {*option.findall(found.partition("\n## ")[0])} == {*option.findall(heads)} - {"--help"}
+    assert {*option.findall(found.partition("\n## ")[0])} == {*option.findall(lines)} - {"--help"}
 
 
-def test_the_clocks_of_the_deployment_fit() -> None:
-    """What the page on Kubernetes says of its manifest, and of the defaults."""
+def test_times_of_the_kubernetes_manifest_fit_the_defaults() -> None:
     blocks = BLOCKS[PAGES / "guides/stop.md"]
     (manifest,) = (block for block in blocks if block.language == "yaml")
     pod = yaml.safe_load(manifest.text)["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    waits = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    pre_stop = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
     server = int(container["command"][container["command"].index("--timeout-graceful-shutdown") + 1])
     drain = inspect.signature(asgi_sse.StreamRegistry).parameters["drain_timeout"].default
     grace = inspect.signature(asgi_sse.Broker).parameters["run_grace"].default
     assert f"drain_timeout={drain:g}" in "".join(block.text for block in blocks)
-    assert grace <= drain < server  # the server cuts nothing that is in order
-    assert pod["terminationGracePeriodSeconds"] > waits + server  # nor does the cluster
+    assert grace <= drain < server  # the server does not cut streams that end in time
+    assert pod["terminationGracePeriodSeconds"] > pre_stop + server  # Kubernetes does not either
     python = "".join(block.text for block in blocks if block.language == "python")
     for probe in ("readinessProbe", "livenessProbe"):
         assert f'"{container[probe]["httpGet"]["path"]}"' in python
 
 
-def test_the_architecture_names_every_room() -> None:
-    text = (PAGES / "architecture.md").read_text()
-    package = Path(asgi_sse.__file__).parent
-    for path in package.rglob("*.py"):
-        room = path.relative_to(package)
-        if room.name == "__init__.py":
-            assert len(room.parts) == 1 or f"`{room.parent}/`" in text, room
-        else:
-            assert f"`{room.name}`" in text, room
-
-
-def test_each_public_name_has_a_place_in_the_reference() -> None:
+def test_reference_has_each_public_name() -> None:
     text = "".join(page.read_text() for page in (PAGES / "reference").glob("*.md"))
     for name in (*asgi_sse.__all__, *testing.__all__, *broker.__all__):
         assert re.search(rf"^::: asgi_sse\.(?:\w+\.)*{name}$", text, re.MULTILINE), name

@@ -1,17 +1,23 @@
-"""The code blocks of the documentation, and how each of them is run.
+"""Read the code blocks of the documentation, and run them.
 
-A block is what stands between fences. An HTML comment on the line above its fence, which readers do not see, says how
-it is run:
+A block is the text between two fences. An HTML comment on the line above the fence says how to run the block. The site
+does not show it.
 
-``<!-- run -->``: of ``sh``: its lines are run, in a directory of the page's own, where blocks with a ``title="app.py"``
-    have become files. Servers listen elsewhere than at port 8000, ``curl -N`` goes on in the background, and what a
-    ``text`` block right behind has is how what comes out begins; ``…`` stands for anything, and alone for any lines.
-``<!-- run: to the end -->``: the same, but what comes out when the servers stop counts too.
-``<!-- run: browser -->``: of ``js``: run in Chromium, on a page of the server that runs; the same with what it logs.
-``<!-- not run: REASON -->``: it cannot be run here.
+``<!-- run -->``
+    For ``sh``: run each line, in a directory of the page's own. Blocks with a ``title="app.py"`` are files there.
+    Servers listen on free ports instead of the page's, and ``curl -N`` continues in the background. A ``text`` block
+    directly after it shows how the output begins. There, ``…`` stands for any characters, and a line ``…`` for any
+    lines.
+``<!-- run: to the end -->``
+    The same, but the expected output may also appear when the servers stop.
+``<!-- run: browser -->``
+    For ``js``: run in Chromium, on a page of the server that is running. The ``text`` block after it shows what the
+    script logs.
+``<!-- not run: REASON -->``
+    The block cannot be run here.
 
-What installs packages needs no mark: it is not run, but has to name extras that there are. A ``curl`` behind which no
-output stands has to succeed. Another way to write a block is an error, since it would not be seen.
+A block that only installs packages needs no comment. It is not run, but its extras must exist. A ``curl`` without
+expected output must succeed. Any other way to write a block is an error, because the tests would not see it.
 """
 
 from __future__ import annotations
@@ -36,22 +42,31 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 PAGES = ROOT / "docs/pages"
-ENOUGH = 60.0  # seconds for any one thing; none of them waits for it to pass
+TIMEOUT_S = 60.0  # for each single step, on a slow machine; no test waits for it to pass
 SERVERS = ("uvicorn", "hypercorn", "granian", "asgi-sse serve", "asgi-sse demo")
 ENDLESS = ("curl -N", "asgi-sse tail")
 
 _FENCE = re.compile(r"^( *)```(\w*)( .*)?$")
-_OTHER_FENCE = re.compile(r"[\s>*+-]*(```|~~~)|=== \"|[!?]{3} ")  # and what mkdocs alone shows as more than text
+_UNSUPPORTED = re.compile(r"[\s>*+-]*(```|~~~)|=== \"|[!?]{3} ")  # other fences, and blocks that only mkdocs renders
 _COMMENT = re.compile(r"^ *<!-- (.+) -->$")
 _TITLE = re.compile(r'title="([^"]+)"')
 
 
 @dataclass(frozen=True)
 class Block:
-    """What stands between fences."""
+    """A code block of a page.
+
+    Attributes:
+        page: The page.
+        line: The number of the block's first line of text.
+        language: The language that the fence names.
+        title: The file name that the fence gives, or ``""``.
+        mark: The text of the comment above the fence, or ``""``.
+        text: The text, without its indentation.
+    """
 
     page: Path
-    line: int  # of its first line
+    line: int
     language: str
     title: str
     mark: str
@@ -62,32 +77,32 @@ class Block:
 
     @property
     def command(self) -> str:
-        """What its mark says, without the details."""
+        """The mark without its details, such as ``run`` or ``not run``."""
         return self.mark.partition(":")[0]
 
     @property
     def is_module(self) -> bool:
-        """Whether it is a file in a package: that is run by who imports it, not as a part of the page."""
+        """Whether the block is a module of a package, which other code imports instead of the page."""
         return self.language == "python" and "/" in self.title
 
     @property
     def installs(self) -> bool:
-        """Whether it does nothing but install packages."""
+        """Whether the block only installs packages."""
         return self.language == "sh" and all(line.startswith("pip install ") for line in self.text.splitlines())
 
     def compiled(self) -> Any:
-        """Its code, of which tracebacks name the page and the line."""
+        """Compile the block, so that tracebacks name the page and the line."""
         return compile("\n" * (self.line - 1) + self.text, str(self).rpartition(":")[0], "exec", dont_inherit=True)
 
 
 def read_blocks(page: Path) -> list[Block]:
-    """All blocks of a page, in order."""
+    """Return all blocks of a page, in order."""
     blocks, lines, number = [], page.read_text().splitlines(), 0
     while number < len(lines):
         fence = _FENCE.match(lines[number])
         number += 1
         if fence is None:
-            assert not _OTHER_FENCE.match(lines[number - 1]), f"{page}:{number}: write it as ```language"
+            assert not _UNSUPPORTED.match(lines[number - 1]), f"{page}:{number}: write the block as ```language"
             continue
         indent, language, rest = fence.groups(default="")
         comment = _COMMENT.match(lines[number - 2]) if number > 1 else None
@@ -103,7 +118,7 @@ def read_blocks(page: Path) -> list[Block]:
 
 
 def in_order(expected: str, output: str) -> bool:
-    """Whether the lines of `expected` are among those of `output`, in that order; ``…`` stands for anything."""
+    """Return whether `output` has the lines of `expected`, in that order; ``…`` stands for any characters."""
     lines = iter(output.splitlines())
     for wanted in filter(None, map(str.strip, expected.splitlines())):
         pattern = re.compile(".*".join(map(re.escape, wanted.split("…"))))
@@ -112,26 +127,26 @@ def in_order(expected: str, output: str) -> bool:
     return True
 
 
-def as_shown(expected: str, *outputs: str) -> bool:
-    """Whether `expected` is what comes first of one output after the other; a line ``…`` stands for any lines.
+def begins_as_shown(expected: str, *outputs: str) -> bool:
+    """Return whether `expected` is how the outputs begin, one output after the other.
 
-    Blank lines do not count, and an output may be left out as a whole.
+    A line ``…`` stands for any lines. Blank lines are ignored. Whole outputs may be missing from `expected`.
     """
     wanted = [line for line in map(str.strip, expected.splitlines()) if line]
     if not outputs:
         return not wanted
-    said = "".join(f"{line.strip()}\n" for line in outputs[0].splitlines() if line.strip())
+    actual = "".join(f"{line.strip()}\n" for line in outputs[0].splitlines() if line.strip())
     patterns = ("(?:.*\n)*?" if line == "…" else ".*".join(map(re.escape, line.split("…"))) + "\n" for line in wanted)
     pattern = ""
     for number, more in enumerate(["", *patterns]):
         pattern += more
-        if re.match(pattern, said) and as_shown("\n".join(wanted[number:]), *outputs[1:]):
+        if re.match(pattern, actual) and begins_as_shown("\n".join(wanted[number:]), *outputs[1:]):
             return True
     return False
 
 
 class Output:
-    """What a command says while it runs, and has said."""
+    """The output of a command, read in a thread while the command runs."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process
@@ -144,7 +159,7 @@ class Output:
     def _read(self) -> None:
         assert self.process.stdout is not None
         with self.process.stdout as stream:
-            decoder = getincrementaldecoder("utf-8")()  # a chunk may end within a character
+            decoder = getincrementaldecoder("utf-8")()  # a chunk may end in the middle of a character
             while chunk := stream.read1():  # type: ignore[attr-defined]
                 with self._changed:
                     self.text += decoder.decode(chunk)
@@ -153,20 +168,28 @@ class Output:
             self.ended = True
             self._changed.notify_all()
 
-    def wait_for(self, what: Callable[[str], bool]) -> bool:
+    def wait_for(self, condition: Callable[[str], bool]) -> bool:
+        """Wait until `condition` holds for the text, and return whether it does."""
         with self._changed:
-            self._changed.wait_for(lambda: self.ended or what(self.text), ENOUGH)
-            return what(self.text)
+            self._changed.wait_for(lambda: self.ended or condition(self.text), TIMEOUT_S)
+            return condition(self.text)
 
     def close(self) -> None:
+        """Kill the command if it still runs."""
         if self.process.poll() is None:
             self.process.kill()
-        self.process.wait(ENOUGH)
-        self._thread.join(ENOUGH)
+        self.process.wait(TIMEOUT_S)
+        self._thread.join(TIMEOUT_S)
 
 
 class Session:
-    """One reader of a page, who does what it says in a new directory."""
+    """A reader of a page, who follows it in a new directory.
+
+    Args:
+        directory: The directory.
+        stack: Ends the processes.
+        replaced: Texts of the page's commands, with what to run instead.
+    """
 
     def __init__(self, directory: Path, stack: ExitStack, replaced: dict[str, str]) -> None:
         self._directory = directory
@@ -179,13 +202,13 @@ class Session:
         self.origin = ""
 
     def write(self, block: Block) -> None:
-        """Make the file that the block's title names."""
+        """Write the block to the file that its title names."""
         path = self._directory / block.title
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(block.text)
 
     def run(self, block: Block, expected: str) -> None:
-        """Run its lines; what is still to come may come until the page's end."""
+        """Run the lines of a block; `finish` waits for the rest of the expected output."""
         lines = block.text.replace("\\\n", " ").splitlines()
         outputs = [output for line in lines if (output := self._run(line, block, expected))]
         if expected:
@@ -212,12 +235,12 @@ class Session:
             return None
         for port, actual in self._ports.items():
             line = line.replace(f":{port}", f":{actual}")
-        line = re.sub(r"\bcurl ", f"curl -sS {'' if expected else '--fail '}", line)  # without its progress
-        line = re.sub(r"\basgi-sse ", "python -m asgi_sse ", line)  # it may not be installed
+        line = re.sub(r"\bcurl ", f"curl -sS {'' if expected else '--fail '}", line)  # -s: no progress meter
+        line = re.sub(r"\basgi-sse ", "python -m asgi_sse ", line)  # the script may not be installed
         path = f"{Path(sys.executable).parent}:{environment()['PATH']}"
         endless = " ".join(words).startswith(ENDLESS)
         process = subprocess.Popen(
-            ["sh", "-c", f"exec {line}" if endless else line],  # the shell would be ended in its place
+            ["sh", "-c", f"exec {line}" if endless else line],  # without exec, only the shell would be killed
             cwd=self._directory,
             env={**environment(), "PYTHONWARNINGS": "ignore", **variables, "PATH": path},
             stdin=subprocess.DEVNULL,
@@ -227,9 +250,9 @@ class Session:
         output = Output(process)
         self._stack.callback(output.close)
         if endless:
-            assert output.wait_for(lambda text: "\n" in text), f"{block}: {line}: nothing comes"
+            assert output.wait_for(lambda text: "\n" in text), f"{block}: {line}: no output"
         else:
-            assert process.wait(ENOUGH) == 0, f"{block}: {line}: status {process.returncode}: {output.text}"
+            assert process.wait(TIMEOUT_S) == 0, f"{block}: {line}: exit status {process.returncode}: {output.text}"
         return output
 
     def _serve(self, words: list[str], variables: dict[str, str]) -> None:
@@ -242,44 +265,44 @@ class Session:
         log = self._directory / f"server{port}.log"
         kept = [
             word
-            for before, word in zip(words, arguments, strict=False)
-            if not {before, word.partition("=")[0]} & {"--port", "--host", "--bind"}
+            for previous, word in zip(words, arguments, strict=False)
+            if not {previous, word.partition("=")[0]} & {"--port", "--host", "--bind"}
         ]
         command = [sys.executable, "-m", module, *kept, *address(module, port)]
         variables = {**variables, "PYTHONPATH": f"{self._directory}:{environment()['PYTHONPATH']}"}
         process = self._stack.enter_context(serving(command, port, log, self._directory, variables))
         self._servers.append((process, log))
 
-    def log_of(self, lines: list[str], expected: str, block: Block) -> None:
-        """Hold what a script has logged against what is expected."""
-        assert in_order(expected, "\n".join(lines)), f"{block}: expected\n{expected}\nbut it has logged\n{lines}"
+    def check_log(self, lines: list[str], expected: str, block: Block) -> None:
+        """Check what the script of a block has logged."""
+        assert in_order(expected, "\n".join(lines)), f"{block}: expected\n{expected}\nbut it logged\n{lines}"
 
     def finish(self) -> None:
-        """Wait for what was expected, and end the servers, with streams open."""
+        """Wait for the expected output, then stop the servers while their streams are open."""
         self._expect([waiting for waiting in self._waiting if waiting[0].mark == "run"])
         for process, log in self._servers:
             process.terminate()
-            process.wait(ENOUGH)
+            process.wait(TIMEOUT_S)
             text = log.read_text()
-            # uvicorn itself leaves a socket to the end of its process: no ResourceWarning
+            # No check for ResourceWarning: uvicorn itself leaves a socket open until its process ends.
             assert not re.search(r"ERROR|Traceback|RuntimeWarning", text), text
         self._expect(self._waiting)
 
-    def _expect(self, what: list[tuple[Block, str, list[Output]]]) -> None:
-        deadline = time.monotonic() + ENOUGH
-        for block, expected, outputs in what:
+    def _expect(self, waiting: list[tuple[Block, str, list[Output]]]) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        for block, expected, outputs in waiting:
             while True:
-                ended = all(output.ended for output in outputs)  # asked first: behind its end nothing more is said
-                if as_shown(expected, *(said := [output.text for output in outputs])):
+                ended = all(output.ended for output in outputs)  # read before the text, which is then complete
+                if begins_as_shown(expected, *(texts := [output.text for output in outputs])):
                     break
                 more = time.monotonic() < deadline and not ended
-                assert more, f"{block}: expected\n{expected}\nbut there was\n{''.join(said)}"
+                assert more, f"{block}: expected\n{expected}\nbut the output was\n{''.join(texts)}"
                 time.sleep(0.02)
 
 
 @contextmanager
 def session(directory: Path, replaced: dict[str, str]) -> Iterator[Session]:
-    """Somebody who follows a page."""
+    """Follow a page in `directory`; `replaced` has texts of its commands, with what to run instead."""
     with ExitStack() as stack:
         the_session = Session(directory, stack, replaced)
         yield the_session
@@ -287,7 +310,7 @@ def session(directory: Path, replaced: dict[str, str]) -> Iterator[Session]:
 
 
 class Browser:
-    """A Chromium that there is on this machine; started when it is needed."""
+    """The Chromium that is installed on this machine."""
 
     def __init__(self, stack: ExitStack) -> None:
         from playwright.sync_api import sync_playwright
@@ -298,7 +321,7 @@ class Browser:
         stack.callback(self._browser.close)
 
     def run(self, script: str, origin: str, done: Callable[[list[str]], bool]) -> list[str]:
-        """Run a script on an empty page of `origin`, until what it has logged is enough; gives that."""
+        """Run a script on an empty page of `origin` until `done` holds for its log, and return the log."""
         logged: list[str] = []
         page = self._browser.new_page()
         try:
@@ -307,7 +330,7 @@ class Browser:
             page.on("pageerror", lambda error: logged.append(f"error: {error}"))
             page.goto(f"{origin}/")
             page.add_script_tag(content=script, type="module")
-            deadline = time.monotonic() + ENOUGH
+            deadline = time.monotonic() + TIMEOUT_S
             while not done(logged) and time.monotonic() < deadline:
                 page.wait_for_timeout(20)
         finally:

@@ -1,4 +1,4 @@
-"""What test_proxies.py serves behind a proxy: channels, tokens by POST, and a stream that says nothing."""
+"""The app that test_proxies.py puts behind a proxy: channels, tokens by POST, and a silent stream."""
 
 from collections.abc import AsyncIterator
 
@@ -14,7 +14,7 @@ async def publish(request: Request) -> None:
     raise HTTPError(204)
 
 
-async def readers(request: Request) -> AsyncIterator[int]:
+async def subscribers(request: Request) -> AsyncIterator[int]:
     yield broker.subscribers(request.path_params["channel"])
 
 
@@ -24,34 +24,34 @@ async def answer(request: Request) -> AsyncIterator[str]:
     yield "[DONE]"
 
 
-async def silence() -> AsyncIterator[ServerSentEvent]:
-    yield ServerSentEvent("that is all", id=1)
+async def one_event() -> AsyncIterator[ServerSentEvent]:
+    yield ServerSentEvent("the only event", id=1)
     await anyio.sleep_forever()
 
 
-async def long() -> AsyncIterator[str]:
+async def long_event() -> AsyncIterator[str]:
     yield "long " * 1000
     await anyio.sleep_forever()
 
 
 async def replay() -> EventSourceResponse:
-    """A body that begins with much, as a long replay may: Caddy compresses where its first read has 512 bytes."""
-    return EventSourceResponse(long(), opening_comment=False, retry=None)
+    """Start the body with a long event, like a long replay: Caddy compresses if its first read has 512 bytes."""
+    return EventSourceResponse(long_event(), opening_comment=False, retry=None)
 
 
-async def quiet(request: Request) -> EventSourceResponse:
-    return EventSourceResponse(silence(), ping=float(request.query["ping"]))
+async def silent(request: Request) -> EventSourceResponse:
+    return EventSourceResponse(one_event(), ping=float(request.query["ping"]))
 
 
 app = create_app(
     {
         "/events": answer,
-        "/events/quiet": quiet,
+        "/events/silent": silent,
         "/events/replay": replay,
         "/events/answer": answer,
         "/events/of/{channel}": broker.endpoint(),
         "/publish/{channel}": publish,
-        "/readers/{channel}": readers,
+        "/subscribers/{channel}": subscribers,
     },
     broker=broker,
 )
