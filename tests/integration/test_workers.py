@@ -104,7 +104,7 @@ def test_the_command_says_what_is_wrong(
     assert capsys.readouterr().out == first != ""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
     for arguments, said in (
-        (command(engine, "a b", "x"), "channel 'a b': give"),
+        (command(engine, "a b", "x"), "channel must be 1 to 200 of"),
         (command(engine, "a", "x", "--event=a\nb"), "has a line end"),
         (command(engine, "a"), "is not UTF-8"),
         (["publish", "memory://", "a", "x"], "in its own process"),

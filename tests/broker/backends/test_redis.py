@@ -469,7 +469,7 @@ def renewed(client: Any, prefix: str) -> bool:
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes look at runs often. Leases are as long as ever, not to be over when the machine is busy."""
-    monkeypatch.setattr(manager, "_WATCH", 0.05)
+    monkeypatch.setattr(manager, "_WATCH_INTERVAL_S", 0.05)
 
 
 OWNER = """
@@ -551,7 +551,7 @@ async def test_a_run_goes_on_as_long_as_its_process_does(valkey: Valkey, prefix:
 async def test_a_run_that_another_process_has_taken_ends_where_that_says_so(
     valkey: Valkey, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manager, "_WATCH", 0.05)
+    monkeypatch.setattr(manager, "_WATCH_INTERVAL_S", 0.05)
     stopped = asyncio.Event()
 
     async def source() -> AsyncIterator[str]:
@@ -743,7 +743,7 @@ async def test_a_run_is_found_again_as_soon_as_the_log_is_another_one(valkey: Va
     async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
         run = await one.run("r", endless())
         await lose_all(valkey, prefix, one, two)
-        async with asyncio.timeout(manager._WATCH / 2):
+        async with asyncio.timeout(manager._WATCH_INTERVAL_S / 2):
             while await two.find_run("r") is None:
                 await asyncio.sleep(0.01)
         run.cancel()
@@ -773,7 +773,7 @@ async def test_the_last_event_of_a_run_that_the_log_has_lost_is_published_again(
     valkey: Valkey, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was acknowledged, but had come to nobody when the log became another one."""
-    monkeypatch.setattr(manager, "_WATCH", 0.5)
+    monkeypatch.setattr(manager, "_WATCH_INTERVAL_S", 0.5)
     release = asyncio.Event()
     async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
         run = await one.run("r", in_two_parts(release))
@@ -891,7 +891,7 @@ async def test_an_engine_that_comes_back_with_an_earlier_run_of_that_name_does_n
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: int
 ) -> None:
     """Neither before it is known that it has lost events, nor after."""
-    monkeypatch.setattr(manager, "_WATCH", 0.2)
+    monkeypatch.setattr(manager, "_WATCH_INTERVAL_S", 0.2)
     release = asyncio.Event()
     with Valkey(tmp_path) as engine:
         async with Broker(engine.url) as one, Broker(engine.url) as two:
@@ -910,8 +910,8 @@ async def test_an_engine_that_comes_back_with_an_earlier_run_of_that_name_does_n
                 await take(reader, 1)
             with engine.client() as client:  # as it is on an engine that has come back, and is not found out yet
                 client.hset("{asgi_sse}:r:r", mapping=ended)
-            await manager.Runs._look_after(two._runs, "r", found, set())
-            await manager.Runs._look_after(one._runs, "r", run, set())
+            await manager.RunManager._look_after(two._runs, "r", found, set())
+            await manager.RunManager._look_after(one._runs, "r", run, set())
             assert found.outcome is run.outcome is None
             with engine.client() as client:
                 assert client.hget("{asgi_sse}:r:r", "outcome") == b""  # its process has put it back
