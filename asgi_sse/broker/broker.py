@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .runs.publisher import Outcome
 
 _BURST_EVENTS: Final = 64
-"""Events after which a publisher waits until the streams of its event loop have taken what they can."""
+"""Events after which a publisher waits for the streams of its event loop to read."""
 
 _FINAL_EVENT_S: Final = 1.0
 """Seconds before the end of their streams at which runs are ended, so that clients still get the final event."""
@@ -113,7 +113,7 @@ class Broker:
         _check_function("on_leave", on_leave)
         log = EventLog(history=history, max_bytes=max_bytes, max_age=max_age, max_channels=max_channels)
         self._dispatcher = Dispatcher(log, max_subscribers=max_subscribers)
-        # A publisher that never pauses must let subscribers read before the log drops what they have not read.
+        # A publisher that never pauses must let subscribers read before the log drops unread events.
         self._burst = max(1, min(_BURST_EVENTS, history // 4))
         self._published = 0
         self._backend = backend_of(
@@ -238,7 +238,7 @@ class Broker:
     async def publish(self, channel: str, event: Any, *, idempotency_key: str | None = None) -> str:
         """Publish an event and return its id.
 
-        The call sometimes waits until the streams of this event loop have taken what they can.
+        Now and then the call waits for the streams of this event loop to read, so that they do not fall behind.
 
         Args:
             channel: The name of the channel.
@@ -371,7 +371,7 @@ class Broker:
             snapshot: As for `subscribe`, but called with the `Request`.
             filter: As for `subscribe`, but called with the `Request` and the event.
             checkpoint: As for `subscribe`.
-            runs: Whether the channels are runs, of which a stream carries one. If there is no run of the name, the
+            runs: Whether the channels are runs. A stream then carries one run. If there is no run of the name, the
                 answer is 404. Without `runs`, a request for several channels reads runs like any other channels.
 
         Raises:
@@ -400,7 +400,7 @@ class Broker:
         join: bool = False,
         on_end: Callable[[Outcome, BaseException | None], Any] | None = None,
     ) -> Run:
-        """Publish the events of a source to a channel until it ends, whether or not anybody reads.
+        """Publish the events of a source to a channel until the source ends, with or without subscribers.
 
         A final event of the type ``end`` follows the last one. Its data is ``{"reason": …}`` with ``finished``,
         ``failed``, ``cancelled``, ``expired``, ``drained``, or ``lost`` if the process of the run is gone.

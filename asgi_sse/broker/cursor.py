@@ -228,7 +228,7 @@ class Cursor:
     def unread(self, above: int) -> int:
         """Return about how many events are unread, or 0 if it is not more than `above`."""
         batched = len(self.batch)
-        # The cheap checks come first, because nobody can publish during the count.
+        # The cheap checks come first, because the count blocks all publishers.
         if (
             not self.has_unread
             or self.unresolved_id is not None
@@ -414,10 +414,10 @@ class Cursor:
         return (self._channel,) if self._channel is not None else self._dirty or set()
 
     def _is_complete(self, channels: Iterable[str]) -> bool:
-        # If a channel that matches a pattern was forgotten, nobody knows which events it had.
+        # If a channel that matches a pattern was forgotten, its events are unknown.
         patterns = any(map(is_pattern, self.names))
         return self.dispatcher.log.is_complete(channels, clock(), patterns=patterns, after=self.position)
 
 
 def _ignore() -> None:
-    """Do nothing: nobody reads yet, or any more."""
+    """Do nothing, because the subscription is not being read."""

@@ -128,7 +128,7 @@ class TooLargeError(BrokerError, HTTPError):
 
 
 class Upstream(Protocol):
-    """The complete log on a server, of which the dispatcher's log is a part."""
+    """The complete log on a server. The dispatcher's log is a part of it."""
 
     async def sync(self) -> None:
         """Wait until this process has everything that the server had when `sync` was called."""

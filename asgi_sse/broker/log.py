@@ -33,7 +33,7 @@ _MAX_CHANNEL_READS: Final = 64
 """A subscriber of more channels reads through the sequence of all events, not through the ring of each channel."""
 
 _MAX_COUNTED: Final = 8
-"""The unread events of more channels are not counted: nobody can publish during the count, for thousands of cursors."""
+"""The unread events of more channels are not counted, because the count blocks publishers for thousands of cursors."""
 
 _EPOCH: Final = re.compile(r"[0-9a-z]{1,32}")
 # An id has fewer than 128 bytes, all of them CORS-safe, so that a ``Last-Event-ID`` needs no preflight request.
@@ -98,7 +98,7 @@ class EventLog:
 
     @property
     def channels(self) -> list[str]:
-        """The channels of which the log knows anything."""
+        """The channels that have a ring, or whose last offset is known."""
         return [*self._rings, *self._forgotten]
 
     @property
@@ -157,7 +157,7 @@ class EventLog:
     # A log that is a part of a log on a server
 
     def restart(self, epoch: str, last_offset: int, known: Iterable[tuple[str, int]], floor: int) -> None:
-        """Forget everything, and continue as a part of another log of which this process has no event yet.
+        """Forget everything, and continue as a part of another log, without any event of it yet.
 
         Args:
             epoch: The epoch of the other log.
@@ -205,7 +205,7 @@ class EventLog:
         self._forget_least_recent(channel)
 
     def missing(self, channels: Iterable[str], after: int) -> list[str]:
-        """Return those of `channels` of which the server may have more events after an offset than this process."""
+        """Return those of `channels` that may have more events after an offset on the server than in this process."""
         names = []
         for name in channels:
             ring = self._rings.get(name)

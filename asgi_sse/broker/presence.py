@@ -1,4 +1,4 @@
-"""`Presence`: tells an app who subscribes to a channel, and who leaves it."""
+"""`Presence`: calls the hooks of an app when subscriptions begin and end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CLOSE_WAIT_S: Final = 10.0
 
 
 class Named(Protocol):
-    """What the hooks get: a subscription, of which only the names matter here."""
+    """The subscription that the hooks get. Only its names matter here."""
 
     @property
     def names(self) -> tuple[str, ...]:

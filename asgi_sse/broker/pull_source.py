@@ -69,7 +69,7 @@ class SubscriptionSource:
             subscription.close()
 
     def stop(self) -> None:
-        """Give no more events; the client can resume with what was not taken."""
+        """Give no more events; the client can resume with the events that were not taken."""
         self._stopped = True
 
     @property

@@ -160,7 +160,7 @@ class Ring:
     def fill(self, entries: Iterable[Entry], trimmed: int, until: int) -> None:
         """Put dropped events back; see `EventLog.fill`. Events that are left are not added again."""
         if until < self.trimmed:
-            return  # later events were dropped meanwhile, so filling would leave a hole that nobody notices
+            return  # later events were dropped meanwhile, so filling would leave an unnoticed gap
         older = [entry for entry in entries if entry.offset <= self.trimmed]
         self._offsets[: self._start] = [entry.offset for entry in older]
         self._entries[: self._start] = older

@@ -35,7 +35,7 @@ _WATCH_INTERVAL_S: Final = 10.0
 """Seconds between two renewals of the leases of this process, and between two checks of the runs of other processes."""
 
 _END_WAIT_S: Final = 11.0
-"""Seconds that `RunManager.close` waits for runs that it told to stop: their clean-up, and until they are abandoned."""
+"""Seconds that `RunManager.close` waits for the runs that it stops: their clean-up takes 10 s, then they are abandoned."""
 
 
 class _Alarms:
@@ -299,7 +299,7 @@ class RunManager(Mapping[str, Run]):
             with anyio.move_on_after(max(0.0, due - anyio.current_time())):
                 await event.wait()
             restarted = event.is_set()
-            if restarted:  # nobody finds the runs of this process until the server has their leases again
+            if restarted:  # other processes cannot find the runs of this one until the server has their leases again
                 event = self._restarted = anyio.Event()
             else:
                 due = anyio.current_time() + _WATCH_INTERVAL_S

@@ -30,7 +30,7 @@ __all__ = ["Outcome", "Run"]
 
 
 class Run(Channel):
-    """A source whose events are published to a channel, whether or not anybody reads; made by `Broker.run`.
+    """A source whose events are published to a channel, with or without subscribers; made by `Broker.run`.
 
     A run outlives its clients. A client that comes late gets it from the first event on, and a client that reconnects
     continues where it was. Streams end after the final event. A client that has the final event already is answered
@@ -220,7 +220,7 @@ class Run(Channel):
     # Called by the manager
 
     def broker_closed(self) -> None:
-        """Wake those that wait for a run of another process, whose end this process will not see."""
+        """Wake the callers of `wait`: this process will not see the end of a run of another process."""
         with self._dispatcher.lock:
             if self.outcome is None:
                 self._broker_closed = True

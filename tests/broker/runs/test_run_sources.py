@@ -1,4 +1,4 @@
-"""The sources of runs: what they may be, how they end, and the final event."""
+"""The sources of runs: their types, their ends, and the final event."""
 
 import asyncio
 import gc
