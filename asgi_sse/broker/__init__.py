@@ -1,4 +1,4 @@
-"""Channels: publish once, encode once, and every subscriber reads with a cursor of its own."""
+"""Channels with replay: publish an event once, and each subscriber reads it from a log at its own speed."""
 
 from .backends.base import BrokerStatistics
 from .broker import Broker

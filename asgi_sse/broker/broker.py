@@ -1,4 +1,4 @@
-"""`Broker`: by which events are published, and subscribed to."""
+"""`Broker`: publishes events to channels and makes subscriptions, endpoints and runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
-from asgi_sse.errors import BrokerError
+from asgi_sse.errors import BrokerError, short_repr
 from asgi_sse.protocol.validation import check_number
 from asgi_sse.runtime.current import current_loop
 from asgi_sse.stream.flusher import current_flusher
@@ -16,14 +16,14 @@ from asgi_sse.stream.source import check_content
 from .backends.base import Publication
 from .backends.factory import backend_of
 from .backends.memory import MemoryBackend
-from .channel import Channel
-from .checks import check_key, name_of
-from .dispatcher import Dispatcher, unnumbered
+from .channel import Channel, name_or_pattern
+from .dispatcher import Dispatcher
 from .endpoint import Authorize, BrokerEndpoint
 from .log import EventLog
 from .patterns import check_name
 from .presence import Presence
-from .runs.manager import Runs
+from .publishing import check_idempotency_key, event_to_publish
+from .runs.manager import RunManager
 from .runs.run import Run
 from .subscription import Subscription
 
@@ -40,44 +40,49 @@ if TYPE_CHECKING:
     from .cursor import Overflow
     from .runs.publisher import Outcome
 
-_BURST: Final = 64
-"""Events after which a publisher waits for its turn."""
+_BURST_EVENTS: Final = 64
+"""Events after which a publisher waits for the streams of its event loop to read."""
 
-_FAREWELL: Final = 1.0
-"""Seconds before the end of their streams at which runs are ended, so that the final event still gets there."""
+_FINAL_EVENT_S: Final = 1.0
+"""Seconds before the end of their streams at which runs are ended, so that clients still get the final event."""
 
 
 class Broker:
-    """Channels of events, each kept for those who come back.
+    """Channels of events. Each channel keeps its last events, so that a client which reconnects misses nothing.
 
-    Everything that is published gets a number of one sequence, so that one ``Last-Event-ID`` tells how far a client
-    has come, whichever channels its stream carries.
+    All channels share one sequence, so one ``Last-Event-ID`` resumes any mix of them.
+
+    A broker in memory works at once. With any other URL, open it first: pass it to `create_app` or `SSEMiddleware`, or
+    use ``async with``.
 
     Args:
-        url: The engine that brings events to all processes. ``memory://``: there is but this one. ``redis://…``,
-            ``rediss://…``, ``unix://…``, with ``+cluster`` or ``+sentinel``: Redis 6.2 or Valkey (the extra ``redis``).
-            ``nats://…``, ``tls://…``: NATS with JetStream (the extra ``nats``). These need asyncio, and to be open.
-        history: Events that each channel keeps.
-        max_bytes: Memory that the events of each channel may take, about; the newest one is kept whatever its size.
-        max_age: Seconds after which nobody gets them any more; ``None``: until there are too many.
-        max_channels: Channels that are kept. Beyond, the one that was published to least recently is forgotten.
-        max_subscribers: Subscribers that a channel may have by its name, the next one is answered 503; ``None``: any
-            number.
-        overflow: What becomes of a subscriber that is so slow that events it has not read were dropped, once it takes
-            more: ``reset`` tells it so, by an event of that type, and goes on with what is new; ``close`` ends its
-            stream.
-        on_join: Called with each `Subscription` that begins to be read, in its event loop. Sync or async; what it
-            raises is logged.
-        on_leave: Called with each that is not read any more, after what `on_join` did for it.
-        max_runs: Runs that may go on at once; and those that are kept after their end.
-        run_grace: Seconds for which runs may go on when the server stops, or the broker is closed.
-        prefix: Of the engine's keys, or its stream: brokers with the same one share their channels.
-        publish_timeout: Seconds that publishing, and to begin or find a run, may wait for the engine, before it raises;
-            ``None``: publishing as long as it takes, runs five.
+        url: Where the events are kept. ``memory://`` keeps them in this process. ``redis://…``, ``rediss://…`` and
+            ``unix://…``, also with ``+cluster`` or ``+sentinel``, use Redis 6.2 or Valkey (the extra ``redis``).
+            ``nats://…`` and ``tls://…`` use NATS with JetStream (the extra ``nats``). All but memory need asyncio.
+        history: How many events each channel keeps.
+        max_bytes: Memory in bytes that the events of each channel may take, about. The newest event is kept whatever
+            its size is.
+        max_age: Seconds for which events are kept; ``None`` for no limit.
+        max_channels: How many channels are kept. Beyond, the broker forgets the channel that was published to least
+            recently.
+        max_subscribers: How many subscribers may read a channel by its name. The next one is answered with 503.
+            ``None`` for no limit.
+        overflow: What happens to a subscriber that is so slow that the log dropped events it had not read. ``reset``
+            sends an event of that type, and the subscription continues with new events. ``close`` ends the stream.
+        on_join: Called with each `Subscription` when it is first read, in its event loop. Sync or async. An error is
+            logged.
+        on_leave: Called with each `Subscription` when it has ended, after `on_join` has returned. Sync or async.
+        max_runs: How many runs may be running in this process at once, and how many are kept after their end.
+        run_grace: Seconds for which runs may continue when the server stops or the broker is closed.
+        prefix: The prefix of the keys on the server, or the name of the stream. Brokers with the same prefix share
+            their channels. Up to 64 of A-Z a-z 0-9 _ -.
+        publish_timeout: Seconds that publishing, and beginning or finding a run, may wait for the server. ``None``:
+            no limit for publishing, and 5 seconds for runs.
 
     Raises:
-        ModuleNotFoundError: The engine's client is not installed.
-        ValueError: A limit is out of range, or the URL is none that is known.
+        ModuleNotFoundError: The client library of the backend is not installed.
+        TypeError: An argument has a wrong type.
+        ValueError: A limit is out of range, or the URL or the prefix is invalid.
     """
 
     def __init__(
@@ -98,19 +103,18 @@ class Broker:
         publish_timeout: float | None = 5.0,
     ) -> None:
         if overflow not in {"reset", "close"}:
-            raise ValueError(f"overflow={overflow!r}; give 'reset' or 'close'")
+            raise ValueError(f"overflow must be 'reset' or 'close', got {short_repr(overflow)}")
         check_number("max_subscribers", max_subscribers, optional=True, positive=True)
         check_number("max_age", max_age, optional=True, positive=True)
         check_number("max_runs", max_runs, positive=True)
         check_number("run_grace", run_grace)
         check_number("publish_timeout", publish_timeout, optional=True, positive=True)
-        for name, hook in (("on_join", on_join), ("on_leave", on_leave)):
-            if hook is not None and not callable(hook):
-                raise TypeError(f"{name}={hook!r} is not callable; give a function, or None")
+        _check_function("on_join", on_join)
+        _check_function("on_leave", on_leave)
         log = EventLog(history=history, max_bytes=max_bytes, max_age=max_age, max_channels=max_channels)
         self._dispatcher = Dispatcher(log, max_subscribers=max_subscribers)
-        # Who publishes without pause lets others go on before they have missed anything.
-        self._burst = max(1, min(_BURST, history // 4))
+        # A publisher that never pauses must let subscribers read before the log drops unread events.
+        self._burst = max(1, min(_BURST_EVENTS, history // 4))
         self._published = 0
         self._backend = backend_of(
             url,
@@ -124,31 +128,39 @@ class Broker:
         )
         self._max_bytes = max_bytes
         self._presence = Presence(on_join, on_leave) if on_join or on_leave else None
-        self._open = partial(Subscription, self._dispatcher, overflow=overflow, presence=self._presence)
-        self._runs = Runs(self._backend, max_runs)
+        self._subscribe = partial(Subscription, self._dispatcher, overflow=overflow, presence=self._presence)
+        self._runs = RunManager(self._backend, max_runs)
         self._run_grace = run_grace
-        self._entered: list[object] = []
+        self._tokens: list[object] = []  # of ``async with``
         self._is_open = False
-        self._turn: tuple[EventLoop, anyio.Lock] | None = None
+        self._opening: tuple[EventLoop, anyio.Lock] | None = None
         self._openers: set[object] = set()
-        self._closing: set[object] = set()  # which of them have said that they stop
+        self._closing: set[object] = set()  # the openers that have called `begin_close`
 
     async def __aenter__(self) -> Self:
         token = object()
-        self._entered.append(token)
+        self._tokens.append(token)
         await self.open(token)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Give runs their grace and end them, and wait for the hooks; unless others have it open as well."""
-        await self.close(self._entered.pop())
+        """Close the broker as `close` does."""
+        await self.close(self._tokens.pop())
 
     async def open(self, by: object) -> None:
-        """As ``async with``, for one of several; what it is given, `close` is to be given too."""
-        turn = self._own_turn()
-        async with turn:  # who comes while another one opens or closes it finds it open, or opens it anew
+        """Open the broker on behalf of `by`.
+
+        The broker stays open until every caller has called `close` with the object that it passed here.
+
+        Args:
+            by: Any hashable object that identifies the caller.
+
+        Raises:
+            BrokerError: The backend could not be reached.
+        """
+        async with self._opening_lock():  # a caller that comes during a close opens the broker again
             if not self._is_open:
                 await self._backend.open()
                 self._is_open = True
@@ -156,17 +168,21 @@ class Broker:
             self._runs.reopen()
 
     async def close(self, by: object) -> None:
-        """The end of what `open` has begun."""
+        """Release one `open`. The last one ends the runs after `run_grace`, waits for the hooks and disconnects.
+
+        Args:
+            by: The object that was passed to `open`.
+        """
         self._openers.discard(by)
         self._closing.discard(by)
-        turn = self._own_turn()
-        with anyio.CancelScope(shield=True):  # within a scope that was cancelled, nothing would be let go of
-            await turn.acquire()
+        lock = self._opening_lock()
+        with anyio.CancelScope(shield=True):  # in a cancelled scope, the backend would never be closed
+            await lock.acquire()
         try:
             if not self._openers:
                 await self._close()
         finally:
-            turn.release()
+            lock.release()
 
     async def _close(self) -> None:
         self._dispatcher.close()
@@ -179,62 +195,63 @@ class Broker:
             with anyio.CancelScope(shield=True):
                 await self._backend.close()
 
-    def _own_turn(self) -> anyio.Lock:
-        """By which those of one event loop open and close it one after the other."""
+    def _opening_lock(self) -> anyio.Lock:
+        """Return the lock that serialises `open` and `close` within one event loop."""
         loop = current_loop()
-        if self._turn is None or self._turn[0] is not loop:
-            self._turn = loop, anyio.Lock()
-        return self._turn[1]
+        if self._opening is None or self._opening[0] is not loop:
+            self._opening = loop, anyio.Lock()
+        return self._opening[1]
 
     def begin_close(self, within: float, by: object) -> None:
-        """A server stops, and its streams end in so many seconds. From any thread, and as often as may be.
+        """Announce that a server stops. May be called from any thread, and repeatedly.
 
-        When all that have the broker open have said so, its runs end early enough for their clients to see it, and so
-        do the loops that read its channels without a response.
+        When all openers have announced it, the broker ends its runs early enough for their clients to get the final
+        event. It also ends the loops that iterate over a subscription. Responses are ended by their registry.
 
         Args:
-            within: Seconds.
-            by: Who says so.
+            within: Seconds until the streams of the server end.
+            by: The object that was passed to `open`.
         """
         if by in self._openers:
             self._closing.add(by)
         if self._openers <= self._closing:
-            self._runs.begin_close(min(self._run_grace, max(within - _FAREWELL, within / 2)))
+            self._runs.begin_close(min(self._run_grace, max(within - _FINAL_EVENT_S, within / 2)))
             self._dispatcher.close()
 
     @property
     def runs(self) -> Mapping[str, Run]:
-        """The runs by name: those that go on, and those that ended less than their ``ttl`` ago.
+        """The runs by name: those that are running, and those that ended within their ``ttl``.
 
-        Those of other processes are among them once `find_run` has found them, or a request for them was answered.
+        A run of another process is in it once `find_run` or a request has found it.
         """
         return self._runs
 
     def channel(self, name: str) -> Channel:
-        """The channel `name`; it need not be made before.
+        """Return the channel `name`. It need not exist, and `name` is never a pattern.
 
         Raises:
-            ValueError: The name is none.
+            TypeError: `name` is not a ``str``.
+            ValueError: `name` is invalid.
         """
         return Channel(self, self._dispatcher, check_name(name))
 
     async def publish(self, channel: str, event: Any, *, idempotency_key: str | None = None) -> str:
-        """Publish an event, and give its id.
+        """Publish an event and return its id.
 
-        Now and then it waits until the streams of this event loop have taken what they can.
+        Now and then the call waits for the streams of this event loop to read, so that they do not fall behind.
 
         Args:
-            channel: The channel's name.
-            event: A `ServerSentEvent` without an id, a ``dict`` of its arguments, or ``str``, ``int``, ``float``.
-            idempotency_key: Publishing the same key to that channel again, within two minutes, gives the first one's
-                id and does nothing.
+            channel: The name of the channel.
+            event: A `ServerSentEvent` without an id, a ``dict`` of its arguments, or ``str``, ``int`` or ``float``.
+            idempotency_key: Publishing the same key to the same channel again within two minutes adds no event, and
+                returns the id of the first one. 1 to 200 characters; ``None`` for no key.
 
         Raises:
-            BrokerError: The engine has not acknowledged it within `publish_timeout`; the message says whether it may
-                have been published all the same, and then the same key makes it safe to publish it again. Or it has
-                refused it. In memory: there were more than a million keys within two minutes.
-            InvalidEventError: The event cannot be sent as meant, or has an id of its own.
-            ValueError: The channel's name is none.
+            BrokerError: The server refused the event, or did not acknowledge it within `publish_timeout`. The message
+                says whether the event may have been published. If so, publishing it again with the same key is safe.
+                In memory: more than a million keys were used within two minutes.
+            InvalidEventError: The event cannot be sent, or has an id.
+            ValueError: The name of the channel or the key is invalid.
         """
         event_id = await self._backend.publish(self._publication(channel, event, idempotency_key))
         await self._pace()
@@ -244,7 +261,7 @@ class Broker:
         check_name(channel)
         run = self._runs.get(channel)
         keep_after = None if run is None or run.outcome is not None else run.start
-        return Publication(channel, unnumbered(event), check_key(key), keep_after=keep_after)
+        return Publication(channel, event_to_publish(event), check_idempotency_key(key), keep_after=keep_after)
 
     async def _pace(self) -> None:
         self._published += 1
@@ -253,55 +270,69 @@ class Broker:
             await current_flusher().turn()
 
     def publish_nowait(self, channel: str, event: Any, *, idempotency_key: str | None = None) -> str:
-        """As `publish`, from any thread and from any event loop, without waiting. In memory only.
+        """Publish an event without waiting and return its id. Only for ``memory://``.
 
-        Who publishes many at once without a pause has more of them dropped than `history` before anybody could read.
+        May be called from any thread and any event loop. If a caller publishes more than `history` events without a
+        pause, the log drops some of them before any subscriber can read them.
+
+        Args:
+            channel: The name of the channel.
+            event: The event, as for `publish`.
+            idempotency_key: The key, as for `publish`.
+
+        Raises:
+            BrokerError: The broker is not in memory, or more than a million keys were used within two minutes.
+            InvalidEventError: The event cannot be sent, or has an id.
+            ValueError: The name of the channel or the key is invalid.
         """
         if not isinstance(self._backend, MemoryBackend):
-            raise BrokerError("publish_nowait is of memory:// alone: await publish(), which waits for the engine")
+            raise BrokerError("publish_nowait() needs a broker in memory; await publish(), which waits for the server")
         return self._backend.publish_nowait(self._publication(channel, event, idempotency_key))
 
     def statistics(self) -> BrokerStatistics:
-        """How it is connected, and what came and went, as this process sees it."""
+        """Return the state and the counters of the broker in this process. May be called from any thread."""
         return self._backend.statistics()
 
     def subscribe(
         self,
         *channels: str | Channel,
         last_event_id: str | None = None,
-        filter: Callable[[ServerSentEvent], bool] | None = None,  # noqa: A002 (as the built-in function)
+        filter: Callable[[ServerSentEvent], bool] | None = None,  # noqa: A002 (named after the built-in function)
         checkpoint: bool = False,
         snapshot: Callable[[], Any] | None = None,
         info: Any = None,
     ) -> Subscription:
-        """A place in the log, from which to read.
+        """Return a subscription, to be read by an ``async for`` loop or by an `EventSourceResponse`.
 
         Args:
-            *channels: Names; or patterns, where ``*`` stands for one segment and ``**`` at the end for one or more; or
-                `Channel` objects, which are never patterns: for names of which a part comes from somebody else.
-            last_event_id: The id of the last event that was read. ``None`` or ``""``: what is published from now on.
-            filter: Which events to read.
-            checkpoint: Whether a keep-alive of its stream, in place of a comment, tells the client the id up to which
-                there was nothing for it: then a client of quiet channels in a busy broker can resume however long it
-                was quiet. A browser gives no event for it; a client that does is httpx-sse.
-            snapshot: Gives the state as of now, in an event or several: sent first where there is no id to resume
-                from, and after each ``reset``. Sync or async, or an async generator function.
-            info: Anything, for `on_join` and `on_leave` to see.
+            *channels: Names; patterns, in which ``*`` stands for one segment and ``**`` at the end for one or more; or
+                `Channel` objects, which are never patterns. Use these if a part of a name comes from a client.
+            last_event_id: The id of the last event that was read. ``None`` or ``""``: only events published from now
+                on.
+            filter: Returns whether an event is to be read.
+            checkpoint: Whether keep-alives carry an id instead of a comment: the id up to which the client has
+                everything. A client of quiet channels in a busy broker can then resume after any time. Browsers
+                dispatch no event for it; httpx-sse does.
+            snapshot: Returns the current state as one event or several, sync or async, or is an async generator
+                function. The subscriber gets it first if it has no id to resume from, and after each ``reset``.
+            info: Any object, for `on_join` and `on_leave`.
 
         Raises:
-            TypeError: There is no channel.
-            ValueError: A name is none.
+            BrokerError: The broker is not open.
+            TypeError: No channel was passed, or an argument has a wrong type.
+            ValueError: A name or pattern is invalid.
         """
         if not channels:
-            raise TypeError("subscribe() needs the name of a channel")
-        for what, function in (("snapshot", snapshot), ("filter", filter)):
-            if function is not None and not callable(function):
-                raise TypeError(f"{what}={function!r} is not callable; give a function, or None")
+            raise TypeError("subscribe() must have at least one channel, got none; pass a name")
+        _check_function("snapshot", snapshot)
+        _check_function("filter", filter)
         if last_event_id is not None and not isinstance(last_event_id, str):
-            raise TypeError(f"last_event_id={last_event_id!r} is {type(last_event_id).__name__}; give a str, or None")
+            raise TypeError(
+                f"last_event_id must be a str or None, got {short_repr(last_event_id)} ({type(last_event_id).__name__})"
+            )
         self._backend.check_open()
-        return self._open(
-            tuple(dict.fromkeys(map(name_of, channels))),
+        return self._subscribe(
+            tuple(dict.fromkeys(map(name_or_pattern, channels))),
             last_event_id=last_event_id,
             filter=filter,
             checkpoint=checkpoint,
@@ -319,29 +350,33 @@ class Broker:
         checkpoint: bool = False,
         runs: bool = False,
     ) -> BrokerEndpoint:
-        """Streams channels to those who may read them: an endpoint, and an ASGI app, as for a ``Route`` of Starlette.
+        """Return an endpoint that streams channels to clients that may read them.
 
-        Which ones: `channels`; else what the route has in the place of ``{channel}``, as in ``"/events/{channel}"``;
-        else each ``channel`` of the query; else all that `authorize` grants. One that is a run is answered as such.
+        The endpoint is an ASGI app too, so it can be a route of `create_app`, `SSEMiddleware` or Starlette.
+
+        The stream carries `channels`, if there are any. Otherwise it carries the ``{channel}`` of the route, such as
+        ``"/events/{channel}"``, or each ``channel`` of the query, or everything that `authorize` grants. If the only
+        channel is a run, the client gets the run.
 
         Args:
             *channels: Names, patterns or `Channel` objects.
-            authorize: Asked with each `Request` before the response begins. Gives the channels that may be read, or
-                patterns of them, or an `Access`, which says until when as well; ``True``: any channel that is asked for
-                by its name; ``None``: nothing, which is answered with 403, as is what is asked for beyond. It may be
-                async, and raise an `HTTPError` of its own, such as a 401. Without: any channel by its name.
-            recheck: Seconds after which to ask it again, and again; a stream that it does not grant any more, or not
-                in that time (or 10 s), is ended. What else it raises then cuts the stream. A new `Access` puts its end
-                off.
-            snapshot: As of `subscribe`, but called with the `Request`.
-            filter: As of `subscribe`, but called with the `Request` and the event.
-            checkpoint: As of `subscribe`.
-            runs: Whether there are runs alone, of which a stream carries one: where there is none of that name, the
-                answer is 404. Without, several channels are read as such, the runs among them.
+            authorize: Called with each `Request` before the response begins. Returns the channels that the client may
+                read, as names or patterns, or an `Access`, which also says until when. ``True`` grants every channel
+                that is requested by its name. ``None`` grants nothing. A request for more than is granted is answered
+                with 403. May be async, and may raise an `HTTPError`, such as a 401. Without `authorize`, every channel
+                is granted by its name.
+            recheck: Seconds after which to call `authorize` again, repeatedly. The stream ends if it does not grant
+                the channels any more, or does not return within `recheck` or 10 seconds, whichever is longer. Any
+                other error that it raises cuts the stream. A new `Access` moves the end.
+            snapshot: As for `subscribe`, but called with the `Request`.
+            filter: As for `subscribe`, but called with the `Request` and the event.
+            checkpoint: As for `subscribe`.
+            runs: Whether the channels are runs. A stream then carries one run. If there is no run of the name, the
+                answer is 404. Without `runs`, a request for several channels reads runs like any other channels.
 
         Raises:
-            TypeError: An argument is of a wrong kind.
-            ValueError: A name is none, or an argument is out of range.
+            TypeError: An argument has a wrong type.
+            ValueError: A name is invalid, or an argument is out of range.
         """
         return BrokerEndpoint(
             self,
@@ -365,36 +400,36 @@ class Broker:
         join: bool = False,
         on_end: Callable[[Outcome, BaseException | None], Any] | None = None,
     ) -> Run:
-        """Publish what a source gives to a channel until it ends, whether or not anybody reads.
+        """Publish the events of a source to a channel until the source ends, with or without subscribers.
 
-        Behind its last event comes a final one: of the type ``end``, with the data ``{"reason": …}``, one of
-        ``finished``, ``failed``, ``cancelled``, ``expired``, ``drained``, and ``lost``, of one whose process is gone.
+        A final event of the type ``end`` follows the last one. Its data is ``{"reason": …}`` with ``finished``,
+        ``failed``, ``cancelled``, ``expired``, ``drained``, or ``lost`` if the process of the run is gone.
 
         Args:
-            name: The channel's name.
-            source: An async generator, any async iterable, or an iterable, which is run in a thread of its own unless
-                it is a list or a tuple. Its items are as of `publish`.
-            ttl: Seconds for which clients can get it after its end.
-            max_lifetime: Seconds after which it is ended; ``None``: never.
-            max_bytes: Memory that its events may take, about. Its first events beyond are lost to clients that come
-                late, who are told by a ``reset``. Default: as of any channel.
-            join: Where there is a run of that name, in whichever process, that goes on or has ended less than its
-                `ttl` ago: give that one, and close `source` without having begun it.
-            on_end: Makes the final event, of how it ended and what the source raised. Sync or async.
+            name: The name of the channel.
+            source: An async generator, any async iterable, or an iterable. An iterable runs in a thread of its own
+                unless it is a list or a tuple. The items are events as for `publish`.
+            ttl: Seconds for which clients can read the run after its end.
+            max_lifetime: Seconds after which the run is ended; ``None`` for no limit.
+            max_bytes: Memory in bytes that the events may take, about. Beyond, the first events are dropped, and
+                clients that come late get a ``reset``. Default: the `max_bytes` of the broker.
+            join: Whether to return an existing run of this name, in any process, that is running or ended within its
+                `ttl`. If there is one, `source` is closed without having begun.
+            on_end: Returns the final event; called with the outcome and the exception that the source raised, or
+                ``None``. Sync or async.
 
         Raises:
-            BrokerError: A run of that name goes on, there are as many as there may be, the broker was closed, or the
-                engine does not answer (as an answer to a request: 503).
-            TypeError: `source` is none, or an argument is of a wrong kind.
-            ValueError: The name is none, or an argument is out of range.
+            BrokerError: A run of this name is running, `max_runs` are running, the broker was closed, or the server
+                does not answer. A request that gets the last error is answered with 503.
+            TypeError: `source` is not iterable, or an argument has a wrong type.
+            ValueError: The name is invalid, or an argument is out of range.
         """
         check_name(name)
         check_content(source)
         check_number("ttl", ttl)
         check_number("max_lifetime", max_lifetime, optional=True, positive=True)
         check_number("max_bytes", max_bytes, optional=True, positive=True)
-        if on_end is not None and not callable(on_end):
-            raise TypeError(f"on_end={on_end!r} is not callable; give a function, or None")
+        _check_function("on_end", on_end)
         return await self._runs.begin(
             name,
             source,
@@ -407,26 +442,37 @@ class Broker:
         )
 
     async def find_run(self, name: str) -> Run | None:
-        """The run of that name, in whichever process: it goes on, or has ended less than its ``ttl`` ago.
+        """Return the run `name` of any process if it is running or ended within its ``ttl``, and otherwise ``None``.
 
         Raises:
-            BrokerError: The engine does not answer (as an answer to a request: 503).
-            ValueError: The name is none.
+            BrokerError: The server does not answer. A request that gets this error is answered with 503.
+            TypeError: `name` is not a ``str``.
+            ValueError: `name` is invalid.
         """
         return await self._runs.find(check_name(name), self._make_run)
 
-    def _make_run(self, name: str, lease: RunLease, given_up: Callable[[Run, Outcome], None]) -> Run:
+    def _make_run(self, name: str, lease: RunLease, give_up: Callable[[Run, Outcome], None]) -> Run:
         return Run(
             self,
             self._dispatcher,
             name,
             lease,
             backend=self._backend,
-            subscription=self._open,
+            subscribe=self._subscribe,
             pace=self._pace,
-            given_up=given_up,
+            give_up=give_up,
         )
 
     def subscribers(self, channel: str) -> int:
-        """How many read `channel` now, by its name or by a pattern."""
+        """Return how many subscribers of this process read `channel` now, by its name or by a pattern.
+
+        Raises:
+            TypeError: `channel` is not a ``str``.
+            ValueError: `channel` is invalid.
+        """
         return self._dispatcher.subscribers(check_name(channel))
+
+
+def _check_function(name: str, value: object) -> None:
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a function or None, got {short_repr(value)}")

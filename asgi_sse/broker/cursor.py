@@ -1,12 +1,12 @@
-"""`Cursor`: a place in the log of a broker, and the rules by which it moves on."""
+"""`Cursor`: a subscriber's read position in the log, and the rules by which it advances."""
 
 from __future__ import annotations
 
+import math
 import sys
-from typing import TYPE_CHECKING, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from asgi_sse.protocol.event import ServerSentEvent
-from asgi_sse.stream.receiver import Changing
 
 from .dispatcher import clock
 from .patterns import is_pattern
@@ -17,37 +17,101 @@ if TYPE_CHECKING:
     from .dispatcher import Dispatcher
     from .log import ResetReason
     from .ring import Entry
-    from .runs.run import Run
     from .snapshot import Snapshot
 
 Overflow: TypeAlias = Literal["reset", "close"]
 
 
-class Cursor(Changing):
-    """What is behind it is unread; where that is not complete any more, it is reset.
+class RunSpan(Protocol):
+    """Which events of a channel belong to a run. `start`, `final` and `whole` change when the log is replaced.
 
-    What is read is settled here, with the dispatcher's lock held; how it is given out, by `Subscription`.
+    Attributes:
+        name: The name of the channel.
+        start: The offset after which the events of the run begin.
+        final: The offset of the last event; ``None`` while the run is running.
+    """
+
+    name: str
+    start: int
+    final: int | None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the log has the run from its first event on."""
+        ...
+
+
+class CursorOwner(Protocol):
+    """What a cursor needs of the subscription that owns it."""
+
+    def broker_closing(self) -> None:
+        """Handle the close of the broker. Called from any thread."""
+        ...
+
+
+class Cursor:
+    """A read position in the log, and the rules by which it advances.
+
+    The dispatcher tells the cursor about new and lost events; it is a `Subscriber`. A subscription reads from the
+    cursor, as an async iterable or for a stream. If the log dropped events that the cursor had not read, the
+    subscriber gets one ``reset`` instead, or is closed.
+
+    Hold the lock of the dispatcher during every call, except `wake`, `broker_closing`, `release`, `resolve`,
+    `make_snapshot`, `next_of_snapshot` and `wants`.
+
+    Args:
+        dispatcher: The dispatcher whose log is read.
+        names: See below.
+        last_event_id: The id after which to begin; ``None`` or ``""`` for the end of the log, or for the first event
+            of the run.
+        filter: Returns whether an event is wanted; ``None`` for all.
+        overflow: What happens after an overflow: ``reset`` or ``close``.
+        snapshot: See below.
+        run: See below.
 
     Attributes:
         names: The channels, and patterns of channels.
+        dispatcher: The dispatcher whose log is read.
+        snapshot: The snapshot that a new subscriber, or one that was reset, gets first; ``None`` if it gets none.
+        run: The run that is read; ``None`` for anything else.
+        owner: The subscription, while it is read.
+        on_wake: Called in the event loop of the subscriber when there is something to read.
+        position: The offset up to which events were read.
+        delivered: The offset up to which the client has everything. ``None`` while it has nothing to resume from
+            but the id it came with.
+        delivered_events: The number of events delivered so far.
+        batch: Entries that the async iterator has read and not delivered yet, the next one last.
+        unresolved_id: The ``Last-Event-ID``, while it is not known whether all later events are in this process or
+            can be fetched.
+        reset_reason: Why events were lost, until the subscriber gets its ``reset``.
+        has_unread: Whether there may be something to read.
+        overflowed: Whether an overflow has ended the subscription.
+        ended: Whether the subscription is over: closed, overflowed, or at the end of its run.
     """
 
     __slots__ = (
-        "_asked",
-        "_behind",
-        "_closed",
+        "_channel",
         "_dirty",
-        "_dispatcher",
         "_epoch",
         "_filter",
-        "_given",
-        "_lost",
+        "_initial_id",
         "_overflow",
-        "_position",
-        "_run",
-        "_single",
-        "_snapshot",
+        "_plain_channel",
+        "batch",
+        "delivered",
+        "delivered_events",
+        "dispatcher",
+        "ended",
+        "has_unread",
         "names",
+        "on_wake",
+        "overflowed",
+        "owner",
+        "position",
+        "reset_reason",
+        "run",
+        "snapshot",
+        "unresolved_id",
     )  # fmt: skip
 
     def __init__(
@@ -56,199 +120,304 @@ class Cursor(Changing):
         names: tuple[str, ...],
         *,
         last_event_id: str | None,
-        filter: Callable[[ServerSentEvent], bool] | None,  # noqa: A002 (as it is called)
+        filter: Callable[[ServerSentEvent], bool] | None,  # noqa: A002 (named after the argument of `Broker.subscribe`)
         overflow: Overflow,
         snapshot: Snapshot | None,
-        run: Run | None = None,
+        run: RunSpan | None = None,
     ) -> None:
-        super().__init__()
         self.names = names
-        self._dispatcher = dispatcher
-        self._single = names[0] if len(names) == 1 and not is_pattern(names[0]) else None
-        self._dirty: set[str] | None = None  # of several channels, those that may have something to read
-        self._behind = True  # there may be something to read
+        self.dispatcher = dispatcher
+        self.snapshot = snapshot
+        self.run = run
+        self.owner: CursorOwner | None = None
+        self.on_wake: Callable[[], object] = _ignore
         self._filter = filter
         self._overflow = overflow
-        self._snapshot = snapshot
-        self._run = run
-        self._lost: ResetReason | None = None  # events are gone, and the reader is to be told
-        self._closed = False
-        self._given: int | None = None  # how far the reader has come; None: where it began
-        # Where to begin, while it is not known whether all behind it is here, or can be had from upstream.
-        self._asked: str | None = None
+        self._initial_id = last_event_id or ""
+        self._channel = names[0] if len(names) == 1 and not is_pattern(names[0]) else None
+        # The channel, if the subscriber wants all of its events and nothing else.
+        self._plain_channel = self._channel if filter is None and run is None and snapshot is None else None
+        self._dirty: set[str] | None = None  # of several channels, those that may have something to read
+        self.delivered: int | None = None
+        self.delivered_events = 0
+        self.batch: list[Entry] | tuple[()] = ()  # an idle subscriber needs no list
+        self.unresolved_id: str | None = None
+        self.reset_reason: ResetReason | None = None
+        self.has_unread = True
+        self.overflowed = False
+        self.ended = False
         with dispatcher.lock:
-            log = dispatcher.log
-            self._epoch = log.epoch  # of that place; the log may be another one before the reader is told
+            # The epoch of the position. The log may have another one before the subscriber learns of it.
+            self._epoch = dispatcher.log.epoch
             if last_event_id:
-                place = log.parse(last_event_id)
-                if isinstance(place, int):
-                    self._position = self._given = place
-                elif dispatcher.upstream is not None:  # it may be ahead of us
-                    self._asked = last_event_id
-                    self._position = log.last_offset
-                else:
-                    self._reset(place)
+                self._begin_after(last_event_id)
             else:
-                self._position = log.last_offset if run is None else run.start
-                if run is not None and not run.lease.whole:
-                    self._lost = "expired"  # it goes on at what is left
-                if snapshot is None:
-                    self._given = self._position
-                else:
-                    snapshot.want(self._position)
+                self._begin_without_id()
 
-    # The dispatcher's side
+    def _begin_after(self, last_event_id: str) -> None:
+        log = self.dispatcher.log
+        offset = log.parse(last_event_id)
+        if isinstance(offset, int):
+            self.position = self.delivered = offset
+        elif self.dispatcher.upstream is not None:  # another process may be ahead of this one
+            self.unresolved_id = last_event_id
+            self.position = log.last_offset
+        else:
+            self._reset(offset)
 
-    def begun(self, channels: list[str]) -> None:
-        """See `dispatcher.Reader`."""
-        self._behind = True  # before it is woken for the first time: what was published since it was made counts
-        if self._single is None:
+    def _begin_without_id(self) -> None:
+        run = self.run
+        self.position = self.dispatcher.log.last_offset if run is None else run.start
+        if run is not None and not run.whole:
+            self.reset_reason = "expired"  # the subscriber continues with the events that are left
+        if self.snapshot is None:
+            self.delivered = self.position
+        else:
+            self.snapshot.request(self.position)
+
+    @property
+    def last_event_id(self) -> str:
+        """The id of the last delivered event: a subscription that begins with this id continues here."""
+        return self._initial_id if self.delivered is None else f"{self._epoch}-{self.delivered}"
+
+    # Called by the dispatcher
+
+    def started(self, channels: list[str]) -> None:
+        """Begin to receive notifications; events that were published since the cursor was made count too."""
+        self.has_unread = True
+        if self._channel is None:
             self._dirty = set(channels)
-        if self._asked is not None:
+        if self.unresolved_id is not None:
             return
-        if self._epoch != self._dispatcher.log.epoch:
+        if self._epoch != self.dispatcher.log.epoch:
             self._reset("epoch")
         elif not self._is_complete(channels):
-            if self._dispatcher.upstream is None or (self._lost is not None and self._run is None):
+            if self.dispatcher.upstream is None or (self.reset_reason is not None and self.run is None):
                 self._reset("expired")
             else:
-                self._asked = self._dispatcher.log.id_of(self._position)
+                self.unresolved_id = self.dispatcher.log.id_of(self.position)
 
-    def missed(self, channel: str) -> bool:
-        """See `dispatcher.Reader`."""
+    def published(self, channel: str, before: int) -> bool:
+        """Note that `channel` has a new event; return whether to wake the subscriber."""
         if self._dirty is not None:
             self._dirty.add(channel)
-        was_behind, self._behind = self._behind, True
-        return not was_behind
+        if self.has_unread:
+            return False
+        self.has_unread = True
+        self.position = before  # all earlier events were read, so none of them can be missing
+        return True
 
-    def restarted(self, channels: list[str], *, same: bool) -> bool:
-        """See `dispatcher.Reader`."""
-        if self._asked is not None:  # it may be of the log that there is from now on: that is being found out
+    def missed(self, channel: str) -> bool:
+        """Note that `channel` has changed in another way; return whether to wake the subscriber."""
+        if self._dirty is not None:
+            self._dirty.add(channel)
+        had_unread, self.has_unread = self.has_unread, True
+        return not had_unread
+
+    def log_restarted(self, channels: list[str], *, same_epoch: bool) -> bool:
+        """Reset the subscriber unless nothing is lost; return whether to wake it."""
+        if self.unresolved_id is not None:  # the id may be from the new log; `resolve` finds out
             if self._dirty is not None:
                 self._dirty.update(channels)
             return False
-        if same and self._is_complete(channels):
+        if same_epoch and self._is_complete(channels):
             return False
-        self._reset("expired" if same else "epoch")
+        self._reset("expired" if same_epoch else "epoch")
         return True
 
-    async def _settle(self) -> None:
-        """Find out where it begins, and see that all behind that is here."""
-        upstream, log = self._dispatcher.upstream, self._dispatcher.log
-        while self._asked is not None and upstream is not None:
-            if isinstance(log.parse(self._asked), str):
+    def unread(self, above: int) -> int:
+        """Return about how many events are unread, or 0 if it is not more than `above`."""
+        batched = len(self.batch)
+        # The cheap checks come first, because the count blocks all publishers.
+        if (
+            not self.has_unread
+            or self.unresolved_id is not None
+            or self.dispatcher.log.last_offset - self.position <= above - batched
+        ):
+            return batched
+        return self.dispatcher.log.count(self._unread_channels(), self.position) + batched
+
+    def wake(self) -> None:
+        """Tell the reader of the subscription that there is something to read."""
+        self.on_wake()
+
+    def broker_closing(self) -> None:
+        """Tell the subscription that the broker closes. Called from any thread, without the lock."""
+        owner = self.owner
+        if owner is not None:
+            owner.broker_closing()
+
+    def release(self) -> None:
+        """End, and forget the subscription."""
+        self.ended = True
+        self.owner = None
+        self.on_wake = _ignore
+
+    # Where to begin
+
+    async def resolve(self) -> None:
+        """Find the position of the ``Last-Event-ID``, and fetch later events that are not in this process."""
+        upstream, log = self.dispatcher.upstream, self.dispatcher.log
+        while self.unresolved_id is not None and upstream is not None:
+            if isinstance(log.parse(self.unresolved_id), str):
                 await upstream.sync()
-            with self._dispatcher.lock:
-                place = log.parse(self._asked)
-                if isinstance(place, str):
-                    self._asked = None
-                    self._reset(place)
+            with self.dispatcher.lock:
+                offset = log.parse(self.unresolved_id)
+                if isinstance(offset, str):
+                    self.unresolved_id = None
+                    self._reset(offset)
                     return
-                self._position = self._given = place
+                self.position = self.delivered = offset
                 self._epoch = log.epoch
-                missing = log.missing(self._channels(), place)
+                missing = log.missing(self._unread_channels(), offset)
             if missing:
                 await upstream.recall(missing)
-            with self._dispatcher.lock:
+            with self.dispatcher.lock:
                 if self._epoch != log.epoch:
-                    continue  # what was recalled is of a log that there is no more
-                self._asked = None
-                if not self._is_complete(self._channels()):
+                    continue  # the log was replaced while its events were fetched
+                self.unresolved_id = None
+                if not self._is_complete(self._unread_channels()):
                     self._reset("expired")
 
-    def _is_complete(self, channels: Iterable[str]) -> bool:
-        # A channel that a pattern matches may have been forgotten: then nobody knows what it had.
-        patterns = any(map(is_pattern, self.names))
-        return self._dispatcher.log.is_complete(channels, clock(), patterns=patterns, after=self._position)
+    @property
+    def wants_snapshot(self) -> bool:
+        """Whether a snapshot is to be made."""
+        return self.snapshot is not None and self.snapshot.wanted
 
-    def published(self, channel: str, before: int) -> bool:
-        """See `dispatcher.Reader`."""
-        if self._dirty is not None:
-            self._dirty.add(channel)
-        if self._behind:
-            return False
-        self._behind = True
-        self._position = before  # all before it is read, so that nothing of it can be missing
-        return True
+    async def make_snapshot(self) -> None:
+        """Make the snapshot if the subscriber needs one.
 
-    def unread(self, beyond: int) -> int:
-        """See `dispatcher.Reader`."""
-        log = self._dispatcher.log
-        # What is cheap to know comes first: while this is counted, nobody publishes.
-        if not self._behind or self._asked is not None or log.last_offset - self._position <= beyond:
-            return 0
-        return log.count(self._channels(), self._position)
+        Raises:
+            Exception: The function that makes the snapshot raised it.
+        """
+        if self.wants_snapshot and self.snapshot is not None:
+            await self.snapshot.make(self.dispatcher.log.id_of)
 
-    # The log; with the dispatcher's lock held
+    # Called by the subscription
 
-    def _channels(self) -> set[str] | tuple[str]:
-        return (self._single,) if self._single is not None else self._dirty or set()
-
-    def _read(self, count: int = sys.maxsize, limit: int = sys.maxsize) -> list[Entry]:
-        """What is next: so many events and bytes at the most, or one larger event."""
-        batch: list[Entry] = []
-        size = 0
-        final = None if self._run is None else self._run.final
-        for entry in self._dispatcher.log.entries(self._channels(), self._position):
-            size += len(entry.chunk)
-            if final is not None and entry.offset > final:
-                self._position = max(self._position, final)
-                break  # of a later run of that name
-            if batch and (size > limit or len(batch) >= count):
-                break
-            batch.append(entry)
-            self._position = entry.offset
-        else:
-            self._caught_up()
-            if final is not None and self._dispatcher.log.last_offset >= final:
-                self._position = max(self._position, final)  # which may be no event
-        return batch
-
-    def _caught_up(self) -> None:
-        self._behind = False
-        if self._dirty is not None:
-            self._dirty.clear()
-
-    def _check(self) -> None:
-        """See whether what is behind it is complete."""
-        if not self._behind:
+    def check(self) -> None:
+        """Reset or end the subscription if unread events were dropped."""
+        if not self.has_unread:
             return
-        if not self._dispatcher.log.is_complete(self._channels(), clock(), patterns=False, after=self._position):
-            # A snapshot that takes longer than the log keeps what comes meanwhile would be made for ever.
-            if self._overflow == "close" or (self._snapshot is not None and self._snapshot.is_too_slow):
-                self._overflowed()
+        if not self.dispatcher.log.is_complete(self._unread_channels(), clock(), patterns=False, after=self.position):
+            # If making a snapshot always takes longer than the log keeps new events, it would be made for ever.
+            if self._overflow == "close" or (self.snapshot is not None and self.snapshot.is_too_slow):
+                self.ended = self.overflowed = True
             else:
                 self._reset("overflow")
 
-    def _overflowed(self) -> None:
-        self._closed = True
+    def read(self, count: int = sys.maxsize, limit: int = sys.maxsize) -> list[Entry]:
+        """Read the next events and advance the position.
 
-    def _reset(self, reason: ResetReason) -> None:
-        self._lost = self._lost or reason  # one event for all that was lost until it is read
-        log = self._dispatcher.log
-        ring = None if self._run is None else log.ring(self._run.name)
-        if ring is not None:
-            # Of a run, whatever is left is wanted, its end above all.
-            self._position = max(ring.trimmed, cast("Run", self._run).start)
-            return
-        self._position = log.last_offset
-        self._caught_up()
-        if self._snapshot is not None:
-            self._snapshot.want(self._position)
+        Args:
+            count: The most events to read.
+            limit: The most bytes to read. The first event may be larger.
+        """
+        batch: list[Entry] = []
+        size = 0
+        final = None if self.run is None else self.run.final
+        for entry in self.dispatcher.log.entries(self._unread_channels(), self.position):
+            size += len(entry.chunk)
+            if final is not None and entry.offset > final:
+                self.position = max(self.position, final)
+                break  # the event belongs to a later run of the same name
+            if batch and (size > limit or len(batch) >= count):
+                break
+            batch.append(entry)
+            self.position = entry.offset
+        else:
+            self._set_read()
+            if final is not None and self.dispatcher.log.last_offset >= final:
+                self.position = max(self.position, final)  # a run may end without a final event
+        if batch and self.snapshot is not None:
+            self.snapshot.followed()
+        return batch
 
-    def _reset_event(self) -> ServerSentEvent:
-        reason, self._lost = self._lost, None
-        # With a snapshot to come, the client is to have no id until it has all of that.
-        self._given = None if self._snapshot is not None else self._position
-        self._epoch = self._dispatcher.log.epoch
-        place = "" if self._given is None else self._dispatcher.log.id_of(self._given)
-        return ServerSentEvent({"reason": reason}, event="reset", id=place)
+    def take_joined(self, limit: int) -> bytes | None:
+        """Deliver the next events of one whole channel as one chunk; nearly every event takes this way.
 
-    def _at_end(self) -> bool:
-        """Whether it reads a run, and has come to its end."""
-        return self._run is not None and self._run.final is not None and self._position >= self._run.final
+        All cursors at the same position share the chunk.
 
-    def _wanted(self, entry: Entry) -> bool:
+        Args:
+            limit: The most bytes to take. The first event may be larger.
+
+        Returns:
+            The chunk, or ``None`` if this way cannot be taken. Then call `check` and `read`.
+        """
+        if self._plain_channel is None or self.reset_reason is not None:
+            return None
+        ring = self.dispatcher.log.ring(self._plain_channel)
+        position = self.position
+        if ring is None or position < ring.trimmed or ring.max_age != math.inf:
+            return None
+        chunk, count, position = ring.read(position, limit)
+        self.position = self.delivered = position
+        self.delivered_events += count
+        self.has_unread = ring.has(position)
+        return chunk
+
+    def take_reset(self) -> ServerSentEvent:
+        """Return the ``reset`` event, and clear `reset_reason`."""
+        reason, self.reset_reason = self.reset_reason, None
+        # If a snapshot follows, the client gets no id until it has the whole snapshot.
+        self.delivered = None if self.snapshot is not None else self.position
+        if self.delivered is None:
+            self._initial_id = ""
+        self._epoch = self.dispatcher.log.epoch
+        event_id = "" if self.delivered is None else self.dispatcher.log.id_of(self.delivered)
+        return ServerSentEvent({"reason": reason}, event="reset", id=event_id)
+
+    def next_of_snapshot(self, snapshot: Snapshot) -> ServerSentEvent:
+        """Deliver the next event of the snapshot."""
+        event = snapshot.events.popleft()
+        self.delivered_events += 1
+        if not snapshot.events:
+            self.delivered = snapshot.position
+        return event
+
+    def wants(self, entry: Entry) -> bool:
+        """Return whether the filter accepts an event.
+
+        Raises:
+            Exception: The filter raised it.
+        """
         if self._filter is None or self._filter(entry.event):
             return True
-        return self._run is not None and entry.offset == self._run.final  # who misses that one never stops
+        # A client that misses the final event of a run would reconnect for ever.
+        return self.run is not None and entry.offset == self.run.final
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the cursor reads a run and has reached its end."""
+        return self.run is not None and self.run.final is not None and self.position >= self.run.final
+
+    def _reset(self, reason: ResetReason) -> None:
+        self.reset_reason = self.reset_reason or reason  # one event covers everything lost until it is delivered
+        log = self.dispatcher.log
+        run = self.run
+        ring = None if run is None else log.ring(run.name)
+        if run is not None and ring is not None:
+            # The subscriber of a run wants all events that are left, above all the final one.
+            self.position = max(ring.trimmed, run.start)
+            return
+        self.position = log.last_offset
+        self._set_read()
+        if self.snapshot is not None:
+            self.snapshot.request(self.position)
+
+    def _set_read(self) -> None:
+        self.has_unread = False
+        if self._dirty is not None:
+            self._dirty.clear()
+
+    def _unread_channels(self) -> set[str] | tuple[str]:
+        return (self._channel,) if self._channel is not None else self._dirty or set()
+
+    def _is_complete(self, channels: Iterable[str]) -> bool:
+        # If a channel that matches a pattern was forgotten, its events are unknown.
+        patterns = any(map(is_pattern, self.names))
+        return self.dispatcher.log.is_complete(channels, clock(), patterns=patterns, after=self.position)
+
+
+def _ignore() -> None:
+    """Do nothing, because the subscription is not being read."""

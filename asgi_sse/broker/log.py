@@ -1,7 +1,7 @@
-"""The sequence of a broker's events: a bounded ring of encoded events for each channel, ids, and reads behind a cursor.
+"""`EventLog`: the events of all channels of a broker, in one sequence, with a bounded ring for each channel.
 
-No I/O, no clock and no lock of its own. One counter numbers the events of all channels, so that one id tells how far a
-stream has read, whichever channels it carries.
+All channels share one sequence of offsets, so one ``Last-Event-ID`` resumes any mix of them. The log does no I/O, and
+has neither a clock nor a lock of its own.
 """
 
 import math
@@ -14,46 +14,50 @@ from itertools import chain
 from operator import attrgetter
 from typing import Final, Literal, TypeAlias
 
+from asgi_sse.errors import short_repr
 from asgi_sse.protocol.event import ServerSentEvent, event_with_id
 
 from .ring import Entry, Ring, Sequence
 
 ResetReason: TypeAlias = Literal[
-    "expired",  # events behind the position were dropped
-    "unknown",  # the id is none of this log's
-    "epoch",  # the id is of an earlier log: the broker was restarted
-    "overflow",  # the reader was slower than the log forgets
+    "expired",  # the log has dropped events after the id
+    "unknown",  # the id is malformed, or its offset was never used
+    "epoch",  # the id is from an earlier log, before the broker was restarted
+    "overflow",  # the subscriber reads more slowly than the log drops events
 ]
 
-_SORTED: Final = 1000
-"""Entries up to which to sort all of several channels is faster than to merge as many as are wanted."""
+_MAX_SORTED: Final = 1000
+"""Up to this many entries, sorting all of them is faster than merging as many as are wanted."""
 
-_FEW: Final = 64
-"""Channels up to which a reader looks through those that it reads, and above through all events."""
+_MAX_CHANNEL_READS: Final = 64
+"""A subscriber of more channels reads through the sequence of all events, not through the ring of each channel."""
 
-_COUNTED: Final = 8
-"""Channels up to which what is unread of them is counted, for each of thousands of readers while nobody can publish."""
+_MAX_COUNTED: Final = 8
+"""The unread events of more channels are not counted, because the count blocks publishers for thousands of cursors."""
 
 _EPOCH: Final = re.compile(r"[0-9a-z]{1,32}")
-_ID: Final = re.compile(r"([0-9a-z]{1,32})-(0|[1-9][0-9]{0,17})")  # below 128 bytes and CORS-safe: no preflight for it
+# An id has fewer than 128 bytes, all of them CORS-safe, so that a ``Last-Event-ID`` needs no preflight request.
+_ID: Final = re.compile(r"([0-9a-z]{1,32})-(0|[1-9][0-9]{0,17})")
 
 
 class EventLog:
     """The events of all channels.
 
     Args:
-        history: Events that each channel keeps.
-        max_bytes: Memory that the events of each channel may take, about; the newest one is kept whatever its size.
-        max_age: Seconds for which events are kept; ``None``: until there are too many.
-        max_channels: Channels that are kept. Beyond, the one that was published to least recently goes.
-        epoch: Tells this log from others; up to 32 of 0-9 a-z. Default: at random.
+        history: How many events each channel keeps.
+        max_bytes: Memory in bytes that the events of each channel may take, about. The newest event is kept whatever
+            its size is.
+        max_age: Seconds for which events are kept; ``None`` for no limit.
+        max_channels: How many channels are kept. Beyond, the log forgets the channel that was published to least
+            recently.
+        epoch: Distinguishes this log from others: up to 32 of 0-9 a-z. Default: random.
 
     Attributes:
-        last_offset: The number of the last event of all.
-        epoch: Its part of each id.
+        last_offset: The offset of the last event of all channels.
+        epoch: The first part of each id.
 
     Raises:
-        ValueError: A limit is out of range.
+        ValueError: A limit is out of range, or the epoch is invalid.
     """
 
     def __init__(
@@ -67,11 +71,11 @@ class EventLog:
     ) -> None:
         for name, value in (("history", history), ("max_bytes", max_bytes), ("max_channels", max_channels)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r} is out of range; give a whole number of at least 1")
+                raise ValueError(f"{name} must be a whole number of at least 1, got {short_repr(value)}")
         if max_age is not None and not max_age > 0:
-            raise ValueError(f"max_age={max_age!r} is no age; give seconds, or None for any")
+            raise ValueError(f"max_age must be more than 0 seconds, got {max_age!r}; pass None for no limit")
         if epoch is not None and not _EPOCH.fullmatch(epoch):
-            raise ValueError(f"epoch={epoch!r}; give up to 32 of 0-9 a-z")
+            raise ValueError(f"epoch must be 1 to 32 of 0-9 a-z, got {short_repr(epoch)}")
         self.epoch = epoch or secrets.token_hex(4)
         self.last_offset = 0
         self._history: float = history
@@ -80,33 +84,34 @@ class EventLog:
         self._max_channels = max_channels
         self._sequence = Sequence()
         self._rings: dict[str, Ring] = {}
-        self._order: OrderedDict[str, None] = OrderedDict()  # those of them that may be forgotten, the next one first
-        # The last number of each channel that was forgotten, as many as there may be channels; and of those that are
-        # not even there any more: a reader in front of it may have missed something of a channel that nobody knows.
+        self._order: OrderedDict[str, None] = OrderedDict()  # channels that may be forgotten, the next one first
+        # The last offset of each forgotten channel. There are at most `max_channels` of them.
         self._forgotten: OrderedDict[str, int] = OrderedDict()
+        # The last offset of all channels that are not even in `_forgotten`. A cursor before it may have missed events
+        # of a channel that is not known any more.
         self._floor = 0
-        self._kept: dict[str, int] = {}  # channels, with the memory that each may take
-        self._cut = 0  # before which `cut` has looked
+        self._kept: dict[str, int] = {}  # the channels of runs, each with its `max_bytes`
+        self._cut = 0  # the offset up to which `cut` has dropped events
 
     def __contains__(self, channel: str) -> bool:
         return channel in self._rings or channel in self._forgotten
 
     @property
     def channels(self) -> list[str]:
-        """The channels of which anything is known."""
+        """The channels that have a ring, or whose last offset is known."""
         return [*self._rings, *self._forgotten]
 
     @property
     def kept_channels(self) -> int:
-        """How many channels there are of which there are events."""
+        """The number of channels that have a ring."""
         return len(self._rings)
 
     def id_of(self, offset: int) -> str:
-        """The id of an event, or of a position."""
+        """Return the id of the event at `offset`."""
         return f"{self.epoch}-{offset}"
 
     def entry(self, offset: int, channel: str, event: ServerSentEvent, now: float, *, end: str | None = None) -> Entry:
-        """An event, which has no id of its own, as one of this log."""
+        """Return an entry for an event without an id. The entry's event has the id of `offset`."""
         event = event_with_id(event, self.id_of(offset))
         return Entry(offset, channel, event, event.encode(), now, end)
 
@@ -119,14 +124,14 @@ class EventLog:
         offset: int | None = None,
         end: str | None = None,
     ) -> Entry:
-        """Add an event, which has no id of its own.
+        """Append an event and return its entry.
 
         Args:
             channel: A valid name.
-            event: The event.
-            now: The time, for `max_age`.
-            offset: Its number, greater than any before. Default: the next one.
-            end: See `Entry`.
+            event: The event, without an id.
+            now: The time in seconds, for `max_age`.
+            offset: The offset, greater than all before. Default: the next one.
+            end: On the last event of a run: how the run ended.
         """
         entry = self.entry(self.last_offset + 1 if offset is None else offset, channel, event, now, end=end)
         self.last_offset = entry.offset
@@ -135,30 +140,30 @@ class EventLog:
         return entry
 
     def keep(self, channel: str, max_bytes: int) -> None:
-        """All events of `channel` from now on, whatever their number and age, up to so many bytes; until `release`."""
+        """Keep all events of `channel`, of any number and age, up to `max_bytes` bytes, until `release`."""
         self._kept[channel] = max_bytes
         self._ring_of(channel).keep(max_bytes)
         self._order.pop(channel, None)
 
     def is_kept(self, channel: str) -> bool:
-        """Whether all events of `channel` are."""
+        """Return whether `keep` was called for `channel`."""
         return channel in self._kept
 
     def release(self, channel: str) -> None:
-        """Drop what was kept of `channel`."""
+        """Drop the events of `channel` if `keep` was called for it."""
         if self._kept.pop(channel, None) is not None:
             self._forget(channel)
 
-    # What is a part of another log, on another machine
+    # A log that is a part of a log on a server
 
     def restart(self, epoch: str, last_offset: int, known: Iterable[tuple[str, int]], floor: int) -> None:
-        """Forget all, and go on as a part of another log, of which nothing is here yet.
+        """Forget everything, and continue as a part of another log, without any event of it yet.
 
         Args:
-            epoch: Its epoch.
-            last_offset: The number of its last event.
-            known: Its channels, each with the number of its last event, least recently published to first.
-            floor: The last number of the channels that it has forgotten.
+            epoch: The epoch of the other log.
+            last_offset: The offset of its last event.
+            known: Its channels, each with its last offset; the one that was published to least recently first.
+            floor: The last offset of all channels that the other log has forgotten.
         """
         self.epoch = epoch
         self.last_offset = self._cut = last_offset
@@ -171,15 +176,15 @@ class EventLog:
             self.keep(channel, max_bytes)
 
     def keep_many(self) -> None:
-        """From now on, channels keep any number of events: `cut` bounds all of them together, as the other log does."""
+        """Let channels keep any number of events. The server bounds all channels together, and `cut` follows it."""
         self._history = math.inf
 
     def skip(self, offset: int) -> None:
-        """A number was given to something that is no event."""
+        """Advance to `offset`, at which there is no event."""
         self.last_offset = offset
 
     def miss(self, channel: str, offset: int) -> None:
-        """`channel` had events up to a number that are not here."""
+        """Note that events of `channel` up to `offset` are not in this process."""
         ring = self._rings.get(channel)
         if ring is not None:
             ring.miss(offset)
@@ -187,19 +192,20 @@ class EventLog:
             self._remember(channel, offset)
 
     def fill(self, channel: str, entries: Iterable[Entry], trimmed: int, until: int) -> None:
-        """Put back what is not here of a channel.
+        """Put back the events of a channel that are not in this process.
 
         Args:
-            channel: Its name.
-            entries: What it has, oldest first.
-            trimmed: The number since which there is nothing before them.
-            until: The number up to which they are all there is. If what came behind it was dropped by now, nothing is.
+            channel: The name of the channel.
+            entries: The events of the channel on the server, oldest first.
+            trimmed: The offset up to which the server has no events of the channel.
+            until: The offset up to which `entries` is complete. If this process has dropped an event after it
+                meanwhile, nothing is put back.
         """
         self._ring_of(channel).fill(entries, trimmed, until)
         self._forget_least_recent(channel)
 
     def missing(self, channels: Iterable[str], after: int) -> list[str]:
-        """Those of `channels` of which the other log may have more behind a position than is here."""
+        """Return those of `channels` that may have more events after an offset on the server than in this process."""
         names = []
         for name in channels:
             ring = self._rings.get(name)
@@ -212,7 +218,7 @@ class EventLog:
         return names
 
     def cut(self, offset: int) -> None:
-        """Drop the events of all channels up to a number, but of those that are kept."""
+        """Drop the events of all channels up to `offset`, except those of channels for which `keep` was called."""
         for entry in self._sequence_from(self._cut):
             if entry.offset > offset:
                 break
@@ -222,7 +228,7 @@ class EventLog:
         self._floor = max(self._floor, offset)
 
     def expire(self, now: float) -> None:
-        """Forget the channels in which all is older than `max_age`."""
+        """Forget the channels whose events are all older than `max_age` at the time `now`."""
         since = now - self._max_age
         while self._order and self._rings[next(iter(self._order))].last_time <= since:
             self._forget(next(iter(self._order)))
@@ -260,8 +266,10 @@ class EventLog:
         if len(self._forgotten) > self._max_channels:
             self._floor = max(self._floor, self._forgotten.popitem(last=False)[1])
 
+    # Reads
+
     def parse(self, last_event_id: str) -> int | ResetReason:
-        """The position that an id stands for, or why it stands for none."""
+        """Return the offset of an id, or the reason why the id cannot be resumed from."""
         found = _ID.fullmatch(last_event_id)
         if found is None:
             return "unknown"
@@ -271,13 +279,13 @@ class EventLog:
         return offset if offset <= self.last_offset else "unknown"
 
     def is_complete(self, channels: Iterable[str], now: float, *, patterns: bool, after: int) -> bool:
-        """Whether all that `channels` had behind a position is still there.
+        """Return whether the log still has all events of `channels` after an offset.
 
         Args:
-            channels: Names, those that match a pattern among them.
-            now: The time: what is too old is dropped first.
-            patterns: Whether there is a pattern: then any channel that was forgotten may have been one of them.
-            after: The position.
+            channels: The names, including those that match a pattern.
+            now: The time in seconds. Events older than `max_age` are dropped first.
+            patterns: Whether `channels` come from a pattern. If so, any forgotten channel may have matched it.
+            after: The offset.
         """
         if patterns and after < self._floor:
             return False
@@ -293,28 +301,28 @@ class EventLog:
         return True
 
     def last(self, channel: str) -> Entry | None:
-        """The last event of a channel, if it is here."""
+        """Return the last event of a channel if the log still has it."""
         ring = self._rings.get(channel)
         return ring.last if ring is not None else None
 
     def ring(self, channel: str) -> Ring | None:
-        """The ring of a channel, if it has one."""
+        """Return the ring of a channel if the channel has one."""
         return self._rings.get(channel)
 
     def entries(self, channels: Collection[str], after: int) -> Iterable[Entry]:
-        """What `channels` have behind a position, in the order of the sequence."""
-        if len(channels) > _FEW:
+        """Return the events of `channels` after an offset, ordered by offset."""
+        if len(channels) > _MAX_CHANNEL_READS:
             return (entry for entry in self._sequence_from(after) if entry.channel in channels)
         rings = [ring for ring in map(self._rings.get, channels) if ring is not None and ring.has(after)]
         if len(rings) == 1:
             return rings[0].after(after)
-        if sum(ring.count(after) for ring in rings) <= _SORTED:
+        if sum(ring.count(after) for ring in rings) <= _MAX_SORTED:
             return sorted(chain.from_iterable(ring.after(after) for ring in rings), key=attrgetter("offset"))
         return merge(*(ring.after(after) for ring in rings), key=attrgetter("offset"))
 
     def count(self, channels: Collection[str], after: int) -> int:
-        """How many events `channels` have behind a position; of more than a few, how many there are at the most."""
-        if len(channels) > _COUNTED:
+        """Return how many events `channels` have after an offset; of more than a few channels, an upper bound."""
+        if len(channels) > _MAX_COUNTED:
             return self.last_offset - after
         rings = [ring for ring in map(self._rings.get, channels) if ring is not None and ring.has(after)]
         return sum(ring.count(after) for ring in rings)

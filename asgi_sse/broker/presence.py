@@ -1,11 +1,11 @@
-"""`Presence`: tells an app who joined a channel, and who left."""
+"""`Presence`: calls the hooks of an app when subscriptions begin and end."""
 
 from __future__ import annotations
 
 import logging
 from functools import partial
 from inspect import isawaitable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import anyio
 
@@ -17,96 +17,104 @@ if TYPE_CHECKING:
 
     from asgi_sse.runtime.base import Child, EventLoop
 
-    from .subscription import Subscription
-
 logger = logging.getLogger(__name__)
 
 
-_PATIENCE: Final = 10.0
-"""Seconds that hooks have when their broker is closed."""
+_CLOSE_WAIT_S: Final = 10.0
+"""Seconds that running hooks have to return when their broker closes."""
+
+
+class Named(Protocol):
+    """The subscription that the hooks get. Only its names matter here."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The channels, and patterns of channels."""
+        ...
 
 
 class Presence:
-    """Calls the hooks of a broker, in the event loop of the subscriber; what they raise is logged.
+    """Calls the hooks of a broker in the event loop of the subscriber. An error of a hook is logged.
 
     Args:
-        on_join: Called with each subscription that begins to be read.
-        on_leave: Called with each that is not read any more.
+        on_join: Called with each subscription when it is first read; ``None`` for no hook.
+        on_leave: Called with each subscription when it has ended; ``None`` for no hook.
     """
 
-    def __init__(
-        self, on_join: Callable[[Subscription], Any] | None, on_leave: Callable[[Subscription], Any] | None
-    ) -> None:
+    def __init__(self, on_join: Callable[[Any], Any] | None, on_leave: Callable[[Any], Any] | None) -> None:
         self._on_join = on_join
         self._on_leave = on_leave
-        # The latest hook under way for each: its loop, what is set when it has returned, its task (asyncio keeps none).
-        self._latest: dict[Subscription, tuple[EventLoop, anyio.Event, Child]] = {}
+        # The latest running hook of each subscription: its loop, an event that is set when it has returned, and its
+        # task. The task is kept because asyncio has only weak references to tasks.
+        self._running: dict[Named, tuple[EventLoop, anyio.Event, Child]] = {}
 
-    def joined(self, subscription: Subscription) -> None:
-        """`subscription` is read from now on."""
+    def call_on_join(self, subscription: Named) -> None:
+        """Call ``on_join``."""
         self._call("on_join", self._on_join, subscription)
 
-    def left(self, subscription: Subscription) -> None:
-        """`subscription` is not read any more."""
+    def call_on_leave(self, subscription: Named) -> None:
+        """Call ``on_leave``, after ``on_join`` has returned."""
         self._call("on_leave", self._on_leave, subscription)
 
     async def wait(self) -> None:
-        """Wait until all hooks that are under way in this event loop have returned, but not for long."""
+        """Wait until all hooks of this event loop have returned. Cancel them after 10 seconds."""
         loop = current_loop()
-        with anyio.move_on_after(_PATIENCE) as scope:
-            asked_before = anyio.Event()  # a loop makes its calls in order: those by which readers leave come first
-            loop.call_threadsafe(asked_before.set)
-            await asked_before.wait()
-            while under_way := [done for own, done, _ in self._latest.values() if own is loop]:
-                await under_way[0].wait()
+        with anyio.move_on_after(_CLOSE_WAIT_S) as scope:
+            # A loop runs callbacks in order. Those that end the subscriptions, and so call the hooks, come first.
+            earlier_callbacks_ran = anyio.Event()
+            loop.call_threadsafe(earlier_callbacks_ran.set)
+            await earlier_callbacks_ran.wait()
+            while running := [returned for own, returned, _ in self._running.values() if own is loop]:
+                await running[0].wait()
         if scope.cancelled_caught:
-            for subscription, (own, _, child) in list(self._latest.items()):
+            for subscription, (own, _, child) in list(self._running.items()):
                 if own is loop:
                     logger.warning(
-                        "a hook for %s did not return within %g s and is cancelled", _names(subscription), _PATIENCE,
-                        extra={"sse_channel": _names(subscription)},
+                        "a hook of a subscription of %s did not return within %g s and is cancelled",
+                        _names(subscription), _CLOSE_WAIT_S, extra={"sse_channel": _names(subscription)},
                     )  # fmt: skip
                     child.cancel()
 
-    def _call(self, name: str, hook: Callable[[Subscription], Any] | None, subscription: Subscription) -> None:
+    def _call(self, name: str, hook: Callable[[Any], Any] | None, subscription: Named) -> None:
         if hook is None:
             return
-        if subscription in self._latest:  # what is done when one leaves may undo what was done when that one came
+        if subscription in self._running:  # on_leave may undo what on_join does, so it has to come after it
             self._spawn(name, partial(hook, subscription), subscription)
             return
         try:
             result = hook(subscription)
         except Exception:
-            logger.exception(*_about(name, subscription), extra={"sse_channel": _names(subscription)})
+            logger.exception(*_error_of(name, subscription), extra={"sse_channel": _names(subscription)})
             return
         if isawaitable(result):
             self._spawn(name, lambda: result, subscription)
 
-    def _spawn(self, name: str, call: Callable[[], Any], subscription: Subscription) -> None:
-        loop, done = current_loop(), anyio.Event()
-        before = self._latest.get(subscription)
+    def _spawn(self, name: str, call: Callable[[], Any], subscription: Named) -> None:
+        loop, returned = current_loop(), anyio.Event()
+        earlier = self._running.get(subscription)
 
         async def run() -> None:
             try:
-                if before is not None and before[0] is loop:
-                    await before[1].wait()
+                if earlier is not None and earlier[0] is loop:
+                    await earlier[1].wait()
                 result = call()
                 if isawaitable(result):
                     await result
             except Exception:
-                logger.exception(*_about(name, subscription), extra={"sse_channel": _names(subscription)})
+                logger.exception(*_error_of(name, subscription), extra={"sse_channel": _names(subscription)})
             finally:
-                if self._latest[subscription][1] is done:
-                    del self._latest[subscription]
-                done.set()
+                if self._running[subscription][1] is returned:
+                    del self._running[subscription]
+                returned.set()
 
-        self._latest[subscription] = loop, done, loop.spawn(run, f"asgi_sse {name}")
-
-
-def _names(subscription: Subscription) -> str:
-    # Not its repr, which has the id that its client has sent.
-    return printable(" ".join(subscription.names))  # which its client may have chosen, and a hundred of them
+        self._running[subscription] = loop, returned, loop.spawn(run, f"asgi_sse {name}")
 
 
-def _about(hook: str, subscription: Subscription) -> tuple[str, str, str]:
+def _error_of(hook: str, subscription: Named) -> tuple[str, str, str]:
     return "%s of a subscription of %s raised", hook, _names(subscription)
+
+
+def _names(subscription: Named) -> str:
+    # The names only: the repr of a subscription has the id that its client sent. The names are cut for the log,
+    # because a client may choose a hundred of them.
+    return printable(" ".join(subscription.names))

@@ -1,4 +1,4 @@
-"""`Ring`: the newest events of one channel; and `Sequence`: those of all, in the order of their numbers."""
+"""`Ring`: the newest events of one channel; and `Sequence`: the events of all channels, ordered by offset."""
 
 import math
 from bisect import bisect_left, bisect_right
@@ -10,7 +10,13 @@ from typing import Final
 from asgi_sse.protocol.event import ServerSentEvent
 
 _ENTRY_BYTES: Final = 350
-"""What an event takes beside its bytes: objects, their numbers, their places in lists. Measured on Python 3.12."""
+"""Memory of an event beside its data: objects, offsets and list slots. Measured on Python 3.12."""
+
+_MIN_HOLES: Final = 1000
+"""A sequence is compacted once it has more holes than this, and more holes than events."""
+
+_MIN_DROPPED: Final = 64
+"""A ring is compacted once it has more dropped events than this, and more dropped events than others."""
 
 
 @dataclass(slots=True, eq=False)
@@ -18,12 +24,12 @@ class Entry:
     """One event of the log.
 
     Attributes:
-        offset: Its place in the sequence of all channels.
-        channel: The channel's name.
+        offset: The position in the sequence of all channels.
+        channel: The name of the channel.
         event: The event, with its id.
-        chunk: The event, encoded.
-        time: When it was appended, by the clock of who did.
-        end: How the run ended of which it is the last event; ``None``: it is any other.
+        chunk: The encoded event.
+        time: When the event was appended, in seconds of the clock of the process that appended it.
+        end: On the last event of a run: how the run ended. ``None`` on any other event.
     """
 
     offset: int
@@ -35,10 +41,10 @@ class Entry:
 
 
 class Sequence:
-    """The entries of all channels in the order of their numbers, for who reads many of them.
+    """The entries of all channels ordered by offset, for subscribers of many channels.
 
     Attributes:
-        valid: Whether it has them. Without, it does nothing until it is made anew.
+        valid: Whether the sequence is in use. If not, it does nothing until `make` fills it.
     """
 
     __slots__ = ("_entries", "_holes", "_offsets", "valid")
@@ -46,11 +52,11 @@ class Sequence:
     def __init__(self) -> None:
         self.valid = True
         self._offsets: list[int] = []
-        self._entries: list[Entry | None] = []  # None: it was dropped
+        self._entries: list[Entry | None] = []  # None for a dropped entry
         self._holes = 0
 
     def make(self, entries: Iterable[Entry]) -> None:
-        """Begin anew, with these in any order."""
+        """Fill the sequence with `entries`, which may be in any order."""
         ordered = sorted(entries, key=attrgetter("offset"))
         self._offsets = [entry.offset for entry in ordered]
         self._entries = list(ordered)
@@ -58,45 +64,45 @@ class Sequence:
         self.valid = True
 
     def append(self, entry: Entry) -> None:
-        """Add the newest one."""
+        """Add the newest entry."""
         if self.valid:
             self._offsets.append(entry.offset)
             self._entries.append(entry)
 
     def drop(self, offset: int) -> None:
-        """Forget one."""
+        """Drop the entry at `offset`."""
         if not self.valid:
             return
         self._entries[bisect_left(self._offsets, offset)] = None
         self._holes += 1
-        if self._holes > 1000 and self._holes > len(self._offsets) // 2:
+        if self._holes > _MIN_HOLES and self._holes > len(self._offsets) // 2:
             self._entries = [entry for entry in self._entries if entry is not None]
             self._offsets = [entry.offset for entry in self._entries if entry is not None]
             self._holes = 0
 
     def after(self, offset: int) -> Iterator[Entry]:
-        """The entries behind a number."""
+        """Return the entries after `offset`."""
         first = bisect_right(self._offsets, offset)
         return filter(None, map(self._entries.__getitem__, range(first, len(self._entries))))
 
 
 class Ring:
-    """The events that a channel still has, oldest first.
+    """The events that the log still has of one channel, oldest first.
 
     Args:
         trimmed: See below.
-        sequence: That of all channels.
+        sequence: The sequence of all channels.
         history: See below.
         max_bytes: See below.
         max_age: See below.
 
     Attributes:
-        trimmed: The number of the last event that was dropped; what was before it is not known.
-        whole: Of a log that is a part of another one: whether all is here, or was, that the other one has.
-        size: The memory that it takes, about, in bytes.
-        history: Events that it keeps.
-        max_bytes: Bytes that it keeps.
-        max_age: Seconds for which it keeps them.
+        trimmed: The offset of the last event that was dropped. Nothing is known about earlier events.
+        whole: Whether this process has, or had, all events that the log on the server has of the channel.
+        size: The memory that the events take, about, in bytes.
+        history: How many events are kept.
+        max_bytes: How many bytes of memory are kept. The newest event is kept whatever its size is.
+        max_age: For how many seconds events are kept.
     """
 
     __slots__ = (
@@ -112,17 +118,17 @@ class Ring:
         self.max_age = max_age
         self.size = 0
         self._sequence = sequence
-        self._offsets: list[int] = []  # of the entries, to be searched
+        self._offsets: list[int] = []  # the offsets of the entries, for binary searches
         self._entries: list[Entry] = []
-        self._start = 0  # of both, what was dropped before it is cleared now and then
-        self._memo: tuple[int, int, int, tuple[bytes, int, int]] | None = None
+        self._start = 0  # index of the first entry that is left; dropped ones are removed from time to time
+        self._memo: tuple[int, int, int, tuple[bytes, int, int]] | None = None  # the arguments and result of `read`
 
     def __len__(self) -> int:
         return len(self._offsets) - self._start
 
     @property
     def newest(self) -> int:
-        """The number of the last event, whether or not it is left."""
+        """The offset of the last event, whether or not the event is left."""
         return self._offsets[-1] if len(self) else self.trimmed
 
     @property
@@ -132,11 +138,11 @@ class Ring:
 
     @property
     def last_time(self) -> float:
-        """When the last event that is left was appended; long ago, if none is."""
+        """When the last event was appended; ``-inf`` if no event is left."""
         return self._entries[-1].time if len(self) else -math.inf
 
     def append(self, entry: Entry) -> None:
-        """Add the newest one, and drop what is too much."""
+        """Add the newest event, and drop events beyond the limits."""
         self._offsets.append(entry.offset)
         self._entries.append(entry)
         self._sequence.append(entry)
@@ -145,16 +151,16 @@ class Ring:
         self.expire(entry.time)
 
     def keep(self, max_bytes: int) -> None:
-        """From now on, keep events of any number and age, but only so many bytes."""
+        """Keep any number of events of any age from now on, up to `max_bytes` bytes."""
         self.history = self.max_age = math.inf
         self.max_bytes = max_bytes
         self.whole = False
         self._trim()
 
     def fill(self, entries: Iterable[Entry], trimmed: int, until: int) -> None:
-        """Put back what was dropped: see `EventLog.fill`. Those that are there already are not."""
+        """Put dropped events back; see `EventLog.fill`. Events that are left are not added again."""
         if until < self.trimmed:
-            return  # what came meanwhile was dropped as well: there would be a hole that nobody sees
+            return  # later events were dropped meanwhile, so filling would leave an unnoticed gap
         older = [entry for entry in entries if entry.offset <= self.trimmed]
         self._offsets[: self._start] = [entry.offset for entry in older]
         self._entries[: self._start] = older
@@ -167,24 +173,24 @@ class Ring:
         self._trim()
 
     def miss(self, offset: int) -> None:
-        """Drop everything: there was more, up to a number, that is not known."""
+        """Drop all events, because events up to `offset` are missing."""
         self.clear()
         self.trimmed = max(offset, self.trimmed)
         self.whole = False
 
     def drop_oldest(self) -> None:
-        """Drop the first event that is left."""
+        """Drop the oldest event that is left."""
         self._memo = None
         self._drop()
 
     def clear(self) -> None:
-        """Drop everything."""
+        """Drop all events."""
         self._memo = None
         while len(self):
             self._drop()
 
     def expire(self, now: float) -> None:
-        """Drop what is too old."""
+        """Drop the events that are older than `max_age` at the time `now`."""
         since = now - self.max_age
         while len(self) and self._entries[self._start].time <= since:
             self._drop()
@@ -195,44 +201,48 @@ class Ring:
 
     def _drop(self) -> None:
         entry = self._entries[self._start]
-        self._entries[self._start] = _NOTHING
+        self._entries[self._start] = _DROPPED
         self._sequence.drop(entry.offset)
         self.trimmed = entry.offset
         self.size -= _cost(entry)
         self._start += 1
-        if self._start > 64 and self._start > len(self._offsets) // 2:
+        if self._start > _MIN_DROPPED and self._start > len(self._offsets) // 2:
             del self._offsets[: self._start], self._entries[: self._start]
             self._start = 0
 
     def after(self, offset: int) -> Iterator[Entry]:
-        """The entries behind a number."""
-        return map(self._entries.__getitem__, range(self._behind(offset), len(self._entries)))
+        """Return the entries after `offset`."""
+        return map(self._entries.__getitem__, range(self._index_after(offset), len(self._entries)))
 
     def count(self, offset: int) -> int:
-        """How many entries there are behind a number."""
-        return len(self._offsets) - self._behind(offset)
+        """Return how many entries there are after `offset`."""
+        return len(self._offsets) - self._index_after(offset)
 
     def has(self, offset: int) -> bool:
-        """Whether there is anything behind a number."""
+        """Return whether there are entries after `offset`."""
         return len(self) > 0 and self._offsets[-1] > offset
 
-    def _behind(self, offset: int) -> int:
+    def _index_after(self, offset: int) -> int:
         return bisect_right(self._offsets, offset, self._start)
 
     def read(self, offset: int, limit: int) -> tuple[bytes, int, int]:
-        """What is behind `offset`, joined: at most `limit` bytes or one larger event.
+        """Join the encoded events after `offset`.
 
-        Readers at the same place share one result, until something is appended.
+        Subscribers at the same offset share one result until the next event is appended.
+
+        Args:
+            offset: The offset of the last event that was read.
+            limit: The most bytes. The first event may be larger.
 
         Returns:
-            The bytes, how many events they are, and the number of the last one.
+            The bytes, the number of events, and the offset of the last one.
         """
         if not self.has(offset):
             return b"", 0, offset
         newest, memo = self._offsets[-1], self._memo
         if memo is not None and memo[0] == offset and memo[1] == limit and memo[2] == newest:
             return memo[3]
-        first = self._behind(offset)
+        first = self._index_after(offset)
         if first == len(self._offsets) - 1:
             return self._entries[first].chunk, 1, newest
         size, last = 0, first
@@ -250,9 +260,9 @@ class Ring:
 
 
 def _cost(entry: Entry) -> int:
-    # An entry has its data as text and encoded. Without a constant, a million small events would count 36 MB, and
-    # take 390.
+    # An entry holds its data as text and encoded. Without the constant, a million small events would count as 36 MB
+    # and take 390.
     return _ENTRY_BYTES + 2 * len(entry.chunk)
 
 
-_NOTHING: Final = Entry(0, "", ServerSentEvent(""), b"", 0.0)  # in the place of what was dropped
+_DROPPED: Final = Entry(0, "", ServerSentEvent(""), b"", 0.0)  # takes the place of a dropped entry

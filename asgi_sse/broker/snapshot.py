@@ -1,4 +1,4 @@
-"""`Snapshot`: the state that a reader is given before the events that change it."""
+"""`Snapshot`: the state that a subscriber gets before the events that change it."""
 
 from __future__ import annotations
 
@@ -14,73 +14,77 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-_PATIENCE: Final = 5
-"""Snapshots in a row behind which the log has forgotten what follows, before their reader is given up."""
+_MAX_OUTDATED: Final = 5
+"""Snapshots in a row after which the log had dropped events before they were read, until the subscriber is closed."""
 
 
 class Snapshot:
-    """Made for one reader, when it comes without a place to resume from, and after each reset.
+    """The state for one subscriber: made when it comes without an id to resume from, and after each reset.
 
     Args:
-        make: Gives an event, events in any iterable, sync or async, or an awaitable of them.
+        make: Returns an event, an iterable of events, sync or async, or an awaitable of either.
 
     Attributes:
-        wanted: It is to be made.
-        position: Behind which the reader goes on. Taken before it is made, so that a change which it may or may not
-            have seen comes after it in any case.
-        events: What of it is not given yet. The last one has the id of the position, and no other one has any: a
-            client that is cut in between gets all of it again.
+        wanted: Whether the snapshot is to be made.
+        position: The offset after which the subscriber continues. It is taken before the snapshot is made, so that
+            every change which the snapshot may have missed comes after it.
+        events: The events of the snapshot that were not delivered yet. Only the last one has an id, which is that of
+            the position. A client that disconnects before it therefore gets the whole snapshot again.
     """
 
-    __slots__ = ("_asked", "_in_vain", "_make", "_making", "events", "position", "wanted")
+    __slots__ = ("_make", "_making", "_outdated", "_requests", "events", "position", "wanted")
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self._make = make
         self._making = False
-        self._asked = 0  # times
-        self._in_vain = 0  # times in a row
+        self._requests = 0  # the number of calls of `request`
+        self._outdated = 0  # the number of calls since an event after the snapshot was read
         self.wanted = False
         self.position = 0
         self.events: deque[ServerSentEvent] = deque()
 
     @property
     def is_too_slow(self) -> bool:
-        """Whether the log has forgotten what came behind it each of the last times."""
-        return self._in_vain >= _PATIENCE
+        """Whether the log had dropped the next events each of the last times that the snapshot was made."""
+        return self._outdated >= _MAX_OUTDATED
 
-    def want(self, position: int) -> None:
-        """It is to be made anew."""
+    def request(self, position: int) -> None:
+        """Make a new snapshot, after which the subscriber continues at `position`."""
         self.wanted = True
         self.position = position
-        self._asked += 1
-        self._in_vain += 1
+        self._requests += 1
+        self._outdated += 1
         self.events.clear()
 
-    def was_followed(self) -> None:
-        """An event behind it was read."""
-        self._in_vain = 0
+    def followed(self) -> None:
+        """Note that an event after the snapshot was read."""
+        self._outdated = 0
 
     async def make(self, id_of: Callable[[int], str]) -> None:
-        """Make it, unless that is under way.
+        """Make the snapshot if it is wanted and not being made.
+
+        Args:
+            id_of: Returns the id of an offset.
 
         Raises:
-            InvalidEventError: An event of it cannot be sent, or has an id of its own.
-            TypeError: What was made is no event and has none.
-            Exception: What making it raised.
+            InvalidEventError: An event of the snapshot cannot be sent, or has an id.
+            TypeError: The function returned neither events nor ``None``.
+            Exception: The function raised it.
         """
         if self._making:
             return
         self._making = True
         try:
             while self.wanted:
-                place, asked = id_of(self.position), self._asked  # as of now: what is read comes after
+                # The id comes from the log as it is now, before the snapshot is made.
+                event_id, requests = id_of(self.position), self._requests
                 events = await _collect(self._make())
-                if asked != self._asked:
-                    continue  # it was reset meanwhile
+                if requests != self._requests:
+                    continue  # the subscriber was reset meanwhile
                 if events:
-                    events[-1] = event_with_id(events[-1], place)
+                    events[-1] = event_with_id(events[-1], event_id)
                 else:
-                    events = [ServerSentEvent(id=place)]
+                    events = [ServerSentEvent(id=event_id)]
                 self.events.extend(events)
                 self.wanted = False
         finally:
@@ -104,9 +108,11 @@ async def _collect(made: Any) -> list[ServerSentEvent]:
     elif isinstance(made, Iterable):
         items = list(made)
     else:
-        raise TypeError(f"snapshot gave {short_repr(made)}: give an event, an iterable of events, or None")
+        raise TypeError(f"snapshot must return an event, an iterable of events or None, got {short_repr(made)}")
     events = [as_event(item) for item in items]
     for event in events:
         if event.id is not None:
-            raise InvalidEventError(f"id={short_repr(event.id)} in a snapshot: its last event gets the id of its place")
+            raise InvalidEventError(
+                f"an event of a snapshot must have no id, got id={short_repr(event.id)}; the broker adds the id"
+            )
     return events

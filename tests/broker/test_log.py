@@ -1,4 +1,4 @@
-"""The log of a broker against a model that never forgets."""
+"""The log of a broker, its rings, and the names of channels."""
 
 import re
 from itertools import count
@@ -17,7 +17,7 @@ CHANNELS = ["a", "a.x", "a.y", "b.x", "b.y.z"]
 PATTERNS = ["a", "a.x", "b.x", "a.*", "*.x", "**", "b.**", "*"]
 
 
-def numbers(entries: Any) -> list[int]:
+def offsets(entries: Any) -> list[int]:
     return [entry.offset for entry in entries]
 
 
@@ -25,8 +25,11 @@ def event(data: str = "x") -> ServerSentEvent:
     return ServerSentEvent(data, event="kind")
 
 
-class AgainstAModel(RuleBasedStateMachine):
-    """Every read behind a position gives all that was published there since, in order, or says that it cannot."""
+class LogAndModel(RuleBasedStateMachine):
+    """Compares the log with a model that never forgets.
+
+    A read after an offset gives all later events in order, unless the log says that it is not complete.
+    """
 
     @initialize(
         history=st.integers(1, 5),
@@ -46,9 +49,8 @@ class AgainstAModel(RuleBasedStateMachine):
         entry = self.log.append(channel, event("x" * size), self.now)
         self.published.append((entry.offset, channel, entry.chunk))
         assert entry.event.id == self.log.id_of(entry.offset)
-        assert numbers(self.log.entries([channel], entry.offset - 1)) == [
-            entry.offset
-        ]  # the newest one is always there
+        # The newest event is always there.
+        assert offsets(self.log.entries([channel], entry.offset - 1)) == [entry.offset]
 
     @rule(seconds=st.sampled_from([0.5, 2.0]))
     def time_passes(self, seconds: float) -> None:
@@ -72,14 +74,14 @@ class AgainstAModel(RuleBasedStateMachine):
         after = max(0, self.log.last_offset - back)
         tests = [pattern_test(pattern) for pattern in patterns]
         matching = [name for name in CHANNELS if any(test(name) for test in tests)]
-        some = any(map(is_pattern, patterns))
+        has_patterns = any(map(is_pattern, patterns))
         names = [name for name in self.log.channels if name in matching]
         names += [name for name in patterns if not is_pattern(name) and name not in names]
-        expected = [number for number, channel, _ in self.published if channel in matching and number > after]
-        everything = [*names, *(f"never.{number}" for number in range(100))]  # read in another way
-        assert numbers(self.log.entries(set(everything), after)) == numbers(self.log.entries(names, after))
-        found = numbers(self.log.entries(names, after))
-        if self.log.is_complete(names, self.now, patterns=some, after=after):
+        expected = [offset for offset, channel, _ in self.published if channel in matching and offset > after]
+        many = {*names, *(f"never.{number}" for number in range(100))}  # read from the sequence of all channels
+        assert offsets(self.log.entries(many, after)) == offsets(self.log.entries(names, after))
+        found = offsets(self.log.entries(names, after))
+        if self.log.is_complete(names, self.now, patterns=has_patterns, after=after):
             assert found == expected
         else:
             assert found == sorted(set(found) & set(expected))
@@ -108,7 +110,7 @@ class AgainstAModel(RuleBasedStateMachine):
         for name in self.log.channels:
             ring = self.log.ring(name)
             if ring is None:
-                continue  # forgotten, but for its last number
+                continue  # of a forgotten channel, the log knows only the last offset
             if name in self.kept:
                 assert ring.size <= 900 or len(ring) == 1
             else:
@@ -117,60 +119,60 @@ class AgainstAModel(RuleBasedStateMachine):
             assert ring.size == sum(350 + 2 * len(entry.chunk) for entry in ring.after(0))
 
 
-TestAgainstAModel = AgainstAModel.TestCase
-TestAgainstAModel.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestLogAndModel = LogAndModel.TestCase
+TestLogAndModel.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
-def test_ids_tell_where_a_reader_was() -> None:
+def test_ids_are_parsed_to_offsets_or_reasons() -> None:
     log = EventLog(epoch="abc")
     for _ in range(3):
         log.append("a", event(), 0)
     assert log.id_of(2) == "abc-2"
     assert log.parse("abc-2") == 2
     assert log.parse("abc-0") == 0
-    assert log.parse("abc-4") == "unknown"  # none that was ever sent
+    assert log.parse("abc-4") == "unknown"  # beyond the last offset
     assert log.parse("abd-2") == "epoch"
     for other in ("", "2", "abc-", "abc-02", "abc-2 ", "abc-\u0662", "ABC-2", "abc-" + "9" * 19):
         assert log.parse(other) == "unknown"
     assert EventLog().epoch != EventLog().epoch
 
 
-def test_an_id_is_safe_in_a_header_of_another_origin() -> None:
+def test_longest_id_is_cors_safe() -> None:
     log = EventLog(epoch="z" * 32)
     log.last_offset = 10**18
     assert re.fullmatch(r"[0-9a-z-]{1,127}", log.id_of(log.last_offset))
 
 
-def test_what_was_dropped_is_known_by_channel() -> None:
+def test_dropped_events_are_known_by_channel() -> None:
     log = EventLog(history=2)
     for channel in "aaab":
         log.append(channel, event(), 0)
     assert not log.is_complete(["a"], 0, patterns=False, after=0)
     assert log.is_complete(["a"], 0, patterns=False, after=1)
-    assert log.is_complete(["b"], 0, patterns=False, after=0)  # what others lost is not its loss
+    assert log.is_complete(["b"], 0, patterns=False, after=0)  # events of other channels do not matter
     assert not log.is_complete(["a", "b"], 0, patterns=False, after=0)
     assert log.is_complete(["never"], 0, patterns=False, after=0)
 
 
-def test_a_channel_that_was_forgotten_is_known_by_its_last_number() -> None:
+def test_last_offset_of_a_forgotten_channel_is_known() -> None:
     log = EventLog(max_channels=1)
     log.append("a", event(), 0)
     log.append("b", event(), 0)
     assert log.ring("a") is None
     assert not log.is_complete(["a"], 0, patterns=False, after=0)
     assert log.is_complete(["a"], 0, patterns=False, after=1)
-    assert log.is_complete(["never"], 0, patterns=True, after=0)  # what is known of others does not make it incomplete
+    assert log.is_complete(["never"], 0, patterns=True, after=0)  # a known channel is no reason for doubt
     log.append("a", event(), 0)
     assert not log.is_complete(["a"], 0, patterns=False, after=0)
     assert log.is_complete(["a"], 0, patterns=False, after=1)
     log.append("c", event(), 0)
-    log.append("d", event(), 0)  # now b is known by no more than a bound for all of its kind
+    log.append("d", event(), 0)  # b is forgotten twice: only the floor of all such channels is known
     assert log.channels == ["d", "c"]
     assert not log.is_complete(["never"], 0, patterns=True, after=1)
     assert not log.is_complete(["b"], 0, patterns=False, after=1)
 
 
-def test_a_channel_that_is_kept_outlives_the_limits_of_others() -> None:
+def test_kept_channel_is_not_subject_to_the_limits() -> None:
     log = EventLog(history=2, max_channels=1, max_age=10)
     log.keep("run", 10_000)
     for _ in range(10):
@@ -178,14 +180,14 @@ def test_a_channel_that_is_kept_outlives_the_limits_of_others() -> None:
     for channel in ("a", "b"):
         log.append(channel, event(), 100)
     log.expire(100)
-    assert numbers(log.entries(["run"], 0)) == list(range(1, 11))
+    assert offsets(log.entries(["run"], 0)) == list(range(1, 11))
     log.release("run")
     assert log.ring("run") is None
     assert not log.is_complete(["run"], 0, patterns=False, after=9)
     assert log.is_complete(["run"], 0, patterns=False, after=10)
 
 
-def test_readers_at_one_place_share_one_result() -> None:
+def test_reads_at_the_same_offset_share_one_result() -> None:
     log = EventLog()
     for _ in range(10):
         log.append("a", event(), 0)
@@ -197,18 +199,18 @@ def test_readers_at_one_place_share_one_result() -> None:
     assert ring.read(3, 10_000)[2] == 11
 
 
-def test_a_long_life_keeps_what_it_must_alone() -> None:
+def test_dropped_entries_are_removed_from_a_ring() -> None:
     log = EventLog(history=10)
     for number in range(100_000):
         log.append("a", event(str(number)), 0)
     ring = log.ring("a")
     assert ring is not None
-    assert numbers(ring.after(0)) == list(range(99_991, 100_001))
+    assert offsets(ring.after(0)) == list(range(99_991, 100_001))
     assert len(ring._entries) < 200
 
 
 @pytest.mark.parametrize(
-    ("pattern", "matches", "others"),
+    ("pattern", "matching", "others"),
     [
         ("orders.*", ["orders.1", "orders.x-y"], ["orders", "orders.1.2", "order.1", "xorders.1"]),
         ("orders.**", ["orders.1", "orders.1.2"], ["orders", "orders2.1"]),
@@ -218,32 +220,32 @@ def test_a_long_life_keeps_what_it_must_alone() -> None:
         ("a.b", ["a.b"], ["aXb", "a.b.c"]),
     ],
 )
-def test_patterns(pattern: str, matches: list[str], others: list[str]) -> None:
+def test_pattern_matches_names(pattern: str, matching: list[str], others: list[str]) -> None:
     test = pattern_test(check_pattern(pattern))
-    assert [name for name in matches + others if test(name)] == matches
+    assert [name for name in matching + others if test(name)] == matching
 
 
 @pytest.mark.parametrize("name", ["a", "a.b", "chat/42", "user:7@example.com", "x" * 200])
-def test_names(name: str) -> None:
+def test_valid_names(name: str) -> None:
     assert check_name(name) == name
     assert check_pattern(name) == name
     assert not is_pattern(name)
 
 
 @pytest.mark.parametrize("name", ["", ".", "a.", ".a", "a..b", "a b", "a\nb", "ä", "a*", "*", "a>", "x" * 201, "a.\n"])
-def test_bad_names(name: str) -> None:
+def test_invalid_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="channel"):
         check_name(name)
 
 
 @pytest.mark.parametrize("pattern", ["a*", "**.a", "a.**.b", "a.*b", "***", "*.", "x" * 199 + ".*"])
-def test_bad_patterns(pattern: str) -> None:
+def test_invalid_patterns_are_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match="pattern"):
         check_pattern(pattern)
 
 
-def test_what_is_no_str_is_no_name() -> None:
-    with pytest.raises(TypeError, match="give a str"):
+def test_name_must_be_a_str() -> None:
+    with pytest.raises(TypeError, match=r"channel must be a str, got 7 \(int\)"):
         check_pattern(7)  # type: ignore[arg-type]
 
 
@@ -251,25 +253,25 @@ def test_what_is_no_str_is_no_name() -> None:
     "limits",
     [{"history": 0}, {"history": True}, {"max_bytes": 1.5}, {"max_channels": -1}, {"max_age": 0}, {"epoch": "A"}],
 )
-def test_bad_limits(limits: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(limits))):
+def test_invalid_limits_are_refused(limits: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(limits))} must be"):
         EventLog(**limits)
 
 
-def test_numbers_go_on() -> None:
+def test_channels_share_one_sequence_of_offsets() -> None:
     log, sequence = EventLog(), count(1)
     assert [log.append(name, event(), 0).offset for name in "abcab"] == [next(sequence) for _ in range(5)]
     assert "a" in log
     assert "z" not in log
 
 
-def test_what_is_put_back_leaves_no_hole_before_what_came_meanwhile() -> None:
+def test_fill_leaves_no_gap_before_newer_events() -> None:
     log = EventLog(history=4, epoch="a")
     for number in range(1, 16):
         log.append("x", ServerSentEvent(str(number)), 0.0)
-    asked = [log.entry(number, "x", ServerSentEvent(str(number)), 0.0) for number in range(8, 16)]
+    fetched = [log.entry(number, "x", ServerSentEvent(str(number)), 0.0) for number in range(8, 16)]
     for number in range(16, 25):
         log.append("x", ServerSentEvent(str(number)), 0.0)
-    log.fill("x", asked, 7, until=15)
+    log.fill("x", fetched, 7, until=15)
     assert not log.is_complete(["x"], 0.0, patterns=False, after=17)
     assert [entry.offset for entry in log.entries(["x"], 20)] == [21, 22, 23, 24]

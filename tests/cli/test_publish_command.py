@@ -30,7 +30,7 @@ def test_publish_sends_the_event_to_a_hub(
                 break
     assert "event: c d\ndata: ö\n" in body
     assert main(["publish", hub_url, "a b", "x"]) == 1
-    assert last_error_line(capsys).startswith("asgi-sse: error: the hub answered 400: channel 'a b'")
+    assert last_error_line(capsys).startswith("asgi-sse: error: the hub answered 400: channel must be 1 to 200 ")
     assert main(["publish", hub_url, "a", "x", "--token", "wrong"]) == 1
     assert last_error_line(capsys) == "asgi-sse: error: the hub answered 401: this token is unknown"
     assert main(["publish", f"{hub_url}/channels/news", "a", "x"]) == 1
@@ -47,12 +47,12 @@ def test_publish_refuses_invalid_broker_urls(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x\n")))
     assert main(["publish", "memory://", "a"]) == 1
-    assert "is published to in its own process" in last_error_line(capsys)
+    assert "of the app in its own process" in last_error_line(capsys)
     assert main(["publish", "127.0.0.1:8041", "a"]) == 2  # without reading the standard input
     expected = "URL must start with redis://, nats:// or http://, got '127.0.0.1:8041'; for a hub give http://HOST:PORT"
     assert last_error_line(capsys) == f"asgi-sse: error: {expected}"
     assert main(["publish", "redis://127.0.0.1:1/0", "a b", "x"]) == 1
-    assert last_error_line(capsys).startswith("asgi-sse: error: channel 'a b'")
+    assert last_error_line(capsys).startswith("asgi-sse: error: channel must be 1 to 200 ")
     assert main(["publish", "redis://127.0.0.1:1/0", "a", "x", "--timeout", "0.2"]) == 1
     assert "redis://127.0.0.1:1/0" in last_error_line(capsys)
 

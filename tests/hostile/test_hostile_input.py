@@ -27,8 +27,8 @@ from asgi_sse import (
     SSEMiddleware,
     create_app,
 )
-from asgi_sse.broker import checks
 from asgi_sse.broker import endpoint as broker_endpoint
+from asgi_sse.broker import publishing
 from asgi_sse.broker.backends import memory
 from asgi_sse.broker.dispatcher import UnavailableError
 from asgi_sse.broker.endpoint import MAX_CHANNELS, Access
@@ -464,7 +464,7 @@ def default(function: Callable[..., Any], name: str) -> Any:
         ("memory for the events", "16 MiB", default(Broker, "max_bytes") == 2**24),
         ("channels kept", "10,000", default(Broker, "max_channels") == 10_000),
         ("active runs", "1,000", default(Broker, "max_runs") == 1000),
-        ("an idempotency key", "200", checks._LONGEST_KEY == 200),
+        ("an idempotency key", "200", publishing._MAX_KEY == 200),
         (
             "idempotency keys",
             "1,000,000 in 120 s",
@@ -473,7 +473,7 @@ def default(function: Callable[..., Any], name: str) -> Any:
         ("subscribers of one channel", "none", default(Broker, "max_subscribers") is None),
         ("lifetime of a stream", "none", StreamOptions().max_lifetime is None),
         ("bytes that an `EventDecoder` holds", "none", default(EventDecoder, "max_event_bytes") is None),
-        ("time for a repeated `authorize`", "10 s", broker_endpoint._PATIENCE == 10),
+        ("time for a repeated `authorize`", "10 s", broker_endpoint._MIN_RECHECK_TIMEOUT_S == 10),
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) > 12 else "",
 )

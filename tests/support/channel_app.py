@@ -1,6 +1,7 @@
-"""The apps that the tests of channels on servers run, each in a process of its own: `resuming`, `crowded`, `django`.
+"""The apps of the tests of channels on real servers: `resuming`, `crowded` and `django`.
 
-Each event says which one it is: who published it, and its number among those.
+Each test runs one of them in a process of its own. Each event has its publisher and a count, so that a lost or repeated
+event is seen.
 """
 
 import asyncio
@@ -23,35 +24,37 @@ from asgi_sse import (
     create_app,
 )
 
-registry = StreamRegistry()  # a process runs one of the apps
-NO_PING = None  # it would wake a reader that was forgotten
+registry = StreamRegistry()  # one for all apps, since a process runs one app only
+NO_PING = None  # a keep-alive would hide that a subscriber was not woken
 
 
-class Noted(Broker):
-    """A broker that knows all it has ever published: the number in the id, who published it, its number among those."""
+class Recorder(Broker):
+    """A broker that records the offset, the publisher and the publisher's count of each event."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.published: list[tuple[int, str, int]] = []
         self._counts: Counter[str] = Counter()
 
-    def next_event(self, who: str, text: str = "") -> dict[str, Any]:
-        self._counts[who] += 1
-        return {"data": {"who": who, "count": self._counts[who], "text": text}}
+    def next_event(self, publisher: str, text: str = "") -> dict[str, Any]:
+        self._counts[publisher] += 1
+        return {"data": {"publisher": publisher, "count": self._counts[publisher], "text": text}}
 
-    def note(self, event_id: str, who: str) -> None:
-        self.published.append((int(event_id.partition("-")[2]), who, self._counts[who]))
+    def record(self, event_id: str, publisher: str) -> None:
+        self.published.append((int(event_id.partition("-")[2]), publisher, self._counts[publisher]))
 
-    def more(self, channel: str, text: str = "") -> None:
-        """Publish the next event of a channel, to which one thread publishes."""
-        self.note(self.publish_nowait(channel, self.next_event(channel, text)), channel)
+    def publish_next(self, channel: str, text: str = "") -> None:
+        """Publish the next event of a channel to which only one thread publishes."""
+        self.record(self.publish_nowait(channel, self.next_event(channel, text)), channel)
 
     def figures(self) -> dict[str, Any]:
         names = ("a", "b.x", "b.y", "big")
         return {"subscribers": sum(map(self.subscribers, names)), "published": sorted(self.published)}
 
 
-def figures(registry: StreamRegistry, broker: Noted, **others: Noted) -> Callable[[], AsyncIterator[ServerSentEvent]]:
+def figures(
+    registry: StreamRegistry, broker: Recorder, **others: Recorder
+) -> Callable[[], AsyncIterator[ServerSentEvent]]:
     async def endpoint() -> AsyncIterator[ServerSentEvent]:
         streams = {"streams": len(registry), "closed": dict(registry.statistics().closed)}
         more = {name: other.figures() for name, other in others.items()}
@@ -62,7 +65,7 @@ def figures(registry: StreamRegistry, broker: Noted, **others: Noted) -> Callabl
 
 # Clients that drop and resume
 
-steady = Noted(history=100_000)  # nobody is away for so long
+steady = Recorder(history=100_000)  # no client is away for longer
 _finished = threading.Event()
 _publishers: list[asyncio.Future[None]] = []
 
@@ -71,31 +74,31 @@ async def events(request: Request) -> Subscription:
     return steady.subscribe(*request.query.getlist("channel"), last_event_id=request.last_event_id)
 
 
-async def publish_here() -> None:
-    """About 67 events a second, some of them in one turn of the loop."""
+async def publish_in_loop() -> None:
+    """Publish about 67 events a second, some of them in one turn of the loop."""
     while not _finished.is_set():
         for _ in range(random.choice([1, 1, 2, 4])):
-            steady.more(random.choice(["a", "b.x"]))
+            steady.publish_next(random.choice(["a", "b.x"]))
         await asyncio.sleep(random.uniform(0, 0.06))
 
 
-def publish_there() -> None:
-    """About 33 a second, from a thread."""
+def publish_in_thread() -> None:
+    """Publish about 33 events a second from a thread."""
     while not _finished.wait(random.uniform(0, 0.06)):
-        steady.more("b.y")
+        steady.publish_next("b.y")
 
 
 async def begin() -> AsyncIterator[str]:
-    _publishers.extend(map(asyncio.ensure_future, (publish_here(), asyncio.to_thread(publish_there))))
+    _publishers.extend(map(asyncio.ensure_future, (publish_in_loop(), asyncio.to_thread(publish_in_thread))))
     yield "begun"
 
 
 async def finish() -> AsyncIterator[str]:
-    """The last event of each channel comes when nobody publishes any more."""
+    """End all publishers, then publish the last event of each channel."""
     _finished.set()
     await asyncio.gather(*_publishers)
     for channel in ("a", "b.x", "b.y"):
-        steady.more(channel, "the last one")
+        steady.publish_next(channel, "the last one")
     yield "finished"
 
 
@@ -106,10 +109,10 @@ resuming = create_app(
 )
 
 
-# Clients of which some do not read
+# Clients, including some that do not read
 
-short = Noted(history=100)
-closing = Noted(history=100, overflow="close")
+short = Recorder(history=100)
+closing = Recorder(history=100, overflow="close")
 
 
 async def patient(request: Request) -> EventSourceResponse:
@@ -125,11 +128,11 @@ async def strict(request: Request) -> EventSourceResponse:
 
 
 async def publish(request: Request) -> AsyncIterator[str]:
-    """So many events of 1 kB for everybody, and as many of 50 kB for those who do not read."""
+    """Publish `count` events of 1 kB for all clients, and as many of 50 kB for those that do not read."""
     for _ in range(int(request.query["count"])):
-        short.more("a", "x" * 1_000)
+        short.publish_next("a", "x" * 1_000)
         for broker in (short, closing):
-            broker.more("big", "x" * 50_000)
+            broker.publish_next("big", "x" * 50_000)
     yield "published"
 
 
@@ -147,7 +150,7 @@ crowded = create_app(
 )
 
 
-# Django, whose synchronous views run in threads
+# Django, which runs synchronous views in threads
 
 PUBLISHERS = {"one": "nowait", "two": "nowait", "three": "awaited", "four": "awaited", "five": "thread"}
 EACH = 50  # events that each of them publishes
@@ -161,40 +164,40 @@ def django_app() -> SSEMiddleware:
     from django.http import HttpResponse
     from django.urls import path
 
-    broker = Noted()
-    together = threading.Barrier(len(PUBLISHERS))  # they begin when all of them are there
+    broker = Recorder()
+    all_ready = threading.Barrier(len(PUBLISHERS))  # so that the publishers run at the same time
 
-    def publish_nowait(who: str) -> None:
-        if who in PUBLISHERS:
-            together.wait(10)
+    def publish_nowait(publisher: str) -> None:
+        if publisher in PUBLISHERS:
+            all_ready.wait(10)
         for _ in range(EACH):
-            broker.note(broker.publish_nowait("a", broker.next_event(who)), who)
+            broker.record(broker.publish_nowait("a", broker.next_event(publisher)), publisher)
 
-    def nowait(request: Any, who: str) -> Any:
-        publish_nowait(who)
+    def nowait(request: Any, publisher: str) -> Any:
+        publish_nowait(publisher)
         return HttpResponse(threading.current_thread().name)
 
-    def awaited(request: Any, who: str) -> Any:
-        together.wait(10)
+    def awaited(request: Any, publisher: str) -> Any:
+        all_ready.wait(10)
         for _ in range(EACH):
-            broker.note(async_to_sync(broker.publish)("a", broker.next_event(who)), who)
+            broker.record(async_to_sync(broker.publish)("a", broker.next_event(publisher)), publisher)
         return HttpResponse(threading.current_thread().name)
 
-    def thread(request: Any, who: str) -> Any:
-        """One that the app has started, with no event loop near it."""
-        publisher = threading.Thread(target=publish_nowait, args=(who,))
-        publisher.start()
-        return HttpResponse(publisher.name)
+    def thread(request: Any, publisher: str) -> Any:
+        """Publish in a thread that the app starts, which has no event loop."""
+        started = threading.Thread(target=publish_nowait, args=(publisher,))
+        started.start()
+        return HttpResponse(started.name)
 
     views = {"nowait": nowait, "awaited": awaited, "thread": thread}
-    urls = type("urls", (), {"urlpatterns": [path(f"{name}/<who>", view) for name, view in views.items()]})
+    urls = type("urls", (), {"urlpatterns": [path(f"{name}/<publisher>", view) for name, view in views.items()]})
     settings.configure(ROOT_URLCONF=urls, ALLOWED_HOSTS=["*"], SECRET_KEY="x")
-    sys.setswitchinterval(1e-5)  # or one of them would be done before the next one has its turn
+    sys.setswitchinterval(1e-5)  # otherwise one thread would finish before the next one has a turn
     routes = {"/events": broker.channel("a"), "/figures": figures(registry, broker)}
     return SSEMiddleware(get_asgi_application(), routes, registry=registry, ping=NO_PING)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "django":  # made by who asks for it: the others do without
+    if name == "django":  # made on demand, because the other apps do not need Django
         return django_app()
     raise AttributeError(name)

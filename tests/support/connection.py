@@ -1,4 +1,4 @@
-"""A client's raw connection to an event stream, which can be slow, cut and resumed."""
+"""`Connection`: a raw connection to an event stream, which can be slow, cut and resumed."""
 
 import asyncio
 import json
@@ -13,22 +13,31 @@ from asgi_sse import EventDecoder, ServerSentEvent
 
 
 class Connection:
-    """One connection, and how far its event stream has come."""
+    """One connection to a server, and the state of its event stream.
+
+    Args:
+        slow: Whether the client has small receive buffers, so that the server is soon blocked.
+
+    Attributes:
+        first_id: The first id of the stream; ``""`` before it has come.
+        complete: Whether the body has ended as it should.
+        ending: The last bytes of the response.
+    """
 
     def __init__(self, *, slow: bool = False) -> None:
         self.sock = socket.socket()
         self.sock.setblocking(False)
         if slow:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
-            # As over Ethernet: with segments as large as loopback's, the server's kernel takes megabytes for it.
+            # The segment size of Ethernet. With the large segments of loopback, the server's kernel buffers megabytes.
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1_460)
         self.decoder = EventDecoder()
-        self.first_id = ""  # where the stream begins
+        self.first_id = ""
         self.complete = False
-        self.ending = b""  # of all that came
+        self.ending = b""
         self._parser = httptools.HttpResponseParser(self)
         self._body = b""
-        self._tail = b""
+        self._last_bytes = b""  # of the body
 
     def __enter__(self) -> Self:
         return self
@@ -44,14 +53,14 @@ class Connection:
         await loop.sock_sendall(self.sock, head.encode())
 
     async def receive(self, size: int = 65_536) -> bytes:
-        """What the next bytes are of the body. Who is cancelled has read nothing, and may go on."""
+        """Wait for the next bytes of the body. A cancelled call has read nothing, and can be repeated."""
         while True:
             with suppress(BlockingIOError):
                 chunk = self.sock.recv(size)
                 break
             await self._readable()
         if not chunk:
-            raise ConnectionResetError("the server has cut the body")
+            raise ConnectionResetError("the server has closed the connection within the body")
         self.ending = (self.ending + chunk)[-5:]
         self._parser.feed_data(chunk)
         body, self._body = self._body, b""
@@ -72,11 +81,11 @@ class Connection:
         self.complete = True
 
     async def read(self, size: int = 65_536) -> list[ServerSentEvent]:
-        """The events that the next bytes complete."""
+        """Wait for the next bytes and return the events that they complete."""
         body = await self.receive(size)
-        self._tail = (self._tail + body)[-2:]
+        self._last_bytes = (self._last_bytes + body)[-2:]
         events = []
-        while body and not self.first_id:  # line by line, not to take the id of an event for the one before it
+        while body and not self.first_id:  # line by line, because a later event of the same bytes has another id
             line, end, body = body.partition(b"\n")
             events += self.decoder.feed(line + end)
             self.first_id = self.decoder.last_event_id
@@ -84,16 +93,17 @@ class Connection:
 
     @property
     def inside(self) -> bool:
-        """Whether a part of an event has come."""
-        return self._tail not in {b"", b"\n\n"}
+        """Whether the bytes so far end within an event."""
+        return self._last_bytes not in {b"", b"\n\n"}
 
     def reset(self) -> None:
-        """Close as a client that is killed."""
+        """Close with a TCP reset, as a killed client does."""
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.sock.close()
 
 
 async def get(port: int, path: str) -> bytes:
+    """Return the body of a request."""
     body = b""
     with Connection() as connection:
         await connection.request(port, path)
@@ -103,5 +113,6 @@ async def get(port: int, path: str) -> bytes:
 
 
 async def figures(port: int) -> Any:
+    """Return what the app counts, from its route ``/figures``."""
     (event,) = EventDecoder().feed(await get(port, "/figures"))
     return json.loads(str(event.data))

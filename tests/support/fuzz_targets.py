@@ -10,10 +10,10 @@ from typing import Any, Final
 
 from asgi_sse import EventDecoder, InvalidEventError, Request, ServerSentEvent
 from asgi_sse.broker.backends import codec as wire
-from asgi_sse.broker.checks import check_key
 from asgi_sse.broker.endpoint import Access
 from asgi_sse.broker.log import EventLog
 from asgi_sse.broker.patterns import check_name, check_pattern, is_pattern, pattern_test
+from asgi_sse.broker.publishing import check_idempotency_key
 from asgi_sse.errors import printable, short_repr
 from asgi_sse.middleware.responder import _without_accept_encoding
 from asgi_sse.protocol.event import encode_item
@@ -212,7 +212,7 @@ def ids(data: bytes) -> None:
         else:
             assert place in ("unknown", "epoch")
     with suppress(ValueError):
-        key = check_key(text(data))
+        key = check_idempotency_key(text(data))
         assert key is not None
         assert key.encode()
 

@@ -290,7 +290,7 @@ class Backend(ABC):
         return BrokerStatistics(
             state=state,
             published=self._published,
-            subscriptions=dispatcher.readers,
+            subscriptions=dispatcher.subscriber_count,
             channels=channels,
             last_event_id=last_event_id,
             lag=dispatcher.lag,

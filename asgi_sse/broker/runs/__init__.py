@@ -1,1 +1,1 @@
-"""Runs: sources that go on when their clients leave."""
+"""Runs: sources that outlive their clients."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
 import anyio
 
-from asgi_sse.broker.dispatcher import unnumbered
+from asgi_sse.broker.publishing import event_to_publish
 from asgi_sse.errors import BrokerError
 from asgi_sse.protocol.event import ServerSentEvent
 from asgi_sse.runtime.current import current_loop
@@ -110,7 +110,7 @@ class RunPublisher:
                 self._end_now(outcome)
 
     def _put(self, item: Any) -> Awaitable[None]:
-        return self._destination.put(unnumbered(item))
+        return self._destination.put(event_to_publish(item))
 
     # The owner of its source task
 
@@ -171,7 +171,7 @@ class RunPublisher:
             if isawaitable(made):
                 with anyio.fail_after(_CLEANUP_S):
                     made = await made
-            return unnumbered(made)
+            return event_to_publish(made)
         except BaseException:
             name = self._destination.name
             logger.exception("on_end of run %s raised", name, extra={"sse_run": name})

@@ -1,4 +1,4 @@
-"""`Run`: a source that goes on when its clients leave, and a channel that ends when its source does."""
+"""`Run`: a source that outlives its clients, and the channel that its events are published to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import anyio
 
 from asgi_sse.broker.backends.base import Backend, Publication
 from asgi_sse.broker.channel import Channel
-from asgi_sse.errors import BrokerError
+from asgi_sse.errors import BrokerError, short_repr
 from asgi_sse.routing.request import HTTPError
 from asgi_sse.runtime.current import current_loop
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from asgi_sse.broker.backends.base import RunLease
-    from asgi_sse.broker.broker import Broker
+    from asgi_sse.broker.channel import ChannelSource
     from asgi_sse.broker.dispatcher import Dispatcher
     from asgi_sse.broker.ring import Entry
     from asgi_sse.broker.subscription import Subscription
@@ -30,99 +30,108 @@ __all__ = ["Outcome", "Run"]
 
 
 class Run(Channel):
-    """A source that is published to a channel, whoever reads it; and that channel, until some time after its end.
+    """A source whose events are published to a channel, with or without subscribers; made by `Broker.run`.
 
-    A client that comes late gets it from its first event on, one that comes back from where it was. Behind the final
-    event their streams end; who has that one already is answered 204, at which an EventSource stops. From an endpoint:
-    ``return run``; and it is an ASGI app. Its source may run in another process.
+    A run outlives its clients. A client that comes late gets it from the first event on, and a client that reconnects
+    continues where it was. Streams end after the final event. A client that has the final event already is answered
+    with 204, at which an EventSource stops. After its end, a run can be read for its ``ttl``.
+
+    An endpoint can return a run, and a run is an ASGI app. Its source may run in another process.
 
     Attributes:
-        name: The channel's name.
-        loop: The event loop that its source runs in; of another process's, that in which it was found.
-        start: The number behind which its events are.
-        final: The number of its last one, once there is one.
-        outcome: ``finished``, ``failed``, ``cancelled``, ``expired``, ``drained`` or ``lost``; ``None``: it goes on.
+        name: The name of the channel.
+        loop: The event loop that the source runs in. For a run of another process: the loop in which it was found.
+        start: The offset after which the events of the run begin.
+        final: The offset of the last event; ``None`` while the run is running.
+        outcome: ``finished``, ``failed``, ``cancelled``, ``expired``, ``drained`` or ``lost``; ``None`` while the run
+            is running.
     """
 
     __slots__ = (
         "__weakref__",
         "_backend",
-        "_left",
+        "_broker_closed",
+        "_give_up",
         "_pace",
-        "_subscription",
+        "_subscribe",
         "_waiters",
+        "acknowledged_end",
+        "closing_since",
         "final",
-        "given_up",
-        "last_word",
         "lease",
         "loop",
         "outcome",
         "publisher",
         "start",
-        "told_at",
     )  # fmt: skip
 
     def __init__(
         self,
-        broker: Broker,
+        broker: ChannelSource,
         dispatcher: Dispatcher,
         name: str,
         lease: RunLease,
         *,
         backend: Backend,
-        subscription: Callable[..., Subscription],
+        subscribe: Callable[..., Subscription],
         pace: Callable[[], Awaitable[None]],
-        given_up: Callable[[Run, Outcome], None],
+        give_up: Callable[[Run, Outcome], None],
     ) -> None:
         super().__init__(broker, dispatcher, name)
         self.lease = lease
         self.start = lease.start
         self.final: int | None = None
         self.outcome: Outcome | None = None
-        self.told_at: float | None = None  # that its broker is to be closed
+        self.closing_since: float | None = None  # when `Broker.begin_close` was called, by `clock`
         self.loop: EventLoop = current_loop()
-        self.publisher: RunPublisher | None = None  # of a run of this process
-        self.last_word: tuple[ServerSentEvent, Outcome] | None = None  # once it is acknowledged
-        self.given_up = given_up
+        self.publisher: RunPublisher | None = None  # only in the process in which the source runs
+        self.acknowledged_end: tuple[ServerSentEvent, Outcome] | None = None  # the last event, once it is acknowledged
+        self._give_up = give_up
         self._backend = backend
-        self._subscription = subscription
+        self._subscribe = subscribe
         self._pace = pace
-        self._left = False
+        self._broker_closed = False
         self._waiters: list[tuple[EventLoop, anyio.Event]] = []
 
     @property
+    def whole(self) -> bool:
+        """Whether the log has the run from its first event on. If not, the run began in an earlier epoch."""
+        return self.lease.whole
+
+    @property
     def error(self) -> BaseException | None:
-        """What its source raised in this process."""
+        """The exception that the source raised in this process; ``None`` if there is none."""
         return None if self.publisher is None else self.publisher.error
 
     def cancel(self) -> None:
-        """End it early: its source sees one cancellation, and its clients get the final event. From any thread.
+        """End the run early. May be called from any thread.
 
-        Of one that runs in another process, it is asked for.
+        The source sees one cancellation, and the clients get the final event. If the source runs in another process,
+        that process is asked to cancel it.
         """
         self.stop("cancelled")
 
     def stop(self, outcome: Outcome) -> None:
-        """End it early, and say so. From any thread."""
+        """End the run early with `outcome`. May be called from any thread."""
         if self.publisher is not None:
             self.publisher.stop(outcome)
         else:
             self._backend.request_cancel(self.name, self.lease.holder)
 
     async def wait(self) -> Outcome:
-        """Wait until it has ended, and give how.
+        """Wait until the run has ended and return its outcome. May be called in any event loop.
 
         Raises:
-            BrokerError: The broker was closed, and it goes on in another process.
+            BrokerError: The broker was closed, while the run is running in another process.
         """
         while self.outcome is None:
-            if self._left:
-                raise BrokerError(f"the broker was closed; run {self.name} may go on in another process")
+            if self._broker_closed:
+                raise BrokerError(f"the broker was closed; run {self.name} may be running in another process")
             waiter = current_loop(), anyio.Event()
             with self._dispatcher.lock:
                 self._waiters.append(waiter)
             try:
-                if self.outcome is None and not self._left:  # else who ended it may not have seen us
+                if self.outcome is None and not self._broker_closed:  # it may have ended before the waiter was added
                     await waiter[1].wait()
             finally:
                 with self._dispatcher.lock:
@@ -134,19 +143,28 @@ class Run(Channel):
         self,
         *,
         last_event_id: str | None = None,
-        filter: Callable[[ServerSentEvent], bool] | None = None,  # noqa: A002 (as of Broker.subscribe)
+        filter: Callable[[ServerSentEvent], bool] | None = None,  # noqa: A002 (named after that of `Broker.subscribe`)
         checkpoint: bool = False,
         snapshot: Callable[[], Any] | None = None,
         info: Any = None,
     ) -> Subscription:
-        """A place in it: behind an id, or at its first event, so that there is no use for a snapshot.
+        """Return a subscription that begins after an id, or with the first event, and ends with the run.
+
+        Args:
+            last_event_id: The id of the last event that was read. ``None`` or ``""``: begin with the first event.
+            filter: Returns whether an event is to be read. The final event is always read.
+            checkpoint: As for `Broker.subscribe`.
+            snapshot: Must be ``None``.
+            info: Any object, for `on_join` and `on_leave` of the broker.
 
         Raises:
-            TypeError: There is a snapshot.
+            TypeError: There is a snapshot, which a run has no use for.
         """
         if snapshot is not None:
-            raise TypeError(f"run {self.name} is read from its first event on: leave the snapshot out")
-        return self._subscription(
+            raise TypeError(
+                f"snapshot must be None, got {short_repr(snapshot)}; run {self.name} is read from its first event on"
+            )
+        return self._subscribe(
             (self.name,),
             last_event_id=last_event_id,
             filter=filter,
@@ -157,37 +175,37 @@ class Run(Channel):
         )
 
     def was_seen_by(self, last_event_id: str | None) -> bool:
-        """Whether a client that has this id has all of it."""
+        """Return whether a client with this id has all events of the run."""
         with self._dispatcher.lock:
-            place = self._dispatcher.log.parse(last_event_id or "")
-            return self.final is not None and isinstance(place, int) and place >= self.final
+            offset = self._dispatcher.log.parse(last_event_id or "")
+            return self.final is not None and isinstance(offset, int) and offset >= self.final
 
     async def answer(self, request: Request) -> Subscription:
-        """See `Channel.answer`.
+        """Return what to answer a request with.
 
         Raises:
-            HTTPError: 204, the client has all of it.
+            HTTPError: 204, because the client has all events of the run.
         """
         if self.was_seen_by(request.last_event_id):
             raise HTTPError(204)
         return self.subscribe(last_event_id=request.last_event_id, info=request)
 
-    # For its publisher
+    # Called by the publisher
 
     async def put(self, event: ServerSentEvent, end: Outcome | None = None) -> None:
-        """See `publisher.Destination`."""
+        """Publish an event, and wait for the acknowledgement without a time limit."""
         await self._backend.publish(self._publication(event, end), wait=True)
         if end is not None:
-            self.last_word = event, end
+            self.acknowledged_end = event, end
         await self._pace()
 
     def put_soon(self, event: ServerSentEvent, end: Outcome) -> None:
-        """See `publisher.Destination`."""
+        """Publish the last event without waiting."""
         self._backend.post(self._publication(event, end))
 
     def give_up(self, outcome: Outcome) -> None:
-        """See `publisher.Destination`."""
-        self.given_up(self, outcome)
+        """End the run without an event."""
+        self._give_up(self, outcome)
 
     def _publication(self, event: ServerSentEvent, end: Outcome | None) -> Publication:
         ring = self._dispatcher.log.ring(self.name)
@@ -199,23 +217,25 @@ class Run(Channel):
             ttl=None if end is None else self.lease.ttl,
         )
 
-    def leave(self) -> None:
-        """The broker is closed: nobody will tell how it ends."""
+    # Called by the manager
+
+    def broker_closed(self) -> None:
+        """Wake the callers of `wait`: this process will not see the end of a run of another process."""
         with self._dispatcher.lock:
             if self.outcome is None:
-                self._left = True
-                self._tell()
+                self._broker_closed = True
+                self._wake_waiters()
 
-    def ended(self, final: int, outcome: str) -> None:
-        """Its last event is there. With the dispatcher's lock held, from any thread."""
+    def set_ended(self, final: int, outcome: str) -> None:
+        """Note the end of the run. Called from any thread, with the dispatcher's lock held."""
         self.final, self.outcome = final, cast("Outcome", outcome)
-        self._tell()
+        self._wake_waiters()
 
-    def _tell(self) -> None:
+    def _wake_waiters(self) -> None:
         waiters, self._waiters = self._waiters, []
         for loop, waiter in waiters:
             loop.call_threadsafe(waiter.set)
 
     def is_ended_by(self, entry: Entry) -> bool:
-        """Whether an event is the last one of this run, and not of one that was called so before."""
+        """Return whether an event is the last one of this run, and not of an earlier run of the same name."""
         return entry.end is not None and self.outcome is None and entry.offset > self.start

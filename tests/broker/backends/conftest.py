@@ -46,4 +46,4 @@ def short_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes renew and check leases often. Leases are not shortened, so that they survive a busy machine."""
     from asgi_sse.broker.runs import manager
 
-    monkeypatch.setattr(manager, "_WATCH", 0.05)
+    monkeypatch.setattr(manager, "_WATCH_INTERVAL_S", 0.05)

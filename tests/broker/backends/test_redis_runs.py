@@ -145,7 +145,7 @@ async def test_run_continues_as_long_as_its_holder(valkey: Valkey, prefix: str) 
 async def test_run_that_was_taken_over_ends_where_the_new_holder_ends_it(
     valkey: Valkey, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manager, "_WATCH", 0.05)
+    monkeypatch.setattr(manager, "_WATCH_INTERVAL_S", 0.05)
     stopped = asyncio.Event()
 
     async def source() -> AsyncIterator[str]:
@@ -325,7 +325,7 @@ async def test_run_is_found_at_once_after_an_epoch_change(valkey: Valkey, prefix
     async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
         run = await one.run("r", endless())
         await delete_all(valkey, prefix, one, two)
-        async with asyncio.timeout(manager._WATCH / 2):
+        async with asyncio.timeout(manager._WATCH_INTERVAL_S / 2):
             while await two.find_run("r") is None:
                 await asyncio.sleep(0.01)
         run.cancel()
@@ -353,7 +353,7 @@ async def test_lost_last_event_of_a_run_is_published_again(
     valkey: Valkey, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The event was acknowledged, but the log was replaced before anyone received it."""
-    monkeypatch.setattr(manager, "_WATCH", 0.5)
+    monkeypatch.setattr(manager, "_WATCH_INTERVAL_S", 0.5)
     release = asyncio.Event()
     async with Broker(valkey.url, prefix=prefix) as one, Broker(valkey.url, prefix=prefix) as two:
         run = await one.run("r", two_parts(release))
@@ -471,7 +471,7 @@ async def test_earlier_run_on_a_rolled_back_server_does_not_end_this_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holder: int
 ) -> None:
     """It does not before the loss is noticed, and not after either."""
-    monkeypatch.setattr(manager, "_WATCH", 0.2)
+    monkeypatch.setattr(manager, "_WATCH_INTERVAL_S", 0.2)
     release = asyncio.Event()
     with Valkey(tmp_path) as server:
         async with Broker(server.url) as one, Broker(server.url) as two:
@@ -490,8 +490,8 @@ async def test_earlier_run_on_a_rolled_back_server_does_not_end_this_run(
                 await take(reader, 1)
             with server.client() as client:  # as a server has it that was rolled back without notice
                 client.hset("{asgi_sse}:r:r", mapping=ended)
-            await manager.Runs._look_after(two._runs, "r", found, set())
-            await manager.Runs._look_after(one._runs, "r", run, set())
+            await manager.RunManager._look_after(two._runs, "r", found, set())
+            await manager.RunManager._look_after(one._runs, "r", run, set())
             assert found.outcome is run.outcome is None
             with server.client() as client:
                 assert client.hget("{asgi_sse}:r:r", "outcome") == b""  # the holder has restored its lease
