@@ -112,7 +112,7 @@ async def test_idempotency_key_publishes_once() -> None:
         ("/channels", '{"channel": 7, "data": "x"}', {}, 400, "channel must be a string, got 7"),
         ("/channels", '{"channel": "a"}', {}, 400, "nothing to send"),
         ("/channels", '{"channel": "a", "data": "x", "retry": "soon"}', {}, 400, "at least 0, got 'soon'"),
-        ("/channels", '{"channel": "a", "data": "x", "idempotency_key": 7}', {}, 400, "idempotency_key=7"),
+        ("/channels", '{"channel": "a", "data": "x", "idempotency_key": 7}', {}, 400, "idempotency_key must be a str of 1 to 200 characters or None, got 7"),
         ("/channels/news", "x" * 101, {}, 413, "more than 100 bytes"),
         ("/health/live", "x", {}, 405, "Method Not Allowed"),
     ],

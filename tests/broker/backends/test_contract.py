@@ -493,7 +493,7 @@ async def test_two_brokers_that_start_one_run_share_it(brokers: Brokers) -> None
     runs = await asyncio.gather(*(begin(broker, join=False) for broker in both))
     assert sorted(isinstance(run, Run) for run in runs) == [False, True]
     refused = next(run for run in runs if not isinstance(run, Run))
-    assert "goes on" in str(refused)
+    assert "is running already" in str(refused)
     joined = await asyncio.gather(*(begin(broker, join=True) for broker in both))
     release.set()
     for run in joined:
@@ -658,7 +658,7 @@ async def test_closed_broker_refuses_calls_and_opens_again(brokers: Brokers) -> 
             await call()
     with pytest.raises(BrokerError, match="is not open"):
         broker.subscribe("a")
-    with pytest.raises(BrokerError, match="memory:// alone"):
+    with pytest.raises(BrokerError, match="needs a broker in memory"):
         broker.publish_nowait("a", "x")
     async with broker:
         event_id = await broker.publish("a", "x")

@@ -296,6 +296,6 @@ async def test_invalid_run_arguments_are_refused() -> None:
         with pytest.raises(ValueError, match=f"{name}=-1"):
             Broker(**{name: -1})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="broker must be a Broker, got str"):
-        create_app({}, broker="redis://")
+        create_app({}, broker="redis://")  # type: ignore[arg-type]
     assert len(broker.runs) == 0
     assert json.loads(str(ServerSentEvent({"reason": "x"}).data)) == {"reason": "x"}
