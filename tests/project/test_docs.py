@@ -380,11 +380,11 @@ def backends_for(page: Path, stack: ExitStack, directory: Path) -> dict[str, str
     for url, kind in {"redis://localhost:6379/0": "Valkey", "nats://localhost:4222": "Nats"}.items():
         if url in text:
             sys.path.append(str(Path(__file__).parents[1] / "support"))
-            engine = getattr(import_module("engines"), kind)
-            if not engine.available():
+            server = getattr(import_module("backend_servers"), kind)
+            if not server.available():
                 pytest.skip(f"{kind} is not installed")
             (directory / kind).mkdir()
-            replaced[url] = stack.enter_context(engine(directory / kind)).url
+            replaced[url] = stack.enter_context(server(directory / kind)).url
     return replaced
 
 
