@@ -1,4 +1,4 @@
-"""Server-Sent Events for any ASGI app, that stay up, resume, and end cleanly."""
+"""Server-Sent Events for any ASGI app: streams that resume, cope with slow clients, and end cleanly."""
 
 from .broker import Access, Broker, BrokerStatistics, Channel, Run, Subscription
 from .errors import (

@@ -8,6 +8,9 @@ from posixpath import normpath, relpath
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+REPOSITORY = "https://github.com/asgi-sse/asgi-sse/blob/main/"
+FILES = "https://raw.githubusercontent.com/asgi-sse/asgi-sse/main/"
+"""The README links to these, so that it also reads on a package index."""
 PAGES = ROOT / "docs/pages"
 INCLUDE = re.compile(r"\A<!-- include: (\S+) -->\s*\Z")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)\s#]+)(#[^)\s]*)?\)")
@@ -20,6 +23,11 @@ def included() -> dict[str, str]:
     return {include[1]: str(page.relative_to(PAGES)) for page, include in found.items() if include}
 
 
+def text_of(origin: str) -> str:
+    """Return the text of a file, with links into the repository as relative ones."""
+    return (ROOT / origin).read_text().replace(f"]({REPOSITORY}", "](").replace(f'"{FILES}', '"')
+
+
 def target_of(link: re.Match[str], origin: str) -> str:
     """Return the target of a link in the file `origin`, relative to the root of the repository."""
     return normpath(f"{Path(origin).parent}/{link[3]}")
@@ -30,7 +38,7 @@ def on_files(files: Any, *, config: Any, **_: Any) -> Any:
     from mkdocs.structure.files import File  # noqa: PLC0415 (the tests import this module without mkdocs)
 
     for origin in included():
-        for link in LINK.finditer((ROOT / origin).read_text()):
+        for link in LINK.finditer(text_of(origin)):
             target = target_of(link, origin)
             if link[1] and not target.startswith("docs/pages/"):
                 files.append(File.generated(config, f"included/{target}", abs_src_path=str(ROOT / target)))
@@ -57,4 +65,4 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
             return text if target in text else f"{text} (`{target}`)"
         return f"{image}[{text}]({relpath(path, here)}{anchor})"
 
-    return PICTURE.sub(f"{relpath('.', here)}/", LINK.sub(adapted, (ROOT / origin).read_text()))
+    return PICTURE.sub(f"{relpath('.', here)}/", LINK.sub(adapted, text_of(origin)))

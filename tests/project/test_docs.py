@@ -48,6 +48,7 @@ TESTED_ELSEWHERE = {  # blocks of these languages on these pages, and their test
     "nginx": ("docs/pages/guides/proxies.md", "test_proxies.py"),
     "caddyfile": ("docs/pages/guides/proxies.md", "test_proxies.py"),
 }
+OWN_URLS = [runpy.run_path(str(ROOT / "docs/include.py"))[name] for name in ("REPOSITORY", "FILES")]
 TARGET = re.compile(r"""(?:\]\(|\ssrc="|\ssrcset=")([^)"\s]+)[)"]""")  # of a Markdown link, or an image in HTML
 LINKING = [*DOCUMENTS, *(ROOT / folder / "README.md" for folder in ("examples", "examples/mcp", "tests/fuzz"))]
 
@@ -75,6 +76,8 @@ def test_each_block_is_run_or_says_why_not(page: Path) -> None:
         assert block.language != "sh" or named <= extras, f"{block}: unknown extras"
         if block.command == "not run":
             assert len(block.mark.removeprefix("not run:").split()) >= 2, f"{block}: give the reason why it is not run"
+        elif block.mark == "diagram":
+            assert block.language == "text", f"{block}: a diagram is text"
         elif block.language == "text":
             follows_run = number > 0 and blocks[number - 1].command == "run"
             assert follows_run or page.parent.name == "benchmarks", (
@@ -145,8 +148,6 @@ async def _(apps: list[Any]) -> None:
         assert (event.event, event.id, event.data) == ("tick", "42", '{"tick":42}')
     async with open_stream(alone, "/ticks", headers={"Last-Event-ID": "x"}) as stream:
         assert stream.status == 400
-    async with open_stream(alone, "/answers/small", method="POST", body=b"hi") as stream:
-        assert [event.data async for event in stream] == ["You", "said:", "hi", "[DONE]"]
     async with open_stream(around, "/more/ticks") as stream:
         assert (await stream.receive()).id == "1"
     async with open_stream(around, "/ticks") as stream:  # from the wrapped app
@@ -404,9 +405,11 @@ def test_migration_names_can_be_imported() -> None:
 def test_links_have_targets(page: Path) -> None:
     text = re.sub(r"^ *```.*?^ *```|`[^`\n]*`", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for target in TARGET.findall(text):
-        if re.match(r"https?:", target):
+        own = next((url for url in OWN_URLS if target.startswith(url)), None)
+        if own is None and re.match(r"https?:", target):
             continue
-        path, _, anchor = target.partition("#")
+        # A link into the repository has to lead somewhere, too.
+        path, _, anchor = (target if own is None else str(ROOT / target.removeprefix(own))).partition("#")
         linked = (page.parent / path).resolve() if path else page
         assert linked.exists(), f"{name_of(page)}: {target}"
         if anchor and linked.suffix == ".md":
