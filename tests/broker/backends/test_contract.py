@@ -504,7 +504,7 @@ async def test_two_nodes_that_begin_one_run_agree(brokers: Brokers) -> None:
     runs = await asyncio.gather(*(begin(node, join=False) for node in nodes))
     assert sorted(isinstance(run, Run) for run in runs) == [False, True]
     refused = next(run for run in runs if not isinstance(run, Run))
-    assert "goes on" in str(refused)
+    assert "is running already" in str(refused)
     joined = await asyncio.gather(*(begin(node, join=True) for node in nodes))
     release.set()
     for run in joined:
@@ -669,7 +669,7 @@ async def test_a_broker_that_is_not_open_says_so(brokers: Brokers) -> None:
             await call()
     with pytest.raises(BrokerError, match="is not open"):
         broker.subscribe("a")
-    with pytest.raises(BrokerError, match="memory:// alone"):
+    with pytest.raises(BrokerError, match="needs a broker in memory"):
         broker.publish_nowait("a", "x")
     async with broker:
         place = await broker.publish("a", "x")
