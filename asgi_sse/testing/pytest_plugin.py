@@ -39,7 +39,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
     try:
         guard = Guard(*marker.args, **marker.kwargs) if marker is not None else Guard()
     except (TypeError, ValueError) as exc:
-        reason = str(exc).removeprefix("Guard.__init__() ")
+        # Python 3.14 adds a question: "… argument 'timouts'. Did you mean 'timeout'?"
+        reason = str(exc).removeprefix("Guard.__init__() ").partition(". Did you mean")[0]
         error = f"@pytest.mark.{_MARKER}: {reason}; it takes timeout=, seconds or None, and leaks=, a bool"
     if guard is None:
         pytest.fail(str(error), pytrace=False)

@@ -92,13 +92,18 @@ async def test_synchronous_source_has_its_own_thread(app: Any) -> None:
 @pytest.mark.parametrize("wrapped", [False, True])
 async def test_failing_source_cuts_the_body_and_is_raised(app: Any, wrapped: bool) -> None:
     stream: Any = None
-    with pytest.raises(Exception, match=r"the source failed|Exception caught after response started") as caught:
+    with pytest.raises(
+        Exception, match=r"the source failed|Exception caught after response started|TaskGroup"
+    ) as caught:
         async with open_stream(SSEMiddleware(app) if wrapped else app, "/failing") as stream:
             assert (await stream.receive(10)).data == "before"
             await read_to_end(stream)
     assert not stream.complete
+    raised: BaseException | None = caught.value
+    while isinstance(raised, BaseExceptionGroup):  # some versions of Quart let the group of their tasks out
+        (raised,) = raised.exceptions
     # Litestar raises an error of its own, caused by that of the source.
-    assert isinstance(caught.value, ZeroDivisionError) or isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert isinstance(raised, ZeroDivisionError) or isinstance(getattr(raised, "__cause__", None), ZeroDivisionError)
 
 
 @every_framework
@@ -339,7 +344,11 @@ def test_wsgi_is_refused() -> None:
         list(response)
 
 
-async def test_django_endpoint_has_its_own_thread_and_signals(on_django: Any) -> None:
+async def test_django_endpoint_has_its_own_thread_and_signals(
+    on_django: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Django never closes a database in memory, and Python 3.13 and later warn of it.
+    monkeypatch.setitem(django.db.connections.settings["default"], "NAME", str(tmp_path / "database"))
     threads: set[int] = set()
     both = anyio.Event()
     signals: list[str] = []

@@ -33,7 +33,7 @@ _WATCH_INTERVAL_S: Final = 10.0
 """Seconds between two renewals of the leases of this process, and between two checks of the runs of other processes."""
 
 _END_WAIT_S: Final = 11.0
-"""Seconds that `RunManager.close` waits for the runs that it stops: their clean-up takes 10 s, then they are abandoned."""
+"""Seconds that `RunManager.close` waits for the runs that it stops. After 10 s of clean-up, they are abandoned."""
 
 
 class RunManager(Mapping[str, Run]):
