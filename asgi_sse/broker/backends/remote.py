@@ -570,8 +570,8 @@ class RemoteBackend(Backend):
             if not pending.sent:
                 raise BrokerError(f"the event was not published {what}") from None
             raise BrokerError(
-                f"the event was not acknowledged {what}. It may have been published; a repeat is safe if both publications "
-                "have the same idempotency_key"
+                f"the event was not acknowledged {what}. It may have been published; a repeat is safe if both "
+                "publications have the same idempotency_key"
             ) from None
 
     async def _publish_queue(self) -> None:
