@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import anyio
 
 from asgi_sse.errors import printable
+from asgi_sse.runtime.condition import ChangeNotifier
 from asgi_sse.runtime.current import current_loop
-from asgi_sse.stream.receiver import Changing
 from asgi_sse.stream.response import RESPONDER_KEY, current_scope
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Body(Changing):
+class Body(ChangeNotifier):
     """Runs a response in a task of its own and yields the chunks of its body.
 
     The ``send`` of that response waits until the framework asks for the next chunk, which is when the framework's own
@@ -64,13 +64,13 @@ class Body(Changing):
             self._loop = current_loop()
             (self._context or contextvars.copy_context()).run(self._loop.spawn, self._run, "asgi_sse body")
         self._wanted = True
-        self._notify()
+        self.notify_changed()
         try:
             while self._chunk is None:
                 if self._ended:
                     self._raise_error()
                     raise StopAsyncIteration
-                await self._change()
+                await self.wait_changed()
         except GeneratorExit:  # the event loop was closed under this task
             raise
         except anyio.get_cancelled_exc_class():
@@ -84,7 +84,7 @@ class Body(Changing):
         self._disconnect()
         with anyio.CancelScope(shield=True):
             while self._loop is not None and not self._ended:
-                await self._change()
+                await self.wait_changed()
 
     def close(self) -> None:
         """End the stream without waiting. Safe to call from any thread."""
@@ -93,7 +93,7 @@ class Body(Changing):
 
     def _disconnect(self) -> None:
         self._disconnected = True
-        self._notify()
+        self.notify_changed()
 
     def _raise_error(self) -> None:
         error, self._error = self._error, None
@@ -119,11 +119,11 @@ class Body(Changing):
                 self._error = exc
         finally:
             self._ended = True
-            self._notify()
+            self.notify_changed()
 
     async def _receive(self) -> Message:
         while not self._disconnected:
-            await self._change()
+            await self.wait_changed()
         return {"type": "http.disconnect"}
 
     async def _send(self, message: Message) -> None:
@@ -131,11 +131,11 @@ class Body(Changing):
         if not body:
             return
         while not (self._wanted or self._disconnected):
-            await self._change()
+            await self.wait_changed()
         if self._disconnected:
             return
         self._chunk = bytes(body)
         self._wanted = False
-        self._notify()
+        self.notify_changed()
         while not (self._wanted or self._disconnected):
-            await self._change()
+            await self.wait_changed()

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio.lowlevel
 
 from asgi_sse.errors import StreamClosedError, printable
+from asgi_sse.runtime.condition import ChangeNotifier
 from asgi_sse.runtime.current import current_loop, running_loop
-from asgi_sse.stream.receiver import Changing
 
 from .cursor import Cursor, Overflow, RunSpan
 from .pull_source import SubscriptionSource
@@ -29,7 +29,7 @@ _BATCH_EVENTS: Final = 64
 """Events that the async iterator reads from the log at a time."""
 
 
-class Subscription(Changing):
+class Subscription(ChangeNotifier):
     """The events of channels after a position: first the ones in the log, then new ones as they are published.
 
     A subscription can be read in two ways, but only once and by one reader:
@@ -132,7 +132,7 @@ class Subscription(Changing):
             source.subscription_closed()
         if cursor.dispatcher.remove(cursor) and self._presence is not None:
             self._presence.call_on_leave(self)
-        self._notify()
+        self.notify_changed()
 
     def broker_closing(self) -> None:
         """Close the subscription. But its registry ends a response, and a run ends by itself."""
@@ -157,7 +157,7 @@ class Subscription(Changing):
             raise StreamClosedError("this subscription was closed before it was read; subscribe again")
         self._loop = current_loop()
         self._cursor.owner = self
-        self._cursor.on_wake = self._notify
+        self._cursor.on_wake = self.notify_changed
         self._cursor.dispatcher.add(self._cursor)
         if self._presence is not None:
             self._presence.call_on_join(self)
@@ -192,7 +192,7 @@ class Subscription(Changing):
             if event is not None:
                 return event
             if not cursor.ended:
-                await self._change()
+                await self.wait_changed()
                 has_waited = True
         raise StopAsyncIteration
 

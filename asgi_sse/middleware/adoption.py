@@ -16,10 +16,10 @@ from asgi_sse.protocol.asgi import Message, Receive, Scope, Send
 from asgi_sse.protocol.headers import EVENT_STREAM_HEADERS
 from asgi_sse.runtime.base import Child, Wait
 from asgi_sse.runtime.compressors import encoding_of
+from asgi_sse.runtime.condition import ChangeNotifier
 from asgi_sse.runtime.server import Server
 from asgi_sse.stream.draining import DrainingEvent
 from asgi_sse.stream.options import StreamOptions
-from asgi_sse.stream.receiver import Changing
 from asgi_sse.stream.registry import StreamRegistry
 from asgi_sse.stream.stream import Stream
 
@@ -72,7 +72,7 @@ class IncompleteBodyError(Exception):
     """The app returned before the end of its body. It stands for the error that the server reports."""
 
 
-class AdoptedStream(Changing, Child):
+class AdoptedStream(ChangeNotifier, Child):
     """Runs the app's response as a `Stream`, with the app's task as its source.
 
     The app continues in the request's task, so that errors and backpressure of its sends reach it there. The stream
@@ -166,7 +166,7 @@ class AdoptedStream(Changing, Child):
             self._keep_error(exc)
         finally:
             self._stream_done.set()
-            self._notify()
+            self.notify_changed()
 
     # Called by the app
 
@@ -179,10 +179,10 @@ class AdoptedStream(Changing, Child):
                 return {"type": "http.disconnect"}
             if self._stream_done.is_set():
                 return await self._receive()
-            await self._change()
+            await self.wait_changed()
         message = self._messages.popleft()
         self._ahead_bytes -= len(message.get("body", b""))
-        self._notify()
+        self.notify_changed()
         return message
 
     async def send(self, message: Message) -> None:
@@ -261,7 +261,7 @@ class AdoptedStream(Changing, Child):
         """Return when the client has left. Reads ahead of the app, which may not have read its request body."""
         while not self.disconnected:
             if self._receiving or self._ahead_bytes > _READ_AHEAD_BYTES:
-                await self._change()
+                await self.wait_changed()
                 continue
             self._receiving = True
             try:
@@ -273,7 +273,7 @@ class AdoptedStream(Changing, Child):
                     self._messages.append(message)
             finally:
                 self._receiving = False
-                self._notify()
+                self.notify_changed()
 
     def discard(self) -> None:
         """Keep the request body, which the app may still read."""
@@ -284,7 +284,7 @@ class AdoptedStream(Changing, Child):
         if message is not None and message["type"] == "http.disconnect":
             self.disconnected = self._disconnect_delivered = True
             self._release_app()
-        self._notify()
+        self.notify_changed()
 
     # The app's task, as the stream's source (`base.Child`)
 
@@ -292,7 +292,7 @@ class AdoptedStream(Changing, Child):
         """Let the app receive a disconnect. It is cancelled if it does not ask for one."""
         self._stopping = True
         self._keep_error(self._stream.send_error)
-        self._notify()
+        self.notify_changed()
         self._stream.buffer.release()
         loop = self._stream.loop
         loop.call_at(loop.time() + DISCONNECT_GRACE_S, self._cancel_app)

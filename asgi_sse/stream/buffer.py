@@ -1,4 +1,4 @@
-"""`Feed`: what an writer pulls from; and the feeds of sources that run in a task, `SendBuffer` and `UnbufferedSend`."""
+"""`Feed`, which a writer pulls from, and the feeds of sources that run in a task: `SendBuffer`, `UnbufferedSend`."""
 
 from collections.abc import Callable
 from typing import Final, Protocol
@@ -8,36 +8,36 @@ import anyio
 from .flusher import Flusher
 
 TURN_BYTES: Final = 16_384
-"""What a source may add before it waits for its next turn."""
+"""Bytes that a source may add before it waits for its next turn."""
 
 _ITEM_BYTES: Final = 16
-"""What an item counts beside its bytes, so that a source of empty items has to wait too."""
+"""Bytes that each item counts in addition, so that a source of empty items has to wait too."""
 
 
 class Feed(Protocol):
-    """What an writer pulls from."""
+    """Where a writer gets its bytes."""
 
     @property
     def ready(self) -> bool:
-        """Whether `take` would give anything."""
+        """Whether `take` would return anything."""
         ...
 
     @property
     def at_boundary(self) -> bool:
-        """Whether what was taken so far ends between two events."""
+        """Whether the bytes taken so far end between two events."""
         ...
 
     def take(self, limit: int) -> bytes:
-        """What is ready, whole events, at most `limit` bytes or one larger event."""
+        """Take whole events that are ready: at most `limit` bytes, or one larger event."""
         ...
 
     def sent(self) -> None:
-        """All that was taken is sent."""
+        """Accept that everything taken was sent."""
         ...
 
 
 class SendBuffer:
-    """The feed of a source that runs in a task: a short queue of encoded events."""
+    """A short queue of encoded events between a source's task and its writer."""
 
     __slots__ = ("_chunks", "_flusher", "_room", "_size", "_tail", "_taken", "_wake")
 
@@ -48,19 +48,19 @@ class SendBuffer:
         self._size = 0
         self._taken = 0  # items, ever
         self._room: anyio.Event | None = None
-        self._tail = b""  # of the bytes taken: foreign ones may end anywhere
+        self._tail = b""  # the last bytes taken; the bytes of an adopted stream may end anywhere
 
     def attach(self, wake: Callable[[], object]) -> None:
-        """Call `wake` when there is something to take."""
+        """Call `wake` whenever there is something to take."""
         self._wake = wake
 
     def detach(self) -> None:
-        """The stream is over: what is still pushed goes nowhere."""
+        """Release the writer, because the stream is over. Nothing is sent any more."""
         self._wake = _nothing
 
     @property
     def pushed(self) -> int:
-        """How many items were added, ever."""
+        """The number of items added so far."""
         return self._taken + len(self._chunks)
 
     @property
@@ -70,20 +70,20 @@ class SendBuffer:
 
     @property
     def at_boundary(self) -> bool:
-        """Whether what was taken ends with a blank line, or is nothing."""
+        """Whether the bytes taken so far end with a blank line, or are empty."""
         return ends_event(self._tail)
 
     def push(self, chunk: bytes) -> bool:
-        """Add one event, or foreign bytes that may end anywhere. True: now wait for `room`."""
+        """Add one event, or bytes that may end anywhere. Return True if the source must now wait for `room`."""
         chunks = self._chunks
-        if not chunks:  # else the writer knows already that there is something to take
+        if not chunks:  # otherwise the writer knows already that there is something to take
             self._wake()
         chunks.append(chunk)
         self._size += len(chunk) + _ITEM_BYTES
         return self._size >= TURN_BYTES
 
     async def room(self) -> None:
-        """Wait until enough was taken and the source's turn has come."""
+        """Wait until enough is taken and the source's turn comes."""
         self._room = anyio.Event()
         try:
             await self._room.wait()
@@ -91,12 +91,12 @@ class SendBuffer:
             self._room = None
 
     def release(self) -> None:
-        """Let go who waits for room: nothing will be taken any more."""
+        """Wake the waiting source, because nothing will be taken any more."""
         if self._room is not None:
             self._room.set()
 
     def take(self, limit: int) -> bytes:
-        """See `Feed`."""
+        """Take what is ready, and let the source continue if there is room."""
         chunks = self._chunks
         if self._size <= limit:
             self._chunks = []
@@ -115,44 +115,44 @@ class SendBuffer:
         taken = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         self._tail = (self._tail + taken[-4:])[-4:]
         if self._size < TURN_BYTES:
-            self._let_on()
+            self._wake_source()
         return taken
 
-    def _let_on(self) -> None:
+    def _wake_source(self) -> None:
         if self._room is not None:
             room, self._room = self._room, None
             self._flusher.resume(room)
 
     def sent(self) -> None:
-        """See `Feed`."""
+        """Do nothing: the source continues as soon as its items are taken."""
 
 
 class UnbufferedSend(SendBuffer):
-    """A buffer that asks the source for nothing before what it gave is sent, each item as a message of its own.
+    """A buffer that sends each item as a message of its own before it asks the source for the next.
 
-    What is attached sends what there is in this very turn, if it can, and says whether that is all of it.
+    The function that is attached sends at once, if it can, and returns whether everything was sent.
     """
 
     __slots__ = ("_turn",)
 
     def __init__(self, flusher: Flusher) -> None:
         super().__init__(flusher)
-        self._turn = 0  # bytes sent since others had a turn
+        self._turn = 0  # bytes sent since other sources had a turn
 
     def push(self, chunk: bytes) -> bool:
-        """See `SendBuffer`."""
+        """Send one item at once. Return True if the source must now wait for `room`."""
         self._chunks.append(chunk)
         self._size += len(chunk) + _ITEM_BYTES
         self._turn += len(chunk) + _ITEM_BYTES
         return not self._wake() or self._turn >= TURN_BYTES
 
-    def _let_on(self) -> None:
-        """Taken is not sent: `sent` lets the source go on."""
+    def _wake_source(self) -> None:
+        """Do nothing: the source continues only when its item is sent."""
 
     async def room(self) -> None:
-        """Wait until all is sent, and in any case for the source's turn."""
+        """Wait until everything is sent, and for the source's turn."""
         self._turn = 0
-        all_sent = self._wake()  # before there is a wait that `sent` would end
+        all_sent = self._wake()  # before `sent` could end the wait
         self._room = room = anyio.Event()
         if all_sent:
             self._flusher.resume(room)
@@ -162,15 +162,18 @@ class UnbufferedSend(SendBuffer):
             self._room = None
 
     def sent(self) -> None:
-        """See `Feed`."""
+        """Let the source continue, because everything is sent."""
         self.release()
 
 
 def ends_event(tail: bytes) -> bool:
-    r"""Whether a stream whose last four bytes are `tail` stands between two events.
+    r"""Return whether a stream that ends with the bytes `tail` is between two events.
 
-    It does at its start, and after a blank line: an end of line right behind another, each of them
-    CR, LF or CRLF. Behind a CR that a LF may still follow, the line has ended already.
+    It is at its start, and after a blank line: two line ends in a row, each of them CR, LF or CRLF. A CR ends its line
+    even if a LF may still follow.
+
+    Args:
+        tail: The last four bytes of the stream, or all of it.
     """
     if not tail:
         return True
@@ -184,4 +187,4 @@ def ends_event(tail: bytes) -> bool:
 
 
 def _nothing() -> None:
-    """Nobody listens."""
+    """Do nothing, in place of a writer."""

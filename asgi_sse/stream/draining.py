@@ -1,14 +1,14 @@
-"""`DrainingEvent`: how the source of a stream learns that its server is about to stop."""
+"""`DrainingEvent`, by which a source learns that its server is about to stop."""
 
 import anyio
 
 
 class DrainingEvent:
-    """Set when the server is about to stop. Who looks at it has time left to end its stream by itself.
+    """An event that is set when the server is about to stop. A source that watches it may end by itself.
 
     Attributes:
-        watched: Whether somebody looks.
-        grace: Seconds that are left then; ``None``: as many as the drain has.
+        watched: Whether the source watches. Only then does it get a grace period.
+        grace: Seconds of the grace period; ``None`` for the whole time of the drain.
     """
 
     __slots__ = ("_event", "_is_set", "grace", "watched")
@@ -20,10 +20,10 @@ class DrainingEvent:
         self.grace = grace
 
     def is_set(self) -> bool:
-        """Whether the server is stopping."""
+        """Return whether the server is stopping."""
         return self._is_set
 
-    __bool__ = is_set  # or ``if request.draining:`` would always hold
+    __bool__ = is_set  # otherwise ``if request.draining:`` would always be true
 
     async def wait(self) -> None:
         """Wait until the server is stopping."""
@@ -33,7 +33,7 @@ class DrainingEvent:
             await self._event.wait()
 
     def set(self) -> None:
-        """The server is stopping. Called in the stream's own event loop."""
+        """Report that the server is stopping. Call it in the stream's event loop."""
         self._is_set = True
         if self._event is not None:
             self._event.set()

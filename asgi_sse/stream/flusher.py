@@ -1,4 +1,4 @@
-"""`Flusher`: once a turn of the event loop, lets writers send what there is, and a few waiting sources go on."""
+"""`Flusher`: once a loop turn, it runs the writers that have something to send, then a few waiting sources."""
 
 from collections import deque
 from typing import Final, Protocol
@@ -8,30 +8,30 @@ import anyio
 from asgi_sse.runtime.base import EventLoop
 from asgi_sse.runtime.current import LoopLocal
 
-_TURN_SOURCES: Final = 4
-"""How many waiting sources go on in one loop turn. uvloop accepts one connection a turn: without a
-limit, 200 flat-out sources kept a newcomer waiting for over 10 s; with 4, for 0.06 s."""
+_SOURCES_PER_TURN: Final = 4
+"""How many waiting sources continue in one loop turn. uvloop accepts one connection a turn. Without a limit, 200
+sources at full speed kept a new client waiting for over 10 s; with 4 sources it waits 0.06 s."""
 
-_LONG_ROUND: Final = 0.002
-"""Seconds of one round of flushing, from which on the loop rests behind it, for as long as it took."""
+_LONG_ROUND_S: Final = 0.002
+"""Seconds. After a round of flushing that took longer, the flusher rests for as long as the round took."""
 
-_REST: Final = 0.02
-"""The longest rest, in seconds. What is ready by its end leaves in one message: without, 200 events/s to 1,000 clients
-took all of a core, at 5.0 us a delivery; with it 60 % at 3.0 us."""
+_MAX_REST_S: Final = 0.02
+"""Seconds of the longest rest. Events that become ready meanwhile leave in one message. Without rests, 200 events/s to
+1,000 clients took a whole core, at 5.0 µs a delivery; with them 60 %, at 3.0 µs."""
 
 
 class Flushed(Protocol):
-    """What is flushed: an writer."""
+    """A writer."""
 
     def flush(self) -> None:
-        """Send what there is; never raises."""
+        """Send what is ready. Never raises."""
         ...
 
 
 class Flusher:
-    """Runs once in each turn of its event loop that has something to do.
+    """Runs once in each turn of its event loop in which there is something to do.
 
-    First it flushes each dirty writer, in isolation; then it lets a few waiting sources go on.
+    It first flushes every marked writer, then lets a few waiting sources continue.
     """
 
     __slots__ = ("_dirty", "_loop", "_scheduled", "_waiting")
@@ -48,12 +48,12 @@ class Flusher:
         self._schedule()
 
     def resume(self, waiting: anyio.Event) -> None:
-        """Set `waiting`, which a source waits for, when its turn comes."""
+        """Set `waiting`, which a source waits for, when the source's turn comes."""
         self._waiting.append(waiting)
         self._schedule()
 
     async def turn(self) -> None:
-        """Wait until all that is dirty was flushed."""
+        """Wait until every writer that is marked now was flushed."""
         turn = anyio.Event()
         self.resume(turn)
         await turn.wait()
@@ -69,10 +69,10 @@ class Flusher:
         for writer in dirty:
             writer.flush()
         took = self._loop.time() - began
-        if took >= _LONG_ROUND and not (self._waiting or self._dirty):
-            self._loop.call_at(began + took + min(took, _REST), self._go_on)
+        if took >= _LONG_ROUND_S and not (self._waiting or self._dirty):
+            self._loop.call_at(began + took + min(took, _MAX_REST_S), self._go_on)
         else:
-            for _ in range(min(_TURN_SOURCES, len(self._waiting))):
+            for _ in range(min(_SOURCES_PER_TURN, len(self._waiting))):
                 self._waiting.popleft().set()
             self._go_on()
 
@@ -86,5 +86,5 @@ _flushers: Final = LoopLocal(Flusher)
 
 
 def current_flusher() -> Flusher:
-    """The flusher of the event loop that the caller runs in."""
+    """Return the flusher of the event loop that the caller runs in."""
     return _flushers.get()

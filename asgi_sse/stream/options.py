@@ -1,4 +1,4 @@
-"""How a stream behaves: every option, its default and why, checked when it is given."""
+"""`StreamOptions`: every option of a stream, its default and the reason for it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from asgi_sse.protocol.validation import check_number
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamOptions:
-    """How a stream behaves. See `EventSourceResponse` for what each means.
+    """How a stream behaves. `EventSourceResponse` documents each option.
 
     Raises:
-        TypeError: A value is of a wrong kind.
-        ValueError: A value is out of its range.
+        TypeError: A value has the wrong type.
+        ValueError: A value is out of range.
     """
 
-    # 15 s: what WHATWG HTML 9.2.7 advises, and below every common proxy's idle timeout.
+    # WHATWG HTML 9.2.7 advises 15 s. That is below the idle timeout of every common proxy.
     ping: float | None = 15.0
     ping_message_factory: Callable[[], Any] | None = None
     sep: str = "\n"
@@ -33,14 +33,14 @@ class StreamOptions:
     json_dumps: JSONDumps | None = None
 
     def __post_init__(self) -> None:
-        """Check each value: a stream must not find out when its client is waiting."""
+        """Check each value now, not during a request."""
         for name in ("ping", "send_timeout", "max_lifetime"):
             check_number(name, getattr(self, name), optional=True)
         for name in ("cleanup_timeout", "open_timeout"):
             check_number(name, getattr(self, name))
         for name in ("ping_message_factory", "on_error", "on_close", "json_dumps"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
-                raise TypeError(f"{name}={getattr(self, name)!r} is not callable; give a function, or None")
+                raise TypeError(f"{name} must be callable or None, got {getattr(self, name)!r}; pass a function")
         check_separator(self.sep)
         if self.retry is not None:
             ServerSentEvent(retry=self.retry)

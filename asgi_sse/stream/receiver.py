@@ -1,38 +1,22 @@
-"""The one reader of a request's ``receive()``: hands the body to who asks, and latches the disconnect."""
+"""`RequestReceiver`: the one reader of a request's ``receive()``, for its body and its disconnect."""
 
 from typing import Final
 
-import anyio
-
 from asgi_sse.protocol.asgi import Message, Receive
+from asgi_sse.runtime.condition import ChangeNotifier
 
-_AHEAD: Final = 65_536
-"""Bytes of body taken from the server before anybody asked: as much as one send carries."""
-
-
-class Changing:
-    """Something that one task waits to change and another one changes; costs nothing while nobody waits."""
-
-    __slots__ = ("_changed",)
-
-    def __init__(self) -> None:
-        self._changed: anyio.Event | None = None  # made by who waits: a callback of the loop must not ask anyio for one
-
-    async def _change(self) -> None:
-        if self._changed is None:
-            self._changed = anyio.Event()
-        await self._changed.wait()
-
-    def _notify(self) -> None:
-        if self._changed is not None:
-            self._changed.set()
-            self._changed = None
+_READ_AHEAD_BYTES: Final = 65_536
+"""Bytes of the request body that are read before the app asks for them; as much as one send carries."""
 
 
-class RequestReceiver(Changing):
-    """Reads ``receive()`` for the body and for the watch alike, so that there is never a second reader.
+class RequestReceiver(ChangeNotifier):
+    """Reads ``receive()`` both for the body and for the disconnect, so that there is never a second reader.
 
-    hypercorn and daphne block for ever on a ``receive()`` after the disconnect, so it is remembered.
+    It remembers the disconnect, because hypercorn and daphne block for ever on a ``receive()`` after it.
+
+    Attributes:
+        disconnected: Whether the client has disconnected.
+        discarded: Whether the rest of the body is read and thrown away.
     """
 
     __slots__ = (
@@ -47,33 +31,38 @@ class RequestReceiver(Changing):
         self._size = 0
         self._complete = False
         self.discarded = False
-        self._busy = False  # somebody waits in receive()
+        self._busy = False  # a task waits in receive()
         self.disconnected = False
         self._readers = 0
-        self._replayed = False  # to its end
+        self._replayed = False  # whether the last message of the body was replayed
 
     async def watch(self) -> None:
-        """Read on until the client has left."""
+        """Read until the client disconnects."""
         while not self.disconnected:
-            ahead = self._size > _AHEAD and not (self._complete or self.reading or self.discarded)
-            if ahead or self._busy:  # what is left stays with the server, whose buffers are bounded
-                await self._change()
+            ahead = self._size > _READ_AHEAD_BYTES and not (self._complete or self.reading or self.discarded)
+            if ahead or self._busy:  # the rest stays with the server, whose buffers are bounded
+                await self.wait_changed()
                 continue
             self._busy = True
-            try:  # not _read_once: its frame would stay with each idle stream
+            try:  # not _read_once(), whose frame each idle stream would keep
                 self._take(await self._receive())
             finally:
                 self._busy = False
-                self._notify()
+                self.notify_changed()
 
     async def body(self, limit: int) -> bytes | None:
-        """The whole body; ``None`` if it exceeds `limit` bytes, was discarded, or the client left before its end."""
+        """Read the whole body.
+
+        Returns:
+            The body; ``None`` if it has more than `limit` bytes, was discarded, or the client disconnected before
+            its end.
+        """
         self._readers += 1
-        self._notify()
+        self.notify_changed()
         try:
             while not (self._complete or self._size > limit or self.discarded or self.disconnected):
                 if self._busy:
-                    await self._change()
+                    await self.wait_changed()
                 else:
                     await self._read_once()
         finally:
@@ -89,26 +78,26 @@ class RequestReceiver(Changing):
             self._take(await self._receive())
         finally:
             self._busy = False
-            self._notify()
+            self.notify_changed()
 
     @property
     def reading(self) -> bool:
-        """Whether somebody waits for the body."""
+        """Whether the app is waiting for the body."""
         return self._readers > 0
 
     def discard(self) -> None:
-        """What is still to come of the body is not wanted: read past it, to see the disconnect behind."""
+        """Throw away the rest of the body. It is still read, since the disconnect comes after it."""
         if not (self._complete or self.reading):
             self.discarded = True
             self._chunks.clear()
-            self._notify()
+            self.notify_changed()
 
     def exceeds(self, limit: int) -> bool:
-        """Whether more than `limit` bytes of body have come."""
+        """Return whether more than `limit` bytes of the body have arrived."""
         return self._size > limit
 
     async def replay(self) -> Message:
-        """``receive()`` for another ASGI app that takes the request over, with nothing lost."""
+        """Act as ``receive()`` for another ASGI app that takes over the request. Nothing of the body is lost."""
         if self._chunks or (self._complete and not self._replayed):
             self._replayed = self._complete
             body = b"".join(self._chunks)

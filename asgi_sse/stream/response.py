@@ -1,4 +1,4 @@
-"""`EventSourceResponse`: a stream of events as a plain ASGI callable."""
+"""`EventSourceResponse`: an event stream as a plain ASGI callable."""
 
 import logging
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Sequence
@@ -27,29 +27,29 @@ from .stream import Stream
 logger = logging.getLogger(__name__)
 
 SCOPE_KEY: Final = "asgi_sse"
-"""Where a request's scope holds the `AppContext` of the app around it."""
+"""The key of a request's scope that holds the `AppContext` of the surrounding app."""
 
 _NO_BODY: Final = frozenset({204, 205, 304})
 
 RESPONDER_KEY: Final = "asgi_sse.middleware.responder"
-"""Where a request's scope holds what takes it through an app that is wrapped."""
+"""The key of a request's scope that holds the responder of the surrounding middleware."""
 
 current_scope: Final[ContextVar[Scope | None]] = ContextVar("asgi_sse scope", default=None)
-"""The request that is on its way through an app which is wrapped, for frameworks that hide it from their responses."""
+"""The current request of a wrapped app, for frameworks that hide it from their responses."""
 
 
 @dataclass(frozen=True, slots=True)
 class AppContext:
-    """What an app gives to every stream under it, where the stream itself was not told."""
+    """The registry and the default options that an app gives to its streams."""
 
     registry: StreamRegistry
     options: StreamOptions
-    watch: bool = True  # for the server's shutdown
-    guard: bool = True  # against compression
+    watch: bool = True  # whether to watch for the server's shutdown
+    guard: bool = True  # whether to look for compressors
 
 
 def registry_of(scope: Scope) -> StreamRegistry:
-    """The registry of streams that answer this request, unless they were given another one."""
+    """Return the registry for streams that answer this request and were given none."""
     defaults: AppContext | None = scope.get(SCOPE_KEY)
     return default_registry() if defaults is None else defaults.registry
 
@@ -57,7 +57,7 @@ def registry_of(scope: Scope) -> StreamRegistry:
 _PLAIN: Final = StreamOptions()
 _NOTHING: Final[dict[str, Any]] = {}
 _HINT: Final = (
-    "An asgi_sse.EventSourceResponse is an ASGI app: it answers when it is called. Where a framework takes only "
+    "An asgi_sse.EventSourceResponse is an ASGI app: it answers when it is called. Where a framework accepts only "
     "responses of its own, return the EventSourceResponse of asgi_sse.adapters.sse_starlette (Starlette, FastAPI), "
     "asgi_sse.adapters.django, asgi_sse.adapters.quart or asgi_sse.adapters.litestar"
 )
@@ -90,46 +90,46 @@ class StreamArguments(StreamDefaults, total=False):
 class EventSourceResponse:
     """A response that streams events: an ASGI callable, for one request.
 
-    A parameter that is not given (``...``) takes the default of the app or middleware around it, else
-    the one named here.
+    An option that is not given, or is ``...``, takes the default of the surrounding app or middleware, or else the
+    one named here.
 
     Args:
-        content: Where the events come from: an async generator or any async iterable, which is closed
-            at the end; or an iterable, which is run in a thread of its own unless it is a list or a tuple. Each
-            item is a `ServerSentEvent`, a ``dict`` of its arguments, ``str``, ``int``, or encoded ``bytes``.
-        status_code: The status. Browsers accept 200 alone.
-        headers: More headers, or others in place of ``Content-Type: text/event-stream``,
+        content: The source: an async generator or any async iterable, which is closed at the end; or an
+            iterable, which runs in a thread of its own unless it is a list or a tuple. Each item is a
+            `ServerSentEvent`, a ``dict`` of its arguments, ``str``, ``int``, or encoded ``bytes``.
+        status_code: The status. Browsers accept only 200.
+        headers: More headers, or replacements for ``Content-Type: text/event-stream``,
             ``Cache-Control: no-store, no-transform`` and ``X-Accel-Buffering: no``.
-        ping: Seconds after which an idle stream gets a comment, so that proxies keep it open and a
-            vanished client is found. ``0`` or ``None``: never. Default: 15.
-        ping_message_factory: Makes that comment's `ServerSentEvent` (or any other item).
-        sep: The line end, one of LF, CRLF and CR.
+        ping: Seconds after which an idle stream sends a keep-alive. Proxies then keep the stream open, and a
+            vanished client is noticed. ``0`` or ``None``: never. Default: 15.
+        ping_message_factory: Makes the keep-alive: a `ServerSentEvent` or any other item. Default: a comment.
+        sep: The line end: LF, CRLF or CR. Default: LF.
         retry: The reconnection time in milliseconds, sent when the stream opens; ``None``: not sent.
             Default: 3000.
-        send_timeout: Seconds that the client may take for one message before it is dropped; ``None``
-            or ``0``: any time. Default: 30.
-        max_lifetime: Seconds after which the stream ends and the client reconnects, less up to a
-            fifth at random; ``None`` or ``0``: never. Default: ``None``.
-        cleanup_timeout: Seconds that the source has for its clean-up before it is left behind.
+        send_timeout: Seconds that the client may take for one message before it is dropped; ``None`` or ``0``: no
+            limit. Default: 30.
+        max_lifetime: Seconds after which the stream ends and the client reconnects, minus up to a fifth at random;
+            ``None`` or ``0``: no limit. Default: ``None``.
+        cleanup_timeout: Seconds that the source has for its clean-up before it is abandoned.
             Default: 10.
-        open_timeout: Seconds for which the head is held back for the first item, so that an early
-            error can still have a status of its own. ``0``: until the source first waits.
-        opening_comment: Whether a comment opens the stream, so that servers and proxies flush the head.
-        on_error: Called with what the source raised once the head was out; gives a last event for the
-            client, or ``None``. The body is left cut all the same, and the error is raised from the call.
-        on_close: Called once with the reason for the end, when the source is cleaned up: ``finished``,
+        open_timeout: Seconds that the response start waits for the first item, so that an early error has a status of
+            its own. ``0``: until the source first waits. Default: 0.
+        opening_comment: Whether a comment opens the stream, which makes servers and proxies flush. Default: True.
+        on_error: Called with the error of a source that raises after the response start. Returns a last event for the
+            client, or ``None``. The body is cut all the same, and the call raises the error.
+        on_close: Called once, after the source's clean-up, with the reason for the end: ``finished``,
             ``disconnected``, ``drained``, ``timed_out``, ``overflowed``, ``failed`` or ``expired``.
             Sync or async.
         json_dumps: Serialises the JSON value in the ``data`` of a ``dict``. Default: compact JSON.
-        registry: The registry that the stream runs in.
+        registry: The registry of the stream. Default: that of the surrounding app, or of the event loop.
 
     Attributes:
         status_code: The status.
-        raw_headers: The headers as they are sent: pairs of lower-case name and value, both bytes.
+        raw_headers: The headers as they are sent: pairs of a lower-case name and a value, as bytes.
 
     Raises:
-        TypeError: `content` is not iterable, or a parameter is of a wrong kind.
-        ValueError: A parameter is out of range, or a header cannot be sent.
+        TypeError: `content` is not iterable, or an option has the wrong type.
+        ValueError: An option is out of range, or a header cannot be sent.
     """
 
     __slots__ = (
@@ -184,13 +184,13 @@ class EventSourceResponse:
             "on_close": on_close,
             "json_dumps": json_dumps,
         }
-        # A name that has no "not given" counts as given when it differs from the built-in default.
+        # An option without a "not given" value counts as given if it differs from the built-in default.
         self._given = {
             name: value
             for name, value in given.items()
             if value is not ... and (name in _ALWAYS_TOLD or value != getattr(_PLAIN, name))
         } or _NOTHING
-        self._options = replace(_PLAIN, **self._given) if self._given else _PLAIN  # checked now, not at the request
+        self._options = replace(_PLAIN, **self._given) if self._given else _PLAIN  # checked now, not during a request
         if registry is not None:
             check_registry(registry)
         self.status_code = _check_status(status_code)
@@ -203,54 +203,56 @@ class EventSourceResponse:
         self._content = content
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer the request, and return when the stream is over and its source cleaned up.
+        """Answer the request. Return when the stream is over and its source is cleaned up.
 
         Raises:
-            StreamClosedError: The response was sent before.
-            SendTimeoutError: The client took nothing for ``send_timeout``, and the server gives us no
-                way to drop it.
-            Exception: What the source raised.
+            StreamClosedError: The response was already sent.
+            SendTimeoutError: The client took nothing for ``send_timeout`` seconds, and the server offers no way to
+                drop it.
+            Exception: The source raised it.
         """
         if scope["type"] != "http":
-            raise TypeError(f"an event stream answers HTTP requests, not {scope['type']!r}")
+            raise TypeError(
+                f"scope type must be 'http', got {scope['type']!r}; an event stream answers HTTP requests only"
+            )
         responder = scope.get(RESPONDER_KEY)
         server = server_of(send) if responder is None else responder.server
         await self.serve(scope, RequestReceiver(receive), send, server, DrainingEvent())
 
     @property
     def opened(self) -> bool:
-        """Whether the head is sent, or will be: from then on no other status is possible."""
+        """Whether the response start is sent, or is about to be. No other status is possible after that."""
         return self.stream is not None and self.stream.opened
 
-    if not TYPE_CHECKING:  # or every attribute would have a type
+    if not TYPE_CHECKING:  # otherwise type checkers would accept any attribute
 
         def __getattr__(self, name: str) -> NoReturn:
-            # A framework took us for a response of its own: Django asks for ``headers``. FastAPI would make JSON of it,
-            # by ``dict()`` or else by ``vars()``; the one asks for ``keys``, and what the other wants there is not.
+            # A framework took this for a response of its own: Django asks for ``headers``. FastAPI would make JSON of
+            # it with ``dict()`` or else ``vars()``. The first asks for ``keys``; the second finds nothing.
             if name == "keys":
                 raise TypeError(_HINT)
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}. {_HINT}")
 
     def __del__(self) -> None:
-        with suppress(AttributeError):  # of a subclass that failed before our constructor
+        with suppress(AttributeError):  # a subclass may have failed before this constructor
             if self._content is not None:
-                logger.warning("an EventSourceResponse was made, but never sent. %s", _HINT)
+                logger.warning("an EventSourceResponse was created but never sent. %s", _HINT)
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> NoReturn:
-        # FastAPI makes a model of what a path operation is annotated to return, unless it is a response of its own.
+        # FastAPI makes a model of the annotated return type, unless it is a response class of its own.
         raise TypeError(_HINT)
 
     def serve(
         self, scope: Scope, receiver: RequestReceiver, send: Send, server: Server, draining: DrainingEvent
     ) -> Awaitable[None]:
-        """As `__call__`, for a request of which parts may have been read.
+        """Answer a request of which parts may already be read.
 
-        Not a coroutine function: its frame would stay with each idle stream.
+        It is not a coroutine function, because each idle stream would keep its frame.
         """
         content, self._content = self._content, None
         if content is None:
-            raise StreamClosedError("this response was sent before; make a new one for each request")
+            raise StreamClosedError("this response was already sent; make a new one for each request")
         defaults: AppContext | None = scope.get(SCOPE_KEY)
         options = self._options
         if defaults is not None:
@@ -263,7 +265,7 @@ class EventSourceResponse:
             return _send_at_once(send, head, b"", options.send_timeout, source)
         if defaults is None or defaults.watch:
             registry.watch(server)
-        if registry.is_draining(server):  # a 503 would stop a browser's EventSource for good
+        if registry.is_draining(server):  # a 503 would stop an EventSource for good
             farewell = ServerSentEvent(retry=registry.reconnection_time()).encode(options.sep)
             return _send_at_once(send, head, farewell, options.send_timeout, source)
         responder = scope.get(RESPONDER_KEY)
@@ -309,5 +311,7 @@ async def _send_at_once(send: Send, head: Message, body: bytes, timeout: float |
 
 def _check_status(status: int) -> int:
     if not isinstance(status, int) or isinstance(status, bool) or not 200 <= status <= 599 or status in _NO_BODY:
-        raise ValueError(f"status_code={status!r} cannot carry a stream; give 200, the one that browsers accept")
+        raise ValueError(
+            f"status_code must be an int from 200 to 599 with a body, got {status!r}; browsers accept only 200"
+        )
     return int(status)

@@ -1,4 +1,4 @@
-"""Makes one async iterator of what a response is given, and runs synchronous ones in a thread of their own."""
+"""`iterate` makes an async iterator of any source. A sync source runs in a thread of its own."""
 
 import contextvars
 import inspect
@@ -20,47 +20,49 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_THREADS: Final = 256
-"""Synchronous sources that may run at once in this process: each holds a thread until its stream ends."""
+"""The most sync sources that run at once in this process. Each holds a thread until its stream ends."""
 
 _BATCH: Final = 64
-"""Items, or KiB, that a thread may be ahead of its stream: as much as one send carries."""
+"""Items, or KiB, that a thread may run ahead of its stream; as much as one send carries."""
 
 
 def check_content(content: Any) -> None:
-    """Refuse what is no source, before any client waits for it.
+    """Raise if `content` is not a source, before a client waits for it.
 
     Raises:
-        TypeError: `content` cannot be iterated, or not as meant.
+        TypeError: `content` cannot be iterated, or would be iterated in an unintended way.
     """
     if inspect.iscoroutine(content):
         name = content.__qualname__
-        content.close()  # or Python would warn that it was never awaited
+        content.close()  # otherwise Python warns that it was never awaited
         raise TypeError(
-            f"content is a coroutine of {name}(): await it and give what it returns, or make {name} an async "
-            "generator by yielding its events"
+            f"content must be a series of events, got a coroutine of {name}(); await it and pass what it returns, or "
+            f"make {name} an async generator by yielding its events"
         )
     if inspect.isasyncgenfunction(content) or inspect.isgeneratorfunction(content):
-        raise TypeError(f"content is the function {content.__qualname__} itself; call it: {content.__qualname__}(...)")
+        name = content.__qualname__
+        raise TypeError(f"content must be a series of events, got the function {name}; call it: {name}(...)")
     if isinstance(content, str | bytes | bytearray | memoryview | Mapping):
         raise TypeError(
-            f"content={short_repr(content)} is a single {type(content).__name__}, not a series of events; put it in a list"
+            f"content must be a series of events, got a single {type(content).__name__}: {short_repr(content)}; "
+            "put it in a list"
         )
     if not isinstance(content, AsyncIterable | Iterable):
-        hint = "give an async generator, any async iterable, or an iterable"
+        hint = "pass an async generator, any async iterable, or an iterable"
         if hasattr(content, "subscribe"):
-            hint = "give its subscribe(last_event_id=...), or return it from an endpoint as it is"
+            hint = "pass its subscribe(last_event_id=...), or return it from an endpoint as it is"
         if content is None:
             hint = "raise HTTPError(204) if there is nothing to say"
         if isinstance(content, Exception):
-            hint = f"raise the {type(content).__name__}, in place of returning it"
-        raise TypeError(f"content={short_repr(content)} is not iterable; {hint}")
+            hint = f"raise the {type(content).__name__} instead of returning it"
+        raise TypeError(f"content must be iterable, got {short_repr(content)}; {hint}")
 
 
 def iterate(content: AsyncIterable[Any] | Iterable[Any]) -> AsyncIterator[Any]:
-    """The items of `content`, one by one. Has an ``aclose`` wherever there is something to close."""
+    """Iterate over the items of `content`. The iterator has an ``aclose`` if there is something to close."""
     if isinstance(content, AsyncIterable):
         return content.__aiter__()
-    # A list has all its items, so that no thread is needed to wait for them; a subclass may make them.
+    # A list has all its items already, so no thread has to wait for them. A subclass may compute its items.
     return _items_of(content) if type(content) in (list, tuple) else ThreadedIterator(content)
 
 
@@ -69,43 +71,43 @@ async def _items_of(content: Iterable[Any]) -> AsyncGenerator[Any]:
         yield item
 
 
-_IN_NEXT: Final = 0.1
-"""Seconds that a thread inside ``next()`` has to come out of it, before its stream ends without it."""
+_NEXT_TIMEOUT_S: Final = 0.1
+"""Seconds that a stream waits at its end for a thread that is inside ``next()``."""
 
 
 class ThreadedIterator:
-    """Iterates over a synchronous iterable in one daemon thread and one context, from first to last item.
+    """Iterates over a sync iterable in one daemon thread and one context, from the first item to the last.
 
-    A pooled thread would break sqlite's cursors and context variables, which belong to one thread, and
-    one that is blocked would hold the interpreter's exit.
+    Threads of a pool would break sqlite's cursors and context variables, which belong to one thread. A blocked one
+    would hold up the interpreter's exit.
 
     Args:
         iterable: The source.
-        ahead: Whether the thread may be ahead of who asks for its items.
+        ahead: Whether the thread may run ahead of the stream.
     """
 
     def __init__(self, iterable: Iterable[Any], *, ahead: bool = True) -> None:
         self._iterable = iterable
         self._ahead = ahead
         self._loop: EventLoop | None = None
-        self._changed = threading.Condition()  # guards all that follows
+        self._changed = threading.Condition()  # guards the following attributes
         self._items: deque[Any] = deque()
-        self._wanted: anyio.Event | None = None  # set from the thread, through the loop
+        self._wanted: anyio.Event | None = None  # the thread sets it through the loop
         self._error: BaseException | None = None
         self._ended = False
         self._closing = False
         self._in_next = False
-        self._unheard = False  # the stream has ended without waiting for the thread
-        self._kib = 0  # handed over since the last batch was taken
+        self._unheard = False  # whether the stream ended without waiting for the thread
+        self._kib = 0  # KiB handed over since the last batch was taken
 
     def __aiter__(self) -> "ThreadedIterator":
         return self
 
     async def __anext__(self) -> Any:
-        """The next item, or what the iterable raised.
+        """Return the next item, or raise the error of the iterable.
 
         Raises:
-            SSEError: Too many synchronous sources run already.
+            SSEError: Too many sync sources run already.
         """
         if self._loop is None:
             self._start()
@@ -125,11 +127,11 @@ class ThreadedIterator:
             await wanted.wait()
 
     async def aclose(self) -> None:
-        """Close the iterable in its thread. Does not wait long for a thread that is inside ``next()``."""
+        """Close the iterable in its thread. A thread that is inside ``next()`` is waited for only briefly."""
         with self._changed:
             self._closing = True
             self._changed.notify()
-            if self._loop is None:  # never begun
+            if self._loop is None:  # never started
                 close = getattr(self._iterable, "close", None)
                 if close is not None:
                     close()
@@ -137,12 +139,12 @@ class ThreadedIterator:
             if self._ended:
                 self._raise_error()
                 return
-            patience = _IN_NEXT if self._in_next else math.inf
+            wait_s = _NEXT_TIMEOUT_S if self._in_next else math.inf
             wanted = self._wanted = anyio.Event()
-        with anyio.move_on_after(patience):
+        with anyio.move_on_after(wait_s):
             await wanted.wait()
         with self._changed:
-            cleaning_up = not (self._in_next or self._ended)  # it has come out, with an item that nobody wants
+            cleaning_up = not (self._in_next or self._ended)  # it has left next(), with an item that is not needed
             if cleaning_up:
                 wanted = self._wanted = anyio.Event()
         if cleaning_up:
@@ -157,13 +159,13 @@ class ThreadedIterator:
             try:
                 raise error
             finally:
-                del error  # or its traceback would hold this frame, and this frame it
+                del error  # its traceback holds this frame, and this frame would hold the error
 
     def _start(self) -> None:
         if not _threads.acquire(blocking=False):
             raise SSEError(
-                f"{MAX_THREADS} synchronous sources run already, the most there may be: make this one an async "
-                "generator, which needs no thread"
+                f"sync sources must be at most {MAX_THREADS} at a time in a process; make this one an async generator, "
+                "which needs no thread"
             )
         self._loop = current_loop()
         context = contextvars.copy_context()
@@ -173,7 +175,7 @@ class ThreadedIterator:
             self._loop = None
             _threads.release()
             raise SSEError(
-                f"this process can start no more threads ({exc}): make the source an async generator"
+                f"the process cannot start another thread ({exc}); make the source an async generator"
             ) from exc
 
     def _run(self) -> None:
@@ -186,7 +188,7 @@ class ThreadedIterator:
                 self._hand_over(next(iterator))
         except StopIteration:
             pass
-        except BaseException as exc:  # for the stream to raise
+        except BaseException as exc:  # the stream raises it
             error = exc
         try:
             close = getattr(iterator, "close", None)
@@ -200,10 +202,12 @@ class ThreadedIterator:
 
     def _enter_next(self) -> bool:
         with self._changed:
-            while not (self._ahead or self._wanted or self._closing):  # who asks for an item has sent the one before
+            while not (
+                self._ahead or self._wanted or self._closing
+            ):  # the stream asks for an item when the one before is sent
                 self._changed.wait()
             if self._kib >= _BATCH:
-                while self._items and not self._closing:  # a batch at a time: a switch of threads is dear
+                while self._items and not self._closing:  # a batch at a time, since switching threads is expensive
                     self._changed.wait()
                 self._kib = 0
             self._in_next = not self._closing
@@ -223,7 +227,7 @@ class ThreadedIterator:
             self._error = error
             self._wake()
         if error is not None and self._unheard:
-            logger.error("a synchronous source raised after its stream had ended", exc_info=error)
+            logger.error("a sync source raised after its stream had ended", exc_info=error)
 
     def _wake(self) -> None:
         if self._wanted is not None and self._loop is not None:

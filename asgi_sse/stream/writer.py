@@ -1,9 +1,9 @@
-"""One connection's outgoing bytes: pulled from a feed, coalesced, one send in flight.
+"""`StreamWriter`: pulls the bytes of one connection from a feed and sends them, one message at a time.
 
-The way of an event: the source's task encodes it and pushes it into its `SendBuffer`; that marks the
-`StreamWriter` dirty; once a loop turn the `Flusher` lets each dirty writer take what its feed has ready and
-send it as one body message. So a burst costs one send, and a client that does not take its message
-costs nothing more, since nothing is pulled for it.
+The path of an event: the source's task encodes it and pushes it into a `SendBuffer`, which marks the writer. Once a
+loop turn the `Flusher` runs each marked writer, which takes everything that is ready and sends it as one body message.
+A burst therefore costs one send. A client that does not take its message costs nothing more, since nothing is pulled
+for it.
 """
 
 import contextvars
@@ -17,44 +17,44 @@ from .buffer import Feed
 from .flusher import Flusher
 
 MESSAGE_BYTES: Final = 65_536
-"""The most that one send carries, but for one larger event. Without it, 50 clients on a backlog of
-20 MB cost 1 GB; uvicorn's transports pause at the same size."""
+"""The most bytes that one send carries, except for one larger event. Without this limit, 50 clients on a backlog of
+20 MB cost 1 GB. uvicorn's transports pause at the same size."""
 
 
 class Owner(Protocol):
-    """Whose writer it is: a stream."""
+    """What a writer needs of its stream."""
 
     def send_blocked(self) -> None:
-        """A send did not complete at once."""
+        """Handle a send that did not complete at once."""
         ...
 
     def last_message(self) -> None:
-        """The message that ends the body is about to be sent."""
+        """Prepare for the message that ends the body, which is about to be sent."""
         ...
 
     def writer_done(self, error: BaseException | None) -> None:
-        """Nothing more will be sent. With what ``send`` raised, or with ``None`` after the last message."""
+        """Handle the end: ``send`` raised `error`, or the last message is sent."""
         ...
 
 
 class _State(Enum):
-    HELD = "held"  # the head may still change: nothing is sent
+    HELD = "held"  # the response start may still change, so nothing is sent
     OPEN = "open"
-    ENDING = "ending"  # what the feed has is sent, then the end
+    ENDING = "ending"  # the rest of the feed is sent, then the end
     DONE = "done"
 
 
 class StreamWriter:
-    """One connection's outgoing bytes; everything that goes to a client goes through here.
+    """Sends the bytes of one connection. Everything that a client receives goes through here.
 
     Args:
         send: The request's ``send``.
-        feed: What to pull from.
-        flusher: That of the running event loop.
+        feed: The feed to pull from.
+        flusher: The flusher of the running event loop.
         loop: The running event loop.
-        owner: Who is told what becomes of it.
-        context: In which to send. Private: starting a task eagerly in a context that a suspended step
-            has entered hangs the loop.
+        owner: The stream.
+        context: The context to send in. It must be private: an eager task in a context that a suspended step has
+            entered hangs the loop.
     """
 
     __slots__ = (
@@ -75,19 +75,19 @@ class StreamWriter:
         self._feed = feed
         self._flusher = flusher
         self._loop = loop
-        self._owner: Owner | None = owner  # until nothing more is to be told
+        self._owner: Owner | None = owner  # until it has nothing more to handle
         self._sender = loop.sender(send, self._sent, context)
         self._state = _State.HELD
         self._head: Message | None = None
         self._inserts: list[bytes] = []
         self._farewell = b""
         self._cut = False
-        self._last = False  # the message under way is the last one
+        self._last = False  # whether the message under way is the last one
         self._dirty = False
-        self.opened = False  # the head is sent, or will be
+        self.opened = False  # whether the response start is sent, or is about to be
         self.bytes_sent = 0
         self.idle_since = loop.time()
-        self.waiting_since: float | None = None  # when the send under way began
+        self.waiting_since: float | None = None  # since when the current send waits
 
     @property
     def done(self) -> bool:
@@ -95,7 +95,7 @@ class StreamWriter:
         return self._state is _State.DONE
 
     def open(self, head: Message, block: bytes) -> None:
-        """Send the head, then `block`, then what the feed has."""
+        """Send the response start, then `block`, then what the feed has."""
         self._head = head
         self._state = _State.OPEN
         self.opened = True
@@ -104,44 +104,44 @@ class StreamWriter:
         self._mark()
 
     def wake(self) -> None:
-        """The feed has something to take."""
+        """Schedule a flush, because the feed has something to take."""
         if not self._dirty and self.waiting_since is None:
             self._mark()
 
     def insert(self, chunk: bytes) -> None:
-        """Send `chunk` before the next event, unless one is half sent: nothing may come in between."""
+        """Send `chunk` before the next event, unless an event is half sent."""
         if self._feed.at_boundary:
             self._inserts.append(chunk)
             self.wake()
 
     def finish(self, farewell: bytes = b"", *, cut: bool = False) -> None:
-        """Send what the feed has, then `farewell`, then the end of the body; `cut` leaves the body without its end."""
+        """Send the rest of the feed, then `farewell`, then the end of the body; with `cut`, leave out the end."""
         self._state = _State.ENDING
         self._farewell = farewell
         self._cut = cut
         self.wake()
 
     def abort(self) -> None:
-        """Send nothing more, cancel what is under way, and let go of the stream."""
+        """Send nothing more, cancel the current send, and release the stream."""
         self._state = _State.DONE
         self._sender.close()
         self._owner = None
 
     def send_in(self, context: contextvars.Context) -> None:
-        """Send in another context, private as well. Before the first message."""
+        """Send in another private context. Call it before the first message."""
         self._sender.use(context)
 
     async def wait_closed(self) -> None:
-        """After `abort`: wait until what was under way is over."""
+        """Wait until the send that `abort` cancelled has ended."""
         await self._sender.wait_closed()
 
     def flush_now(self) -> bool:
-        """Flush without waiting for the next turn. False: not everything is sent."""
+        """Flush without waiting for the next turn. Return whether everything is sent."""
         self.flush()
         return self._state is _State.OPEN and self.waiting_since is None and not (self._dirty or self._feed.ready)
 
     def flush(self) -> None:
-        """Send the next message, and the head before it. Called by the flusher; never raises."""
+        """Send the next message, after the response start. The flusher calls it; it never raises."""
         self._dirty = False
         if self.waiting_since is not None or self._state in (_State.HELD, _State.DONE):
             return
@@ -152,15 +152,15 @@ class StreamWriter:
                     return
             message = self._next()
             if message is None:
-                if self._last:  # a body that stays cut, and nothing was left to say
+                if self._last:  # a cut body with nothing left to send
                     self._over(None)
-                elif self._feed.ready:  # what was taken were empty items
+                elif self._feed.ready:  # only empty items were taken
                     self._mark()
                 else:
                     self._feed.sent()
             elif self._start(message):
                 self._sent(None)
-        except Exception as exc:  # the other writers of this turn come next
+        except Exception as exc:  # the other writers of this turn must still run
             self._over(exc)
 
     def _next(self) -> Message | None:

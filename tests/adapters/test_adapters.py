@@ -252,7 +252,7 @@ async def test_fastapi_view_that_returns_a_single_dict_is_refused(anyio_backend:
     async def view() -> Any:
         return {"data": "one"}
 
-    with pytest.raises(TypeError, match="a single dict, not a series of events"):
+    with pytest.raises(TypeError, match="content must be a series of events, got a single dict"):
         async with open_stream(app, "/") as stream:
             await read_to_end(stream)
 
@@ -449,7 +449,7 @@ def test_invalid_arguments_are_refused_at_once(response: Any) -> None:
 
 def test_response_that_was_never_sent_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     asgi_sse.EventSourceResponse([])
-    assert "was made, but never sent" in caplog.text
+    assert "was created but never sent" in caplog.text
     assert HINT in caplog.text
 
 

@@ -384,7 +384,7 @@ async def test_sent_response_is_garbage_collected() -> None:
         ({"send_timeout": -1}, ValueError, "send_timeout must be at least 0 or None, got -1"),
         ({"shutdown_grace_period": float("nan")}, ValueError, "shutdown_grace_period must be >= 0"),
         ({"max_lifetime": "long"}, TypeError, "max_lifetime must be a number or None, got 'long'"),
-        ({"on_error": 1}, TypeError, "on_error=1 is not callable"),
+        ({"on_error": 1}, TypeError, "on_error must be callable or None, got 1"),
         ({"headers": {"x": "a\r\ny: b"}}, ValueError, "would inject headers"),
         ({"registry": True}, TypeError, "registry must be a StreamRegistry, got True"),
         ({"json_dumps": str}, TypeError, "unexpected keyword argument 'json_dumps'"),
@@ -398,7 +398,7 @@ def test_invalid_argument_is_refused_at_once(arguments: dict[str, Any], error: t
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (0, "not iterable"),
+        (0, "content must be iterable, got 0"),
         ("text", "put it in a list"),
         ({"data": "a"}, "put it in a list"),
         (items, "call it: items"),

@@ -359,7 +359,7 @@ def test_invalid_arguments_are_refused() -> None:
     for name in ("max_age", "max_subscribers", "max_runs", "run_grace"):
         with pytest.raises(TypeError, match=rf"{name} must be a number( or None)?, got '1'"):
             Broker(**{name: "1"})  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"Channel\('a'\) is not iterable; give its subscribe"):
+    with pytest.raises(TypeError, match=r"content must be iterable, got .*Channel\('a'\); pass its subscribe"):
         EventSourceResponse(broker.channel("a"))  # type: ignore[arg-type]
     for arguments in ({"url": "ftp://"}, {"overflow": "drop"}, {"max_subscribers": 0}, {"history": 0}):
         with pytest.raises(ValueError, match=next(iter(arguments))):

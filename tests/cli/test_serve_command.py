@@ -75,7 +75,7 @@ def test_curl_publishes_and_subscribes(hub_url: str) -> None:
             "url must be memory://, or start with redis://, rediss://, unix:// or nats://, got 'nats'",
         ),
         (["--broker", "redis://127.0.0.1:1/0"], "cannot connect to redis://127.0.0.1:1/0: "),
-        (["--cors", "example.com"], "cors: 'example.com' is no origin"),
+        (["--cors", "example.com"], "a CORS origin must be a scheme, a host and a port, got 'example.com'"),
         (["--publish-token", "a b"], "each token must be printable ASCII"),
         (["--prefix", "a b"], "prefix must be 1 to 64 characters of A-Z a-z 0-9 _ -, got 'a b'"),
     ],

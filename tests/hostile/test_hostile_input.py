@@ -452,7 +452,11 @@ def default(function: Callable[..., Any], name: str) -> Any:
     ("of", "limit", "value"),
     [
         ("a request body read", "1 MiB", default(Request.body, "limit") == default(Request.json, "limit") == 2**20),
-        ("a request body that nobody reads", "64 KiB", receiver._AHEAD == adoption._READ_AHEAD_BYTES == 2**16),
+        (
+            "a request body that nobody reads",
+            "64 KiB",
+            receiver._READ_AHEAD_BYTES == adoption._READ_AHEAD_BYTES == 2**16,
+        ),
         ("a query", "64 KiB", routing_request._PARSED_BYTES == 2**16),
         ("channels named in one request", "100", MAX_CHANNELS == 100),
         ("a channel name", "200", MAX_NAME == 200),

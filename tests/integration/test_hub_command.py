@@ -43,7 +43,7 @@ def test_client_of_a_hub_survives_a_new_hub_and_a_server_restart(
                 first.wait()
                 publish(4)
                 assert tail.stderr is not None
-                assert "again in" in tail.stderr.readline()
+                assert "reconnecting in" in tail.stderr.readline()
                 with hub(*options, port=port, ASGI_SSE_BROKER=server.url) as (second, _):
                     publish(6)
                     read += [json.loads(tail.stdout.readline()) for _ in range(2)]

@@ -241,7 +241,7 @@ async def test_endpoint_that_returns_an_error_raises_a_type_error() -> None:
 
     expected = (
         "the endpoint of '/' must return events, a response or an ASGI app: "
-        "content=HTTPError(410, 'Gone') is not iterable; raise the HTTPError, in place of "
+        "content must be iterable, got HTTPError(410, 'Gone'); raise the HTTPError instead of "
     )
     with pytest.raises(TypeError, match=re.escape(expected)):
         async with open_stream(create_app({"/": gone})):

@@ -573,7 +573,7 @@ async def test_each_stream_has_its_own_context() -> None:
 async def test_the_clean_up_of_a_synchronous_source_that_comes_out_of_next_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("asgi_sse.stream.source._IN_NEXT", 30)  # a slow machine takes longer than it has
+    monkeypatch.setattr("asgi_sse.stream.source._NEXT_TIMEOUT_S", 30)  # a slow machine takes longer than it has
     inside, seen = threading.Event(), []
 
     def source() -> Iterator[int]:
@@ -834,8 +834,8 @@ async def a_generator() -> AsyncIterator[str]:
     [
         (lambda: EventSourceResponse(a_coroutine()), TypeError, "await it"),  # type: ignore[arg-type]
         (lambda: EventSourceResponse(a_generator), TypeError, "call it"),  # type: ignore[arg-type]
-        (lambda: EventSourceResponse(None), TypeError, "not iterable"),  # type: ignore[arg-type]
-        (lambda: EventSourceResponse(5), TypeError, "5 is not iterable"),  # type: ignore[arg-type]
+        (lambda: EventSourceResponse(None), TypeError, "content must be iterable"),  # type: ignore[arg-type]
+        (lambda: EventSourceResponse(5), TypeError, "content must be iterable, got 5"),  # type: ignore[arg-type]
         (lambda: EventSourceResponse("text"), TypeError, "put it in a list"),
         (lambda: EventSourceResponse(b"bytes"), TypeError, "put it in a list"),
         (lambda: EventSourceResponse({"data": 1}), TypeError, "put it in a list"),
@@ -875,7 +875,7 @@ async def a_generator() -> AsyncIterator[str]:
             ValueError,
             "retry must be a whole number of milliseconds, at least 0, got 1.5",
         ),
-        (lambda: EventSourceResponse([], on_close="x"), TypeError, "on_close='x'"),  # type: ignore[arg-type]
+        (lambda: EventSourceResponse([], on_close="x"), TypeError, "on_close must be callable or None, got 'x'"),  # type: ignore[arg-type]
         (lambda: EventSourceResponse([], headers={"x": "a\r\nb"}), ValueError, "inject"),
         (lambda: EventSourceResponse([], headers={"x y": "a"}), ValueError, "'x y'"),
         (lambda: EventSourceResponse([], headers={"": "a"}), ValueError, "name"),
@@ -905,9 +905,9 @@ async def a_generator() -> AsyncIterator[str]:
             "headers must be a mapping or pairs (name, value), got 5",
         ),
         (lambda: EventSourceResponse([], registry=True), TypeError, "registry must be a StreamRegistry, got True"),  # type: ignore[arg-type]
-        (lambda: EventSourceResponse(HTTPError(404)), TypeError, "raise the HTTPError, in place of returning it"),  # type: ignore[arg-type]
-        (lambda: EventSourceResponse([], status_code=204), ValueError, "status_code=204"),
-        (lambda: EventSourceResponse([], status_code=99), ValueError, "status_code=99"),
+        (lambda: EventSourceResponse(HTTPError(404)), TypeError, "raise the HTTPError instead of returning it"),  # type: ignore[arg-type]
+        (lambda: EventSourceResponse([], status_code=204), ValueError, "with a body, got 204"),
+        (lambda: EventSourceResponse([], status_code=99), ValueError, "with a body, got 99"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_sent(
@@ -943,7 +943,7 @@ async def test_a_synchronous_source_runs_in_one_thread_and_context() -> None:
 @pytest.mark.real_time
 async def test_a_synchronous_source_is_closed_in_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "asgi_sse.stream.source._IN_NEXT", 30
+        "asgi_sse.stream.source._NEXT_TIMEOUT_S", 30
     )  # it may be inside, for a moment that a slow machine prolongs
     closed = threading.Event()
 
@@ -993,7 +993,7 @@ async def test_threads_are_bounded_and_given_back(monkeypatch: pytest.MonkeyPatc
 
     async with open_stream(EventSourceResponse(source())) as first:
         await first.receive()
-        with pytest.raises(SSEError, match="synchronous sources run already"):
+        with pytest.raises(SSEError, match="sync sources must be at most"):
             async with open_stream(EventSourceResponse(source())):
                 pass
         for needs_none in (["a", "b"], ("a", "b")):

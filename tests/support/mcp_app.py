@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "mcp"))
 
 import server
 
-from asgi_sse.adapters import sse_starlette as starlette
+from asgi_sse.adapters.sse_starlette_status import running_streams
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -20,7 +20,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
     gc.collect()  # the SDK's tasks leave cycles
     streams = {
         "all": sorted(stream.path for stream in server.app.registry),
-        "by the adapter": len(starlette._running),
+        "by the adapter": len(running_streams),
         "sessions": len(server.replay._of_session),
     }
     await send({"type": "http.response.start", "status": 200, "headers": []})
