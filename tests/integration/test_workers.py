@@ -106,7 +106,7 @@ def test_publish_command_reports_errors_in_one_line(
     for arguments, expected in (
         (command(backend_server, "a b", "x"), "channel must be 1 to 200 of"),
         (command(backend_server, "a", "x", "--event=a\nb"), "event must have no line end"),
-        (command(backend_server, "a"), "is not UTF-8"),
+        (command(backend_server, "a"), "data must be UTF-8"),
         (["publish", "memory://", "a", "x"], "in its own process"),
         (
             ["publish", "ftp://x", "a", "x"],
