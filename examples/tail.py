@@ -1,17 +1,18 @@
-r"""Streams a log file as it grows, one event a line: ``tail -F`` over HTTP, that loses no line.
+r"""Stream a log file over HTTP as it grows, one event per line: ``tail -F`` that loses no line.
 
     python examples/tail.py app.log                        # or --server hypercorn
-    curl -N http://127.0.0.1:8000/events                   # from now on; ?from=start: from the first line
+    curl -N http://127.0.0.1:8000/events                   # new lines only; ?from=start: from the first line
 
-A client that returns with the ``Last-Event-ID`` it has, as a browser's EventSource does by itself, goes on
-with the very next line, through rotated files (``app.log.1``, ``app.log-20240131``) as long as they are
-there and not compressed. Where its place is gone, it gets an event ``reset``, whose data tells why, and the
-current file from its start.
+A client that reconnects with ``Last-Event-ID``, as EventSource does by itself, continues with the next line. This
+works across rotated files (``app.log.1``, ``app.log-20240131``), as long as they exist and are not compressed. If the
+client's position no longer exists, it gets a ``reset`` event with the reason, and then the current file from its start.
 
-A line goes out when its line end is there. A line of more than 1 MiB goes out in pieces, all but the last
-as events ``part``. What cannot be seen, and is lost without a ``reset``: a file that comes and goes between
-two polls; the first lines of a log, if they are truncated away before they were read; and what a writer
-adds to a file when another one has written into the next file for longer than one poll.
+A line is sent once its line end is written. A line of more than 1 MiB is sent in pieces, and all pieces except the last
+one are events of the type ``part``.
+
+Three losses cannot be detected and cause no ``reset``: a file that appears and disappears between two polls; the first
+lines of a log that is truncated before they were read; and lines that a process still writes to a rotated file more
+than one poll after another process began to write to the new one.
 """
 
 import argparse
@@ -32,107 +33,108 @@ import anyio
 
 from asgi_sse import HTTPError, Request, ServerSentEvent, SSEMiddleware, StreamRegistry, create_app
 
-CHUNK = 65_536
-MAX_LINE = 1_048_576
-WINDOW = 1024  # bytes before a place by which it is known again: lines often differ in nothing but their time
+CHUNK_BYTES = 65_536
+MAX_LINE_BYTES = 1_048_576
+# The bytes before a position identify it. A single line would not: many lines of a log differ in their time only.
+WINDOW_BYTES = 1024
 POSITION = re.compile(r"([0-9]{1,20})-([0-9]{1,18})-([0-9a-f]{8})")
-ROTATED = r"[.-](?:old|[0-9][0-9.:+TZ_-]*)"  # by number or time; so app.log.1.gz and app.log.swp are none
+ROTATED = r"[.-](?:old|[0-9][0-9.:+TZ_-]*)"  # a number or a time; app.log.1.gz and app.log.swp do not match
 
 
 class LogFile(NamedTuple):
-    """A file of the log, as a listing of its directory found it."""
+    """A file of the log, from a listing of its directory. Files sort from the oldest to the current one."""
 
-    is_current: bool  # as a tuple, they sort from the oldest to the current one
+    is_current: bool
     mtime: int
-    rank: int  # of two that were written within one tick of the file system's clock, app.log.2 is older
+    rank: int  # orders files with the same mtime: app.log.2 is older than app.log.1
     path: Path
     inode: int
     size: int
 
 
 class RewrittenError(Exception):
-    """The file no longer has what was read from it: it was truncated, or written anew."""
+    """The file no longer contains what was read from it: it was truncated or rewritten."""
 
 
 class LogTail:
-    """One client's place in a log: what came behind it, and the id by which the client finds it again.
+    """One client's position in a log.
 
-    An id is ``inode-offset-crc``: the byte offset just past a line, and the CRC-32 of the bytes before it,
-    since an inode number alone comes back, in the next file or in the same one after a truncation. The open
-    file is held, so that a rotation takes nothing away. Its only buffer is the file itself.
+    An event id is ``inode-offset-crc``: the byte offset after a line, and the CRC-32 of the bytes before it. The inode
+    number alone is not enough: a new file can get the same number, and a truncated file keeps it. The file stays open,
+    so that a rotation cannot remove unread lines. Nothing is buffered besides the file itself.
 
     Args:
         path: The log that is being written.
-        last_event_id: Where to go on; ``None``: at the end of the log.
-        from_start: Without an id, begin with the first line.
+        last_event_id: The event to continue after; ``None``: start at the end of the log.
+        from_start: Without an id, start with the first line.
     """
 
     def __init__(self, path: Path, last_event_id: str | None = None, *, from_start: bool = False) -> None:
         self._path = path
-        self._wanted = last_event_id
+        self._resume_id = last_event_id
         self._from_start = from_start
         self._names = re.compile(f"{re.escape(path.name)}(?:{ROTATED})?")
         self._file: FileIO | None = None
-        self._next = 0  # the inode of the file that seems to come behind this one
+        self._successor_inode = 0  # of the file that probably follows this one
         self._inode = self._offset = 0
         self._before = b""  # the last bytes before the offset
 
     @property
     def id(self) -> str:
-        """The place behind the last event."""
+        """The id of the last event, which is the current position."""
         return f"{self._inode}-{self._offset}-{zlib.crc32(self._before):08x}"
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         if self._file is not None:
             self._file.close()
         self._file = None
 
     def read(self) -> Iterator[ServerSentEvent]:
-        """The events that are due. Then wait for one poll interval, and call again."""
-        with suppress(FileNotFoundError):  # a rotation is renaming files right now: the next call sees its end
+        """Yield the events that are available. Call this again after a poll interval."""
+        with suppress(FileNotFoundError):  # a rotation is renaming files; the next call sees the result
             if self._file is None:
                 yield from self._begin()
             while self._file is not None:
                 try:
                     yield from self._lines(self._file)
                     newer = self._successor(self._file)
-                    if newer is None or newer.inode != self._next:
-                        # Stay here for one interval more, since the writer may still hold the old file.
-                        self._next = 0 if newer is None else newer.inode
+                    if newer is None or newer.inode != self._successor_inode:
+                        # Read this file once more after the next interval, because a process may still write to it.
+                        self._successor_inode = 0 if newer is None else newer.inode
                         return
                     yield from self._lines(self._file, final=True)
                     self._enter(self._open(newer))
                 except RewrittenError:
-                    self._wanted = self.id
+                    self._resume_id = self.id
                     self.close()
                     yield from self._begin()
 
     def _lines(self, file: FileIO, *, final: bool = False) -> Iterator[ServerSentEvent]:
-        size = CHUNK
+        size = CHUNK_BYTES
         while True:
-            # What was read last is read again, and tells whether this is still the same file.
+            # Reads the last bytes again, to check that this is still the same content.
             data = os.pread(file.fileno(), len(self._before) + size, self._offset - len(self._before))
             if not data.startswith(self._before):
                 raise RewrittenError
-            # Of more than a chunk only the long line is taken: a split into a million short ones costs memory.
-            *lines, rest = data[len(self._before) :].split(b"\n", -1 if size == CHUNK else 1)
+            # A larger read only takes the long line: splitting the rest into a million short lines costs memory.
+            *lines, rest = data[len(self._before) :].split(b"\n", -1 if size == CHUNK_BYTES else 1)
             for line in lines:
                 yield self._event(line + b"\n")
             if lines:
-                size = CHUNK
+                size = CHUNK_BYTES
             elif len(rest) < size:
-                if rest and final:  # its end will never come
+                if rest and final:  # this line will get no line end
                     yield self._event(rest)
                 return
-            elif size < MAX_LINE:
-                size = MAX_LINE
+            elif size < MAX_LINE_BYTES:
+                size = MAX_LINE_BYTES
             else:
                 yield self._event(rest[: codecs.utf_8_decode(rest, "replace", False)[1]], "part")  # noqa: FBT003
 
     def _event(self, line: bytes, kind: str | None = None) -> ServerSentEvent:
         self._offset += len(line)
-        self._before = (self._before + line)[-WINDOW:]
+        self._before = (self._before + line)[-WINDOW_BYTES:]
         text = line.removesuffix(b"\n").removesuffix(b"\r").decode(errors="replace")
         return ServerSentEvent(text, event=kind, id=self.id)
 
@@ -140,23 +142,24 @@ class LogTail:
         files = self._list()
         if not files:
             return
-        if self._wanted is None:
-            file = self._open(next(filter(self._has_begun, reversed(files)), files[-1]))
+        if self._resume_id is None:
+            file = self._open(next(filter(self._has_lines, reversed(files)), files[-1]))
             self._enter(file, 0 if self._from_start else _end_of_lines(file))
-            yield ServerSentEvent(id=self.id)  # so that a client resumes that is dropped before its first line
-        elif reason := self._resume(files, self._wanted):
+            yield ServerSentEvent(id=self.id)  # lets a client resume that is cut before its first line
+        elif reason := self._resume(files, self._resume_id):
             self._enter(self._open(files[-1]))
             yield ServerSentEvent({"reason": reason}, event="reset", id=self.id)
 
-    def _resume(self, files: list[LogFile], wanted: str) -> str | None:
-        position = POSITION.fullmatch(wanted)
+    def _resume(self, files: list[LogFile], event_id: str) -> str | None:
+        """Open the file of an event id at its position; return the reason if that is impossible."""
+        position = POSITION.fullmatch(event_id)
         if position is None:
-            return "the id is none of this log"
+            return "the id does not belong to this log"
         inode, offset, crc = int(position[1]), int(position[2]), int(position[3], 16)
         found = [file for file in files if file.inode == inode]
         if not found:
-            return "the file is gone, compressed, or not readable"
-        # Or else in a copy: logrotate's copytruncate copies the file, then truncates it.
+            return "the file was deleted or compressed, or is not readable"
+        # Also tries the other files: copytruncate of logrotate copies a file and then truncates it.
         for candidate in [*found, *reversed(files)]:
             file = self._open(candidate)
             before = _bytes_before(file, offset)
@@ -164,10 +167,10 @@ class LogTail:
                 self._enter(file, offset)
                 return None
             file.close()
-        return "the file was truncated, or written anew"
+        return "the file was truncated or rewritten"
 
     def _successor(self, file: FileIO) -> LogFile | None:
-        """The next newer file, if the log was rotated."""
+        """Return the next newer file if the log was rotated."""
         with suppress(FileNotFoundError):
             if self._path.stat().st_ino == self._inode:
                 return None
@@ -175,13 +178,13 @@ class LogTail:
         ours = [index for index, other in enumerate(files) if other.inode == self._inode]
         if ours:
             files = files[ours[-1] + 1 :]
-        else:  # deleted by now, or compressed
+        else:  # this file was deleted or compressed
             mtime = os.fstat(file.fileno()).st_mtime_ns
             files = [other for other in files if other.is_current or other.mtime >= mtime]
-        return next(filter(self._has_begun, files), None)
+        return next(filter(self._has_lines, files), None)
 
-    def _has_begun(self, file: LogFile) -> bool:
-        """Whether a place in it can be found again: the start of a file that may be truncated cannot."""
+    def _has_lines(self, file: LogFile) -> bool:
+        """Return whether a position in the file can be identified; the current file needs a complete line for that."""
         if not file.is_current:
             return file.size > 0
         with self._open(file) as current:
@@ -203,7 +206,7 @@ class LogTail:
 
     def _list(self) -> list[LogFile]:
         files = sorted(self._scan())
-        # A file that is renamed while its directory is read may be missed: twice the same is the truth.
+        # A listing can miss a file that is renamed at that moment. Two equal listings are complete.
         if {(file.path, file.inode) for file in files} != {(file.path, file.inode) for file in self._scan()}:
             raise FileNotFoundError(self._path)
         return files
@@ -222,29 +225,29 @@ class LogTail:
 def _bytes_before(file: FileIO, offset: int) -> bytes | None:
     if offset > os.fstat(file.fileno()).st_size:
         return None
-    start = max(0, offset - WINDOW)
+    start = max(0, offset - WINDOW_BYTES)
     return os.pread(file.fileno(), offset - start, start)
 
 
 def _end_of_lines(file: FileIO) -> int:
-    """Behind the last whole line; of an endless line, somewhere in it."""
-    start = max(0, os.fstat(file.fileno()).st_size - CHUNK)
-    return start + os.pread(file.fileno(), CHUNK, start).rfind(b"\n") + 1
+    """Return the offset after the last complete line, or one within the line if it is very long."""
+    start = max(0, os.fstat(file.fileno()).st_size - CHUNK_BYTES)
+    return start + os.pread(file.fileno(), CHUNK_BYTES, start).rfind(b"\n") + 1
 
 
 def tail_app(path: str | Path, *, interval: float = 0.1) -> SSEMiddleware:
-    """The ASGI app that streams a log.
+    """Create the ASGI app that streams a log.
 
     Args:
         path: The log.
-        interval: Seconds between two looks at it.
+        interval: Seconds between two polls.
     """
     log = Path(path).absolute()
 
     async def events(request: Request) -> AsyncIterator[ServerSentEvent]:
         with closing(LogTail(log, request.last_event_id, from_start=request.query.get("from") == "start")) as tail:
             while True:
-                # Read right here: a thread would cost more than 64 KiB of a local file do.
+                # Not in a thread: that would take longer than reading 64 KiB of a local file.
                 for event in tail.read():
                     yield event
                 await anyio.sleep(interval)
@@ -252,15 +255,15 @@ def tail_app(path: str | Path, *, interval: float = 0.1) -> SSEMiddleware:
     async def index(request: Request) -> None:
         raise HTTPError(200, f"curl -N http://{request.headers.get('host', 'HOST')}/events\n")
 
-    registry = StreamRegistry(drain_timeout=0.5)  # until a client that does not read is dropped when the server stops
+    registry = StreamRegistry(drain_timeout=0.5)  # seconds for clients that do not read at shutdown
     return create_app({"/": index, "/events": events}, registry=registry)
 
 
 def serve_uvicorn(app: SSEMiddleware, host: str, port: int) -> None:
     """Serve until Ctrl-C or SIGTERM."""
-    import uvicorn  # noqa: PLC0415 (one of the two servers is enough)
+    import uvicorn  # noqa: PLC0415 (only one of the two servers has to be installed)
 
-    with suppress(KeyboardInterrupt):  # raised once more behind the shutdown
+    with suppress(KeyboardInterrupt):  # uvicorn raises it again after the shutdown
         uvicorn.run(app, host=host, port=port)
 
 
@@ -275,15 +278,17 @@ def serve_hypercorn(app: SSEMiddleware, host: str, port: int) -> None:
 
 
 def main() -> None:
-    """Parse the command line, and serve."""
-    parser = argparse.ArgumentParser(description="Stream a log file as it grows, one event a line, at /events.")
-    parser.add_argument("file", type=Path, metavar="FILE", help="the log")
-    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
-    parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
-    parser.add_argument("--server", choices=["uvicorn", "hypercorn"], default="uvicorn", help="default: %(default)s")
+    """Parse the command line and serve the log."""
+    parser = argparse.ArgumentParser(description="Stream a log file as it grows, one event per line, at /events.")
+    parser.add_argument("file", type=Path, metavar="FILE", help="log file")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--server", choices=["uvicorn", "hypercorn"], default="uvicorn", help="server to run (default: %(default)s)"
+    )
     args = parser.parse_args()
     if not (args.file.is_file() and os.access(args.file, os.R_OK)):
-        parser.error(f"{args.file} is no file that can be read")
+        parser.error(f"FILE must be a readable regular file, got {args.file}")
     serve = serve_hypercorn if args.server == "hypercorn" else serve_uvicorn
     try:
         serve(tail_app(args.file), args.host, args.port)

@@ -1,4 +1,4 @@
-"""Answers of a language model that go on when the page is closed, and are all there when it comes back."""
+"""Answers of a language model that continue when the page is closed, and are complete when it is opened again."""
 
 import os
 import secrets
@@ -12,17 +12,18 @@ from asgi_sse import Broker, HTTPError, Request, ServerSentEvent, create_app
 
 PAGE = HTMLResponse(Path(__file__).with_name("index.html").read_text())
 
+# Redis instead of memory lets every process serve every answer.
 broker = Broker(os.environ.get("BROKER_URL", "memory://"), run_grace=1)
 
 
 async def generate(prompt: str) -> AsyncIterator[ServerSentEvent]:
-    """Stands for a model."""
+    """Generate tokens slowly, in place of a real model."""
     try:
         for word in f"You said: {prompt}\nI have nothing to add, but I can say it at length.".split(" ") * 3:
             await anyio.sleep(0.04)
             yield ServerSentEvent({"token": f"{word} "})
     finally:
-        print("an answer has ended", flush=True)
+        print("the answer is complete or was cancelled", flush=True)
 
 
 async def ask(request: Request) -> JSONResponse:
@@ -30,7 +31,8 @@ async def ask(request: Request) -> JSONResponse:
         case {"prompt": str(prompt)}:
             pass
         case _:
-            raise HTTPError(422, 'give {"prompt": "some text"}')
+            raise HTTPError(422, 'the body must be {"prompt": "some text"}')
+    # The run keeps its events for 600 seconds after its end. Its random name protects it from other clients.
     run = await broker.run(f"answer/{secrets.token_hex(8)}", generate(prompt), ttl=600, max_lifetime=60)
     return JSONResponse({"channel": run.name}, 202)
 

@@ -1,4 +1,4 @@
-"""A Django project in one file: a view that returns a stream, and a route beside Django that streams from its ORM."""
+"""A Django project in one file: a view that returns a stream, and a route outside Django that streams from the ORM."""
 
 from collections.abc import AsyncIterator
 from itertools import count
@@ -17,7 +17,7 @@ from asgi_sse.adapters.django import EventSourceResponse, endpoint
 
 DATABASE = {"ENGINE": "django.db.backends.sqlite3", "NAME": Path(__file__).with_name("db.sqlite3")}
 settings.configure(ROOT_URLCONF=__name__, SECRET_KEY="a secret", ALLOWED_HOSTS=["*"], DATABASES={"default": DATABASE})
-django = get_asgi_application()  # before the models
+django = get_asgi_application()  # models can only be defined after this
 
 
 class Message(models.Model):
@@ -46,9 +46,9 @@ def say(request: HttpRequest) -> HttpResponse:
 
 @endpoint
 async def messages(request: Request) -> AsyncIterator[ServerSentEvent]:
-    last = request.last_event_id or "0"
+    last = request.last_event_id or "0"  # a message's primary key
     if not last.isdecimal() or len(last) > 9:
-        raise HTTPError(400, "that is no id of this stream")
+        raise HTTPError(400, "Last-Event-ID must be an id of this stream")
     while True:
         async for message in Message.objects.filter(pk__gt=last).order_by("pk").aiterator():
             last = str(message.pk)
@@ -57,9 +57,10 @@ async def messages(request: Request) -> AsyncIterator[ServerSentEvent]:
 
 
 urlpatterns = [path("clock", clock), path("say", say)]
+# The middleware answers /messages itself, and passes all other requests to Django.
 application = SSEMiddleware(django, routes={"/messages": messages})
 
-if __name__ == "__main__":  # in place of manage.py migrate
+if __name__ == "__main__":  # creates the table, in place of "manage.py migrate"
     if "messages" not in connection.introspection.table_names():
         with connection.schema_editor() as editor:
             editor.create_model(Message)

@@ -13,7 +13,7 @@ app = FastAPI()
 
 
 def last_seen(last_event_id: Annotated[int, Header(ge=0, le=10**9)] = 0) -> int:
-    """The id that a client which reconnects has seen last."""
+    """Return the id of the last event that a reconnecting client received, or 0."""
     return last_event_id
 
 
@@ -27,5 +27,5 @@ async def multiples(step: int, seen: int) -> AsyncIterator[JSONServerSentEvent]:
 async def stream(
     seen: Annotated[int, Depends(last_seen)], step: Annotated[int, Query(ge=1, le=100)] = 1
 ) -> EventSourceResponse:
-    """The multiples of a number, without end."""
+    """Stream the multiples of a number without end."""
     return EventSourceResponse(multiples(step, seen))

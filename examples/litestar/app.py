@@ -1,4 +1,4 @@
-"""A stream from a Litestar handler; and one from a plain ASGI callable among the handlers."""
+"""A stream from a Litestar handler, and one from a plain ASGI callable among the handlers."""
 
 from collections.abc import AsyncIterator
 from itertools import count
@@ -19,13 +19,13 @@ async def multiples(step: int) -> AsyncIterator[ServerSentEvent]:
         await anyio.sleep(0.2)
 
 
-# Recommended: parameters, dependencies, guards and cookies are those of any other handler.
+# Recommended: parameters, dependencies, guards and cookies work as in any other handler.
 @get("/multiples")
 async def returned(step: Annotated[int, Parameter(ge=1, le=100)] = 1) -> EventSourceResponse:
     return EventSourceResponse(multiples(step))
 
 
-# For a callable that runs under other frameworks too: it gets no more than ASGI has.
+# For a callable that also runs under other frameworks: it only gets what ASGI provides.
 @asgi("/plain", copy_scope=True)
 async def plain(scope: Any, receive: Any, send: Any) -> None:
     await PlainResponse(multiples(1))(scope, receive, send)

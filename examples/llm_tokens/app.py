@@ -1,4 +1,4 @@
-"""Tokens of a language model as it makes them, asked for by POST; it stops when the client leaves."""
+"""The tokens of a language model, streamed as the answer to a POST. The model stops when the client disconnects."""
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -13,15 +13,15 @@ PAGE = HTMLResponse(Path(__file__).with_name("index.html").read_text())
 
 
 async def generate(prompt: str) -> AsyncGenerator[str, None]:
-    """Stands for a model."""
-    made = 0
+    """Generate tokens slowly, in place of a real model."""
+    generated = 0
     try:
         for word in f"You said: {prompt}\nI have nothing to add, but I can say it at length.".split(" ") * 3:
             await anyio.sleep(0.04)
-            made += 1
+            generated += 1
             yield f"{word} "
     finally:
-        print(f"made {made} tokens", flush=True)
+        print(f"generated {generated} tokens", flush=True)
 
 
 async def answer(request: Request) -> AsyncIterator[ServerSentEvent | str]:
@@ -29,10 +29,11 @@ async def answer(request: Request) -> AsyncIterator[ServerSentEvent | str]:
         case {"prompt": str(prompt)}:
             pass
         case _:
-            raise HTTPError(422, 'give {"prompt": "some text"}')
+            raise HTTPError(422, 'the body must be {"prompt": "some text"}')
+    # aclosing() ends the generator at once when the client disconnects, and so runs its `finally`.
     async with aclosing(generate(prompt)) as tokens:
         async for token in tokens:
-            yield ServerSentEvent({"token": token})  # as JSON: a token may be a space, or a line end
+            yield ServerSentEvent({"token": token})  # JSON keeps tokens such as a space or a line end
     yield "[DONE]"
 
 

@@ -1,4 +1,4 @@
-"""Calls the tools of ``server.py``, by the SDK's own client: ``python client.py URL [legacy]``."""
+"""Call the tools of ``server.py`` with the SDK's client: ``python client.py URL [legacy]``."""
 
 import asyncio
 import sys
@@ -8,12 +8,12 @@ from mcp.client.sse import sse_client
 
 
 async def show(progress: float, total: float | None, message: str | None) -> None:
-    """Print one step."""
+    """Print a progress report."""
     print(f"progress {progress:g}/{total or 0:g}: {message}", flush=True)
 
 
 async def main(url: str, mode: str = "auto") -> None:
-    """List the tools, and call each."""
+    """List the tools and call each one."""
     async with Client(sse_client(url) if url.endswith("/sse") else url, mode=mode) as client:
         print(f"protocol {client.protocol_version}")
         print("tools:", ", ".join(tool.name for tool in (await client.list_tools()).tools))

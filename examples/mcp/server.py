@@ -1,4 +1,4 @@
-"""An MCP server, over streamable HTTP (``/mcp``) and over SSE (``/sse``), on the streams of asgi_sse."""
+"""An MCP server over streamable HTTP (``/mcp``) and SSE (``/sse``), with the streams of asgi_sse."""
 
 from collections.abc import Awaitable, Callable, Iterator
 from contextvars import ContextVar
@@ -15,7 +15,7 @@ from mcp_types import JSONRPCMessage
 from asgi_sse import SSEMiddleware
 from asgi_sse.adapters.sse_starlette import EventSourceResponse
 
-# The SDK has no setting for its response: it looks up this name, in these two modules, at each request.
+# The SDK has no setting for its response class. It looks up this name in these two modules at each request.
 mcp.server.sse.EventSourceResponse = EventSourceResponse  # type: ignore[assignment, attr-defined]
 mcp.server.streamable_http.EventSourceResponse = EventSourceResponse  # type: ignore[assignment, attr-defined]
 
@@ -30,7 +30,7 @@ def add(a: int, b: int) -> int:
 
 @server.tool()
 async def count(to: int, ctx: Context[Any, Any], seconds: float = 1.0) -> str:
-    """Count, and report each step while it runs."""
+    """Count slowly and report each step."""
     for number in range(1, to + 1):
         await anyio.sleep(seconds)
         await ctx.report_progress(number, to, f"{number} of {to}")
@@ -38,7 +38,7 @@ async def count(to: int, ctx: Context[Any, Any], seconds: float = 1.0) -> str:
 
 
 class Events:
-    """What one session was sent last: `MAX` messages, each with its stream and its id."""
+    """The last `MAX` messages that were sent to one session, each with its stream and its id."""
 
     MAX = 1000
 
@@ -47,14 +47,14 @@ class Events:
         self._next = 1
 
     def add(self, stream: str, message: JSONRPCMessage | None) -> str:
-        """Keep a message; gives its id."""
+        """Keep a message and return its id."""
         number, self._next = self._next, self._next + 1
         self._sent[number] = stream, message
         self._sent.pop(number - self.MAX, None)
         return str(number)
 
     def after(self, event_id: str) -> tuple[str | None, Iterator[tuple[str, JSONRPCMessage]]]:
-        """The stream that an id belongs to, and what that was sent since."""
+        """Return the stream of an event, and the later messages of that stream."""
         number = int(event_id) if event_id.isdecimal() and len(event_id) < 10 else 0
         stream = self._sent[number][0] if number in self._sent else None
         later = [
@@ -66,22 +66,22 @@ class Events:
 
 
 class Replay(EventStore):
-    """Makes streams resumable, and is the ASGI app that knows whose they are.
+    """Makes streams resumable, with separate events for each session.
 
-    The SDK tells a store no session, and names a stream by its request's id, which starts at 1 in every session:
-    events that were kept in one place would be replayed to other clients.
+    The SDK does not pass the session to a store. It names a stream after the id of its request, which starts at 1 in
+    every session. In one shared store, a client could get the events of another one.
     """
 
     def __init__(self) -> None:
         self._current: ContextVar[Events] = ContextVar("events")
-        # Only a session's own task keeps its events, since that inherits the context of the request that began it.
+        # Weak: the session's task keeps its events alive, because it inherits the context of the first request.
         self._of_session: WeakValueDictionary[str, Events] = WeakValueDictionary()
 
     def around(self, app: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
-        """`app`, each request with the events of its session."""
+        """Return `app` with the events of the request's session in the context."""
 
         async def with_events(scope: Any, receive: Any, send: Any) -> None:
-            async def send_and_note(message: Any) -> None:
+            async def send_and_register(message: Any) -> None:
                 for name, value in message.get("headers", ()):
                     if name == b"mcp-session-id":
                         self._of_session[value.decode()] = events
@@ -90,16 +90,16 @@ class Replay(EventStore):
             session = dict(scope.get("headers", ())).get(b"mcp-session-id", b"").decode("latin-1")
             events = self._of_session.get(session) or Events()
             self._current.set(events)
-            await app(scope, receive, send_and_note if scope["type"] == "http" else send)
+            await app(scope, receive, send_and_register if scope["type"] == "http" else send)
 
         return with_events
 
     async def store_event(self, stream_id: str, message: JSONRPCMessage | None) -> str:
-        """See the base."""
+        """Keep a message of the current session and return its id."""
         return self._current.get().add(stream_id, message)
 
     async def replay_events_after(self, last_event_id: str, send_callback: EventCallback) -> str | None:
-        """See the base."""
+        """Send the later messages of the event's stream, and return the stream's id."""
         stream, messages = self._current.get().after(last_event_id)
         for event_id, message in messages:
             await send_callback(EventMessage(message, event_id))
@@ -107,7 +107,7 @@ class Replay(EventStore):
 
 
 replay = Replay()
-starlette = server.streamable_http_app(event_store=replay, retry_interval=1000)  # with the lifespan that both need
+starlette = server.streamable_http_app(event_store=replay, retry_interval=1000)  # its lifespan serves both transports
 starlette.router.routes.extend(server.sse_app().routes)
 
 app = SSEMiddleware(replay.around(starlette))

@@ -1,4 +1,4 @@
-"""Memory streams of anyio as sources: one with its own producer, and many behind a shared one."""
+"""Memory streams of anyio as sources: many with one shared producer, and one with a producer of its own."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,8 +22,8 @@ async def broadcast() -> None:
             try:
                 subscriber.send_nowait(f"news {number}")
             except anyio.WouldBlock:
-                pass  # too slow: it misses this one
-            except anyio.BrokenResourceError:  # its client has left
+                pass  # this client is too slow, and misses this event
+            except anyio.BrokenResourceError:  # the client disconnected
                 subscribers.remove(subscriber)
                 subscriber.close()
         await anyio.sleep(0.2)
@@ -36,7 +36,7 @@ async def news(request: Request) -> EventSourceResponse:
 
 
 async def produce(send: MemoryObjectSendStream[str]) -> None:
-    async with send:  # its end ends the stream
+    async with send:  # closing it ends the stream
         for number in range(3, 0, -1):
             await send.send(f"{number}")
             await anyio.sleep(0.2)

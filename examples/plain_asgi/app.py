@@ -1,4 +1,4 @@
-"""No framework: endpoints of `create_app`, and an ASGI app written by hand that answers with a stream."""
+"""Without a framework: endpoints of `create_app`, and an ASGI app that sends a stream by itself."""
 
 from collections.abc import AsyncIterator, Iterator
 from itertools import count
@@ -17,13 +17,14 @@ async def ticks() -> AsyncIterator[ServerSentEvent]:
 
 
 def countdown(request: Request) -> Iterator[str]:
-    """Not async: it runs in a thread, and may block."""
+    """Run in a thread, because this generator is not async: it may block."""
     for number in range(3, 0, -1):
         yield f"{request.path_params['name']}: {number}"
         sleep(0.2)
 
 
 async def by_hand(scope: Any, receive: Any, send: Any) -> None:
+    # A response is an ASGI app: call it with the arguments of yours.
     await EventSourceResponse(ticks(), headers={"x-made": "by hand"})(scope, receive, send)
 
 

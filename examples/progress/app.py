@@ -1,4 +1,4 @@
-"""The progress of a long job: POST starts it, GET follows it, and goes on where it was after a reconnect."""
+"""The progress of a long job: POST starts the job, GET streams its progress and resumes after a reconnect."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -15,7 +15,7 @@ class Job:
     def __init__(self) -> None:
         self.percent = 0
         self.changed = asyncio.Condition()
-        self.task = asyncio.create_task(self.work())  # kept, since the event loop does not keep it
+        self.task = asyncio.create_task(self.work())  # the event loop keeps no strong reference to a task
 
     async def work(self) -> None:
         while self.percent < 100:
@@ -30,12 +30,12 @@ jobs: dict[str, Job] = {}
 
 async def progress(job: Job, seen: int) -> AsyncIterator[ServerSentEvent]:
     if seen >= 100:
-        raise HTTPError(204)  # an EventSource that reconnects behind the end is told to stop
+        raise HTTPError(204)  # makes an EventSource stop that reconnects after the end
     while seen < 100:
         async with job.changed:
             while job.percent <= seen:
                 await job.changed.wait()
-        seen = job.percent
+        seen = job.percent  # the latest value: a slow client skips the values in between
         yield ServerSentEvent({"percent": seen}, event="progress" if seen < 100 else "done", id=seen)
 
 
@@ -44,11 +44,11 @@ async def endpoint(request: Request) -> AsyncIterator[ServerSentEvent] | PlainTe
     job = jobs.get(name)
     if request.method == "POST":
         if job is not None and job.percent < 100:
-            raise HTTPError(409, f"{name} is running")
+            raise HTTPError(409, f"job {name} is already running")
         if len(jobs) >= 1000 or len(name) > 100:
-            raise HTTPError(503, "there are too many jobs, or that name is too long")
+            raise HTTPError(503, "there are too many jobs, or the name is too long")
         jobs[name] = Job()
-        return PlainTextResponse(f"{name} has started\n", 202)
+        return PlainTextResponse(f"job {name} started\n", 202)
     if job is None:
         raise HTTPError(404, f"there is no job {name}")
     last = request.last_event_id or "0"

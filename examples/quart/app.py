@@ -1,4 +1,4 @@
-"""A stream from a Quart view; its source may use the request."""
+"""A stream from a Quart view. Its source can use the request."""
 
 from collections.abc import AsyncIterator
 from itertools import count
@@ -10,7 +10,7 @@ from asgi_sse import ServerSentEvent, SSEMiddleware
 from asgi_sse.adapters.quart import EventSourceResponse
 
 app = Quart(__name__)
-app.asgi_app = SSEMiddleware(app.asgi_app)  # tells the streams that the server stops
+app.asgi_app = SSEMiddleware(app.asgi_app)  # ends the streams when the server shuts down
 
 
 async def greetings() -> AsyncIterator[ServerSentEvent]:

@@ -1,4 +1,4 @@
-"""Endpoints that say farewell when the server stops: by `request.draining`, and by an event as in sse-starlette."""
+"""Streams that send a last event at shutdown, with `request.draining` or with an event as in sse-starlette."""
 
 from collections.abc import AsyncIterator
 from itertools import count
@@ -17,6 +17,7 @@ FAREWELL = ServerSentEvent("the server restarts", event="farewell")
 async def ticks(request: Request) -> AsyncIterator[ServerSentEvent]:
     for number in count(1):
         yield ServerSentEvent({"tick": number}, id=number)
+        # Waits 0.2 seconds for the next event, or until the server shuts down.
         with anyio.move_on_after(0.2):
             await request.draining.wait()
             break
@@ -33,7 +34,7 @@ async def ticks_until(stopping: anyio.Event) -> AsyncIterator[ServerSentEvent]:
 
 
 async def adapter(request: StarletteRequest) -> EventSourceResponse:
-    stopping = anyio.Event()
+    stopping = anyio.Event()  # the response sets it at shutdown, and then waits 2 seconds for the source
     return EventSourceResponse(ticks_until(stopping), shutdown_event=stopping, shutdown_grace_period=2)
 
 

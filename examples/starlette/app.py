@@ -1,4 +1,4 @@
-"""A stream from a Starlette endpoint. A client that reconnects goes on behind the last event that it has seen."""
+"""A stream from a Starlette endpoint. A client that reconnects continues after the last event that it received."""
 
 from collections.abc import AsyncIterator
 from itertools import count
@@ -20,10 +20,11 @@ async def count_from(first: int) -> AsyncIterator[ServerSentEvent]:
 
 async def numbers(request: Request) -> EventSourceResponse:
     last = request.headers.get("last-event-id", "0")
-    if not last.isdecimal() or len(last) > 9:
-        raise HTTPException(400, "that is no id of this stream")
+    if not last.isdecimal() or len(last) > 9:  # any client can send any header
+        raise HTTPException(400, "Last-Event-ID must be an id of this stream")
     return EventSourceResponse(count_from(int(last) + 1))
 
 
-# Streams work without the middleware too. It sets defaults for all of them, and keeps compressors off them.
+# Streams also work without the middleware. It sets the defaults of all streams, and prevents that another middleware
+# compresses them.
 app = SSEMiddleware(Starlette(routes=[Route("/numbers", numbers)]), ping=10, max_lifetime=3600)

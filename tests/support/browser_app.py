@@ -1,4 +1,4 @@
-"""The app of test_eventsource.py, in a process of its own."""
+"""The app that test_eventsource.py runs in a process of its own."""
 
 import os
 import time
@@ -29,7 +29,7 @@ broker = Broker(history=5)
 requests: list[dict[str, Any]] = []
 
 
-async def page(scope: Any, receive: Any, send: Any) -> None:
+async def blank_page(scope: Any, receive: Any, send: Any) -> None:
     headers = [(b"content-type", b"text/html")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": b"<!doctype html><link rel=icon href=data:,><title>test</title>"})
@@ -52,17 +52,17 @@ async def numbers(last: str | None) -> AsyncIterator[ServerSentEvent]:
 
 
 async def cut(scope: Any, receive: Any, send: Any) -> None:
-    """Numbers; the first five connections are cut, each within some event."""
+    """Stream numbers; cut each of the first five connections within an event."""
     last = next((value.decode() for name, value in scope["headers"] if name == b"last-event-id"), None)
-    times = sum(request["path"] == scope["path"] for request in requests)
-    left = 400 * times + 7 if times <= 5 else 10**9
+    attempt = sum(request["path"] == scope["path"] for request in requests)
+    left = 400 * attempt + 7 if attempt <= 5 else 10**9
 
     async def send_some(message: Any) -> None:
         nonlocal left
         body = message.get("body", b"")
         if len(body) >= left:
             await send({**message, "body": body[:left], "more_body": True})
-            while not abort_gracefully(send):
+            while not abort_when_written(send):
                 await anyio.sleep(0.001)
             await anyio.sleep_forever()
         left -= len(body)
@@ -71,8 +71,8 @@ async def cut(scope: Any, receive: Any, send: Any) -> None:
     await EventSourceResponse(numbers(last), retry=20, registry=registry)(scope, receive, send_some)
 
 
-def abort_gracefully(send: Any) -> bool:
-    """Cut the connection as soon as what was written is on its way: an abort would drop it unsent."""
+def abort_when_written(send: Any) -> bool:
+    """Cut the connection if the write buffer is empty: an abort would drop its content."""
     transport = send.__self__.transport
     return transport.get_write_buffer_size() == 0 and abort_transport(send)
 
@@ -87,16 +87,16 @@ async def idle() -> AsyncIterator[str]:
 
 
 def odd_ids(request: Request) -> Any:
-    """An event with one of the ids, then the end; at the last one, an end for good."""
+    """Send one event with the next id and end; after the last id answer 204."""
     last = request.last_event_id
-    place = 0 if last is None else ODD_IDS.index(last) + 1
-    if place == len(ODD_IDS):
+    position = 0 if last is None else ODD_IDS.index(last) + 1
+    if position == len(ODD_IDS):
         raise HTTPError(204)
-    return EventSourceResponse([ServerSentEvent("x", id=ODD_IDS[place])], retry=20)
+    return EventSourceResponse([ServerSentEvent("x", id=ODD_IDS[position])], retry=20)
 
 
 async def drain(request: Request) -> None:
-    """End all streams; and publish so many events meanwhile."""
+    """End all streams, then publish events while the clients are disconnected."""
     registry.end(registry)
     while len(registry):
         await anyio.sleep(0.001)
@@ -127,11 +127,11 @@ async def requested() -> AsyncIterator[ServerSentEvent]:
 
 
 def cookie(request: Request) -> EventSourceResponse:
-    return EventSourceResponse([request.cookies.get("who", "nobody")], retry=60_000)
+    return EventSourceResponse([request.cookies.get("user", "nobody")], retry=60_000)
 
 
 streams = SSEMiddleware(
-    page,
+    blank_page,
     {
         "/kinds": kinds,
         "/ends": ends,
@@ -149,7 +149,7 @@ streams = SSEMiddleware(
     retry=150,
 )
 APPS: dict[str, Any] = {
-    "cut": cut,  # with nothing between it and the server, whose connection it cuts
+    "cut": cut,  # not inside the middleware: it needs the server's own send to cut the connection
     "allowed": create_app(
         {"/allowed/small": small, "/allowed/odd": odd_ids, "/allowed/cookie": cookie}, registry=registry, cors=OTHER
     ),

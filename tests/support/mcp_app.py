@@ -1,4 +1,4 @@
-"""examples/mcp/server.py, with what the test wants to know of its streams."""
+"""examples/mcp/server.py, plus a page with the number of its streams and sessions for test_mcp.py."""
 
 import gc
 import json
@@ -17,7 +17,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
     if scope.get("path") != "/statistics":
         await server.app(scope, receive, send)
         return
-    gc.collect()  # the SDK's tasks leave cycles
+    gc.collect()  # the SDK's tasks leave reference cycles
     streams = {
         "all": sorted(stream.path for stream in server.app.registry),
         "by the adapter": len(running_streams),

@@ -1,4 +1,7 @@
-"""The SDK's own client on every transport, for test_mcp.py, which talks to it by lines; stdin says when to go on."""
+"""The SDK's own client on every transport.
+
+test_mcp.py runs it. The client prints JSON lines, and waits for a line on stdin where the test has to act first.
+"""
 
 import json
 import sys
@@ -11,16 +14,16 @@ from mcp import Client
 from mcp.client.sse import sse_client
 
 
-def tell(what: str, **more: Any) -> None:
+def report(what: str, **more: Any) -> None:
     print(json.dumps({"what": what, **more}), flush=True)
 
 
-async def go_on() -> None:
+async def wait_for_test() -> None:
     await anyio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True)
 
 
-async def calls(name: str, client: Client) -> None:
-    """All that ends by itself."""
+async def call_tools(name: str, client: Client) -> None:
+    """Make the calls that end by themselves, and report their results."""
     steps: list[float] = []
 
     async def progress(progress: float, total: float | None, message: str | None) -> None:
@@ -29,11 +32,11 @@ async def calls(name: str, client: Client) -> None:
     tools = [tool.name for tool in (await client.list_tools()).tools]
     add: Any = (await client.call_tool("add", {"a": 1, "b": 2})).structured_content
     count: Any = (await client.call_tool("count", {"to": 3, "seconds": 0.02}, None, progress)).structured_content
-    tell(name, protocol=client.protocol_version, tools=tools, add=add, count=count, steps=steps)
+    report(name, protocol=client.protocol_version, tools=tools, add=add, count=count, steps=steps)
 
 
 class Call:
-    """A call that goes on until the server stops."""
+    """A tool call that runs until the server stops."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -50,17 +53,17 @@ class Call:
         try:
             await client.call_tool("count", {"to": 10_000, "seconds": 0.05}, None, self._progress)
         except Exception as exc:
-            tell("ended", name=self.name, error=repr(exc), steps=self.steps, at=time.monotonic())
+            report("ended", name=self.name, error=repr(exc), steps=self.steps, at=time.monotonic())
 
 
-async def listens(client: Client) -> None:
+async def listen(client: Client) -> None:
     try:
         async with client.listen(tools_list_changed=True) as subscription:
-            tell("listens")
+            report("listening")
             async for _ in subscription:
                 pass
     except Exception as exc:
-        tell("ended", name="listen", error=repr(exc), at=time.monotonic())
+        report("ended", name="listen", error=repr(exc), at=time.monotonic())
 
 
 async def main(base: str) -> None:
@@ -72,30 +75,30 @@ async def main(base: str) -> None:
         Client(f"{base}/mcp") as auto,
         anyio.create_task_group() as tasks,
     ):
-        await calls("legacy", legacy)
-        await calls("auto", auto)
+        await call_tools("legacy", legacy)
+        await call_tools("auto", auto)
         for mode in ("legacy", "auto"):
             async with sse(mode) as client:
-                await calls(f"sse {mode}", client)
+                await call_tools(f"sse {mode}", client)
 
         cut = Call("cut")
         tasks.start_soon(cut.run, legacy)
         await cut.reached(2)
-        tell("cut me")
-        await go_on()
+        report("ready to be cut")
+        await wait_for_test()
         before = cut.steps[-1]
         await cut.reached(before + 15)
-        tell("resumed", steps=cut.steps[: int(before) + 15])
+        report("resumed", steps=cut.steps[: int(before) + 15])
 
         async with sse("legacy") as old:
             running = [Call("post"), Call("modern"), Call("sse")]
             for call, client in zip(running, (legacy, auto, old), strict=True):
                 tasks.start_soon(partial(call.run, client))
-            tasks.start_soon(listens, auto)
+            tasks.start_soon(listen, auto)
             for call in running:
                 await call.reached(2)
-            tell("all open")
-            await go_on()
+            report("all open")
+            await wait_for_test()
 
 
 anyio.run(main, sys.argv[1])
