@@ -1,6 +1,6 @@
-"""Sampler that do not do as they are told: each ends once, with its reason, in its time, on asyncio and trio.
+"""Sources that misbehave: each ends once, with its reason, in time, on asyncio and trio.
 
-The parameters are the table of what is promised; what each did is printed, for ``pytest -rP``.
+The parameters state what is promised. Each test prints what happened, for ``pytest -rP``.
 """
 
 import asyncio
@@ -202,7 +202,7 @@ async def is_cancelled_by_what_it_awaits(log: Log) -> AsyncIterator[Any]:
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
-async def test_hostile_source(
+async def test_hostile_source_ends_once_and_in_time(
     source: Source,
     finals: int,
     reason: str,
@@ -254,8 +254,8 @@ async def test_hostile_source(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-async def test_a_source_that_ignores_generator_exit() -> None:
-    """Python itself gives up on it; who wrote it is told."""
+async def test_source_that_ignores_generator_exit_raises() -> None:
+    """Python gives up on it, and the author gets the error."""
     ignore = True
 
     async def source() -> AsyncIterator[str]:
@@ -268,11 +268,11 @@ async def test_a_source_that_ignores_generator_exit() -> None:
             await stream.receive()
             await stream.disconnect()
     ignore = False
-    gc.collect()  # where Python complains about it once more
+    gc.collect()  # Python complains about it once more here
 
 
 @pytest.mark.parametrize("kind", ["anyio", "asyncio"])
-async def test_a_timeout_of_the_source_fires_at_its_yield(kind: str, anyio_backend_name: str) -> None:
+async def test_timeout_of_a_source_fires_at_its_yield(kind: str, anyio_backend_name: str) -> None:
     """While a slow client holds the source at a yield, the source's own timeout goes off: it is told there."""
     if kind == "asyncio" and anyio_backend_name == "trio":
         pytest.skip("it uses asyncio itself")
@@ -302,7 +302,7 @@ async def test_a_timeout_of_the_source_fires_at_its_yield(kind: str, anyio_backe
     assert 1 <= seen[0] < 1.1
 
 
-async def test_a_source_that_catches_what_it_did_wrong_starves_nobody() -> None:
+async def test_source_that_catches_its_errors_starves_nobody() -> None:
     async def source() -> AsyncIterator[Any]:
         while True:
             with suppress(InvalidEventError):
@@ -314,7 +314,7 @@ async def test_a_source_that_catches_what_it_did_wrong_starves_nobody() -> None:
             await stream.disconnect()
 
 
-async def test_a_stuck_stream_does_not_hold_up_the_others() -> None:
+async def test_stuck_stream_does_not_hold_up_others() -> None:
     async def flood() -> AsyncIterator[str]:
         while True:
             yield "x" * 5000
@@ -329,7 +329,7 @@ async def test_a_stuck_stream_does_not_hold_up_the_others() -> None:
         assert [event.data async for event in stream] == [str(number) for number in range(100)]
 
 
-async def test_flat_out_sources_share_and_let_newcomers_in() -> None:
+async def test_sources_at_full_speed_share_the_loop() -> None:
     """The run queue: at most a few sources go on in one turn, each for 16 KiB."""
     counts = [0] * 50
 
