@@ -12,7 +12,7 @@ from asgiref.sync import ThreadSensitiveContext
 from asgi_sse.errors import raise_missing_extra
 from asgi_sse.routing.endpoint import make_endpoint
 from asgi_sse.stream.response import EventSourceResponse as PlainResponse
-from asgi_sse.stream.response import StreamArguments
+from asgi_sse.stream.response import ResponseArguments
 from asgi_sse.stream.source import check_content
 
 from .body import Body
@@ -58,7 +58,7 @@ class EventSourceResponse(StreamingHttpResponse):
         *,
         status_code: int = 200,
         headers: Headers | None = None,
-        **options: Unpack[StreamArguments],
+        **options: Unpack[ResponseArguments],
     ) -> None:
         check_content(content)
         if not isinstance(content, AsyncIterable):

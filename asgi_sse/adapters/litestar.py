@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from asgi_sse.errors import raise_missing_extra
 from asgi_sse.stream.response import EventSourceResponse as PlainResponse
-from asgi_sse.stream.response import StreamArguments
+from asgi_sse.stream.response import ResponseArguments
 
 try:
     from litestar import asgi
@@ -77,7 +77,7 @@ class EventSourceResponse(Response[Any]):
         headers: Headers | None = None,
         cookies: ResponseCookies | None = None,
         background: BackgroundTask | BackgroundTasks | None = None,
-        **options: Unpack[StreamArguments],
+        **options: Unpack[ResponseArguments],
     ) -> None:
         self._response = PlainResponse(content, status_code=status_code, headers=headers, **options)
         pairs = {name.decode(): value.decode("latin-1") for name, value in self._response.raw_headers}

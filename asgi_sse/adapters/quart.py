@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from asgi_sse.errors import raise_missing_extra
 from asgi_sse.stream.response import EventSourceResponse as PlainResponse
-from asgi_sse.stream.response import StreamArguments
+from asgi_sse.stream.response import ResponseArguments
 
 from .body import Body
 
@@ -53,7 +53,7 @@ class EventSourceResponse(Response):
         *,
         status_code: int = 200,
         headers: Headers | None = None,
-        **options: Unpack[StreamArguments],
+        **options: Unpack[ResponseArguments],
     ) -> None:
         response = PlainResponse(content, status_code=status_code, headers=headers, **options)
         scope = cast("Scope", request.scope) if has_request_context() else None

@@ -243,6 +243,7 @@ class EventSourceResponse(Response):
             self._ping_interval is not None or self.DEFAULT_PING_INTERVAL != EventSourceResponse.DEFAULT_PING_INTERVAL
         )
         timeout = self._cleanup_timeout
+        more: dict[str, Any] = {**_DEFAULTS, **self._options}
         response = PlainResponse(
             self.body_iterator,
             ping=self.ping_interval if own_interval else ...,
@@ -252,7 +253,7 @@ class EventSourceResponse(Response):
             cleanup_timeout=float("inf") if timeout is None else timeout,
             on_close=self._closed,
             registry=registry,
-            **{**_DEFAULTS, **self._options},
+            **more,
         )
         response.status_code = self.status_code
         response.encoder = _encode

@@ -15,16 +15,16 @@ from asgi_sse.routing.routes import route_path
 from asgi_sse.runtime import lifespan
 from asgi_sse.runtime.compressors import Guard
 from asgi_sse.runtime.server import Server, server_of
-from asgi_sse.stream.options import StreamOptions
+from asgi_sse.stream.options import StreamArguments, StreamOptions
 from asgi_sse.stream.registry import StreamRegistry, check_registry
-from asgi_sse.stream.response import SCOPE_KEY, AppContext, StreamDefaults
+from asgi_sse.stream.response import SCOPE_KEY, AppContext
 
 from .responder import Responder, ResponderConfig
 
 Origins: TypeAlias = CORS | str | Iterable[str] | Callable[[str], bool] | None
 
 
-class MiddlewareOptions(StreamDefaults, total=False):
+class MiddlewareOptions(StreamArguments, total=False):
     """The keyword arguments of `SSEMiddleware`, except for the app and its routes."""
 
     broker: Broker | None
@@ -94,7 +94,7 @@ class SSEMiddleware:
         cors: Origins = None,
         signals: bool = True,
         strict_lifespan: bool = False,
-        **defaults: Unpack[StreamDefaults],
+        **defaults: Unpack[StreamArguments],
     ) -> None:
         if not callable(app):
             raise TypeError(f"app must be an ASGI app, got {short_repr(app)}; pass the app, and the routes after it")
@@ -194,7 +194,7 @@ class SSEMiddleware:
             await close()  # if the start-up of the app failed, there was no shutdown
 
 
-def _stream_options(defaults: StreamDefaults) -> StreamOptions:
+def _stream_options(defaults: StreamArguments) -> StreamOptions:
     for name, value in defaults.items():
         if name in _REGISTRY_OPTIONS:
             raise TypeError(

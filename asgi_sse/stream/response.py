@@ -5,20 +5,19 @@ from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Sequen
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from types import EllipsisType
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypedDict
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Unpack
 
 import anyio
 
 from asgi_sse.errors import SendTimeoutError, StreamClosedError
-from asgi_sse.protocol.asgi import CloseReason, Message, Receive, Scope, Send
-from asgi_sse.protocol.event import ItemEncoder, JSONDumps, ServerSentEvent, encode_item
+from asgi_sse.protocol.asgi import Message, Receive, Scope, Send
+from asgi_sse.protocol.event import ItemEncoder, ServerSentEvent, encode_item
 from asgi_sse.protocol.headers import Headers, event_stream_headers
 from asgi_sse.runtime.compressors import check_headers_later
 from asgi_sse.runtime.server import Server, server_of
 
 from .draining import DrainingEvent
-from .options import StreamOptions
+from .options import DEFAULT_OPTIONS, StreamArguments, StreamOptions, given_options
 from .receiver import RequestReceiver
 from .registry import StreamRegistry, check_registry, default_registry
 from .source import check_content, iterate
@@ -54,35 +53,17 @@ def registry_of(scope: Scope) -> StreamRegistry:
     return default_registry() if defaults is None else defaults.registry
 
 
-_PLAIN: Final = StreamOptions()
-_NOTHING: Final[dict[str, Any]] = {}
+_NO_OPTIONS: Final[dict[str, Any]] = {}  # shared by all responses that are given none
+_OTHER_ARGUMENTS: Final = ("status_code", "headers", "registry")
 _HINT: Final = (
     "An asgi_sse.EventSourceResponse is an ASGI app: it answers when it is called. Where a framework accepts only "
     "responses of its own, return the EventSourceResponse of asgi_sse.adapters.sse_starlette (Starlette, FastAPI), "
     "asgi_sse.adapters.django, asgi_sse.adapters.quart or asgi_sse.adapters.litestar"
 )
-_ALWAYS_TOLD: Final = frozenset({"ping", "retry", "send_timeout", "max_lifetime", "cleanup_timeout", "json_dumps"})
 
 
-class StreamDefaults(TypedDict, total=False):
-    """The options of a stream, which an app can set for all of its streams. `EventSourceResponse` documents them."""
-
-    ping: float | None | EllipsisType
-    ping_message_factory: Callable[[], Any] | None
-    sep: str
-    retry: int | None | EllipsisType
-    send_timeout: float | None | EllipsisType
-    max_lifetime: float | None | EllipsisType
-    cleanup_timeout: float | EllipsisType
-    open_timeout: float
-    opening_comment: bool
-    on_error: Callable[[Exception], Any] | None
-    on_close: Callable[[CloseReason], Any] | None
-    json_dumps: JSONDumps | None | EllipsisType
-
-
-class StreamArguments(StreamDefaults, total=False):
-    """The arguments of `EventSourceResponse` about the stream."""
+class ResponseArguments(StreamArguments, total=False):
+    """The options of a stream and its registry, for adapters that pass them on to `EventSourceResponse`."""
 
     registry: StreamRegistry | None
 
@@ -154,43 +135,13 @@ class EventSourceResponse:
         *,
         status_code: int = 200,
         headers: Headers | None = None,
-        ping: float | None | EllipsisType = ...,
-        ping_message_factory: Callable[[], Any] | None = None,
-        sep: str = "\n",
-        retry: int | None | EllipsisType = ...,
-        send_timeout: float | None | EllipsisType = ...,
-        max_lifetime: float | None | EllipsisType = ...,
-        cleanup_timeout: float | EllipsisType = ...,
-        open_timeout: float = 0.0,
-        opening_comment: bool = True,
-        on_error: Callable[[Exception], Any] | None = None,
-        on_close: Callable[[CloseReason], Any] | None = None,
-        json_dumps: JSONDumps | None | EllipsisType = ...,
         registry: StreamRegistry | None = None,
+        **options: Unpack[StreamArguments],
     ) -> None:
         self._content = None
         check_content(content)
-        given: dict[str, Any] = {
-            "ping": ping,
-            "ping_message_factory": ping_message_factory,
-            "sep": sep,
-            "retry": retry,
-            "send_timeout": send_timeout,
-            "max_lifetime": max_lifetime,
-            "cleanup_timeout": cleanup_timeout,
-            "open_timeout": open_timeout,
-            "opening_comment": opening_comment,
-            "on_error": on_error,
-            "on_close": on_close,
-            "json_dumps": json_dumps,
-        }
-        # An option without a "not given" value counts as given if it differs from the built-in default.
-        self._given = {
-            name: value
-            for name, value in given.items()
-            if value is not ... and (name in _ALWAYS_TOLD or value != getattr(_PLAIN, name))
-        } or _NOTHING
-        self._options = replace(_PLAIN, **self._given) if self._given else _PLAIN  # checked now, not during a request
+        self._given = given_options(options, _OTHER_ARGUMENTS) if options else _NO_OPTIONS
+        self._options = replace(DEFAULT_OPTIONS, **self._given) if self._given else DEFAULT_OPTIONS  # checked now
         if registry is not None:
             check_registry(registry)
         self.status_code = _check_status(status_code)
