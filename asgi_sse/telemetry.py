@@ -26,8 +26,8 @@ from .stream.observer import Observer, process_observers
 
 try:
     from opentelemetry import context, metrics, trace
-except ModuleNotFoundError as exc:
-    raise_missing_extra(exc, "opentelemetry", "opentelemetry-api", "asgi-sse[opentelemetry]")
+except ModuleNotFoundError as _error:
+    raise_missing_extra(_error, "opentelemetry", "opentelemetry-api", "asgi-sse[opentelemetry]")
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import anyio
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from asgi_sse.runtime.base import EventLoop
     from asgi_sse.stream.response import EventSourceResponse
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 
 class Body(ChangeNotifier):

@@ -22,8 +22,8 @@ try:
     from django.core.signals import request_finished, request_started
     from django.db import connections
     from django.http import StreamingHttpResponse
-except ModuleNotFoundError as exc:
-    raise_missing_extra(exc, "django", "Django", "django")
+except ModuleNotFoundError as _error:
+    raise_missing_extra(_error, "django", "Django", "django")
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -13,8 +13,8 @@ try:
     from litestar.response import Response
     from litestar.response.base import ASGIResponse
     from litestar.types import Receive, Scope, Send  # noqa: TC002 (Litestar reads the annotations at run time)
-except ModuleNotFoundError as exc:
-    raise_missing_extra(exc, "litestar", "Litestar", "litestar")
+except ModuleNotFoundError as _error:
+    raise_missing_extra(_error, "litestar", "Litestar", "litestar")
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Iterable

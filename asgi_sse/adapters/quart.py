@@ -13,8 +13,8 @@ from .body import Body
 
 try:
     from quart import Response, has_request_context, request
-except ModuleNotFoundError as exc:
-    raise_missing_extra(exc, "quart", "Quart", "quart")
+except ModuleNotFoundError as _error:
+    raise_missing_extra(_error, "quart", "Quart", "quart")
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Iterable
@@ -46,6 +46,8 @@ class EventSourceResponse(Response):
 
     implicit_sequence_conversion = False  # otherwise reading the data would wait for an endless stream
     automatically_set_content_length = False
+
+    timeout: Any
 
     def __init__(
         self,

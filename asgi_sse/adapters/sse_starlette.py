@@ -31,8 +31,8 @@ try:
     from starlette.datastructures import MutableHeaders
     from starlette.endpoints import HTTPEndpoint
     from starlette.responses import Response
-except ModuleNotFoundError as exc:
-    raise_missing_extra(exc, "starlette", "Starlette", "starlette")
+except ModuleNotFoundError as _error:
+    raise_missing_extra(_error, "starlette", "Starlette", "starlette")
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -119,7 +119,7 @@ class EventSourceResponse(Response):
     DEFAULT_SEPARATOR: ClassVar[str] = "\r\n"
     DEFAULT_CLEANUP_TIMEOUT: ClassVar[float] = 30.0
 
-    media_type = "text/event-stream"
+    media_type: str | None = "text/event-stream"
     body_iterator: Any
 
     def __init__(  # noqa: PLR0917 (sse-starlette's order of positional arguments)
@@ -141,7 +141,7 @@ class EventSourceResponse(Response):
         **options: Unpack[AddedArguments],
     ) -> None:
         _check_arguments(sep, shutdown_grace_period, cleanup_timeout)
-        self.sep = sep or self.DEFAULT_SEPARATOR
+        self.sep: str = sep or self.DEFAULT_SEPARATOR
         self._ping_interval: float | None = None
         if ping is not None:
             self.ping_interval = ping
@@ -165,7 +165,7 @@ class EventSourceResponse(Response):
         self._options = options
         self._close_handler_called = False
         self._stream: Stream | None = None
-        self.active = True
+        self.active: bool = True
         self.init_headers(_merge_headers(headers))
 
     @property

@@ -32,7 +32,7 @@ manual_registry: Final = ManualRegistry()
 class _AppStatusType(type):
     """The type of `AppStatus`, because ``should_exit`` is a property of the class itself."""
 
-    exits_by_hand = False
+    exits_by_hand: bool = False
 
     @property
     def should_exit(cls) -> bool:

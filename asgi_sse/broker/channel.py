@@ -96,7 +96,7 @@ class Channel(RequestHandler):
     def __init__(self, broker: ChannelSource, dispatcher: Dispatcher, name: str) -> None:
         self._broker = broker
         self._dispatcher = dispatcher
-        self.name = name
+        self.name: str = name
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"

@@ -114,6 +114,11 @@ class Cursor:
         "unresolved_id",
     )  # fmt: skip
 
+    position: int
+    ended: bool
+    overflowed: bool
+    delivered_events: int
+
     def __init__(
         self,
         dispatcher: Dispatcher,
@@ -125,10 +130,10 @@ class Cursor:
         snapshot: Snapshot | None,
         run: RunSpan | None = None,
     ) -> None:
-        self.names = names
-        self.dispatcher = dispatcher
-        self.snapshot = snapshot
-        self.run = run
+        self.names: tuple[str, ...] = names
+        self.dispatcher: Dispatcher = dispatcher
+        self.snapshot: Snapshot | None = snapshot
+        self.run: RunSpan | None = run
         self.owner: CursorOwner | None = None
         self.on_wake: Callable[[], object] = _ignore
         self._filter = filter
@@ -143,7 +148,7 @@ class Cursor:
         self.batch: list[Entry] | tuple[()] = ()  # an idle subscriber needs no list
         self.unresolved_id: str | None = None
         self.reset_reason: ResetReason | None = None
-        self.has_unread = True
+        self.has_unread: bool = True
         self.overflowed = False
         self.ended = False
         with dispatcher.lock:

@@ -196,7 +196,7 @@ class Dispatcher:
 
     def __init__(self, log: EventLog, *, max_subscribers: int | None = None) -> None:
         self.log = log
-        self.lock = threading.Lock()
+        self.lock: threading.Lock = threading.Lock()
         self.max_subscribers = max_subscribers
         self.upstream: Upstream | None = None
         self.on_end: Callable[[Entry], None] = _ignore

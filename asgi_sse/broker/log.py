@@ -76,8 +76,8 @@ class EventLog:
             raise ValueError(f"max_age must be more than 0 seconds, got {max_age!r}; pass None for no limit")
         if epoch is not None and not _EPOCH.fullmatch(epoch):
             raise ValueError(f"epoch must be 1 to 32 of 0-9 a-z, got {short_repr(epoch)}")
-        self.epoch = epoch or secrets.token_hex(4)
-        self.last_offset = 0
+        self.epoch: str = epoch or secrets.token_hex(4)
+        self.last_offset: int = 0
         self._history: float = history
         self._max_bytes = max_bytes
         self._max_age = math.inf if max_age is None else max_age

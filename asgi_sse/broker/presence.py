@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from asgi_sse.runtime.base import Child, EventLoop
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 
 _CLOSE_WAIT_S: Final = 10.0

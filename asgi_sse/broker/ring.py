@@ -50,7 +50,7 @@ class Sequence:
     __slots__ = ("_entries", "_holes", "_offsets", "valid")
 
     def __init__(self) -> None:
-        self.valid = True
+        self.valid: bool = True
         self._offsets: list[int] = []
         self._entries: list[Entry | None] = []  # None for a dropped entry
         self._holes = 0
@@ -111,12 +111,12 @@ class Ring:
     )  # fmt: skip
 
     def __init__(self, trimmed: int, sequence: Sequence, *, history: float, max_bytes: int, max_age: float) -> None:
-        self.trimmed = trimmed
-        self.whole = False
-        self.history = history
-        self.max_bytes = max_bytes
-        self.max_age = max_age
-        self.size = 0
+        self.trimmed: int = trimmed
+        self.whole: bool = False
+        self.history: float = history
+        self.max_bytes: int = max_bytes
+        self.max_age: float = max_age
+        self.size: int = 0
         self._sequence = sequence
         self._offsets: list[int] = []  # the offsets of the entries, for binary searches
         self._entries: list[Entry] = []

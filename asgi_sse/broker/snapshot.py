@@ -39,8 +39,8 @@ class Snapshot:
         self._making = False
         self._requests = 0  # the number of calls of `request`
         self._outdated = 0  # the number of calls since an event after the snapshot was read
-        self.wanted = False
-        self.position = 0
+        self.wanted: bool = False
+        self.position: int = 0
         self.events: deque[ServerSentEvent] = deque()
 
     @property

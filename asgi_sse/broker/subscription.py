@@ -76,7 +76,7 @@ class Subscription(ChangeNotifier):
             snapshot=None if snapshot is None else Snapshot(snapshot),
             run=run,
         )
-        self.info = info
+        self.info: Any = info
         self._checkpoint = checkpoint
         self._presence = presence
         self._loop: EventLoop | None = None  # the loop in which the subscription is read

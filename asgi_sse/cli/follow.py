@@ -76,7 +76,7 @@ class Follower:
         on_status: Callable[[str], None] = ignore,
         on_detail: Callable[[str], None] = ignore,
     ) -> None:
-        self.last_event_id = last_event_id
+        self.last_event_id: str = last_event_id
         self._url = url
         self._method = method
         # identity: a proxy that compresses could hold events back.

@@ -98,6 +98,16 @@ class Load:
         expected: Number of times that clients should have received one.
     """
 
+    started: int
+    opened: int
+    open: int
+    failed: int
+    events: int
+    published: int
+    skipped: int
+    delivered: int
+    expected: int
+
     def __init__(self, url: str, headers: Iterable[tuple[bytes, bytes]], timeout: float) -> None:
         try:
             parts = urlsplit(url)
@@ -105,7 +115,7 @@ class Load:
         except ValueError as exc:
             raise SSEError(f"url must be an http or https URL, got {url!r}: {exc}") from None
         self.url = url
-        self.headers = list(headers)
+        self.headers: list[tuple[bytes, bytes]] = list(headers)
         self._timeout = timeout
         self._host = parts.hostname or ""
         self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
@@ -124,10 +134,14 @@ class Load:
         self.request = request
         self.started = self.opened = self.open = self.failed = 0
         self.errors: Counter[str] = Counter()
-        self.events = self.bytes = 0
+        self.events = 0
+        self.bytes: int = 0
         self.published = self.skipped = self.delivered = self.expected = 0
-        self.head, self.first, self.spread = Distribution(), Distribution(), Distribution()
-        self.delivery, self.answer = Distribution(), Distribution()
+        self.head: Distribution = Distribution()
+        self.first: Distribution = Distribution()
+        self.spread: Distribution = Distribution()
+        self.delivery: Distribution = Distribution()
+        self.answer: Distribution = Distribution()
         # The start of every event that this process publishes, which tells them from the events of others.
         self._mark = f'{{"bench":"{secrets.token_hex(8)}","sent":'
         self._measuring = False

@@ -22,8 +22,8 @@ try:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
     from prometheus_client.exposition import choose_encoder
     from prometheus_client.registry import Collector as PrometheusCollector
-except ModuleNotFoundError as exc:
-    raise_missing_extra(exc, "prometheus_client", "prometheus-client", "asgi-sse[metrics]")
+except ModuleNotFoundError as _error:
+    raise_missing_extra(_error, "prometheus_client", "prometheus-client", "asgi-sse[metrics]")
 
 _UNITS: Final = {"s": "seconds", "By": "bytes"}
 

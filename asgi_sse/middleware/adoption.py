@@ -102,6 +102,8 @@ class AdoptedStream(ChangeNotifier, Child):
         "_stream_done", "_wait", "disconnected", "reading", "start",
     )  # fmt: skip
 
+    disconnected: bool
+
     def __init__(
         self,
         scope: Scope,
@@ -125,7 +127,7 @@ class AdoptedStream(ChangeNotifier, Child):
         self._messages: deque[Message] = deque()  # received, but not yet requested by the app
         self._ahead_bytes = 0  # in these messages
         self.disconnected = False
-        self.reading = False
+        self.reading: bool = False
         self._disconnect_delivered = False  # the app has received http.disconnect
         self._stopping = False  # the stream is ending, and what the app still sends is dropped
         self._sending = anyio.Lock(fast_acquire=True)  # does not yield, so that a burst of events leaves as one message

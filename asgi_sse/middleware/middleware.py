@@ -108,7 +108,7 @@ class SSEMiddleware:
                 f"compressors must be 'bypass', 'refuse' or 'off', got {short_repr(compressors)}; pass one of these"
             )
         self.app: ASGIApp = guarantee_single_callable(app)  # type: ignore[no-untyped-call]
-        self.registry = StreamRegistry() if registry is None else registry
+        self.registry: StreamRegistry = StreamRegistry() if registry is None else registry
         self._routes = make_route_table(routes or {})
         guarded = compressors != "off"
         self._context = AppContext(self.registry, options, watch=signals, guard=guarded)

@@ -41,7 +41,7 @@ class EventDecoder:
     def __init__(self, *, max_event_bytes: int | None = None) -> None:
         if max_event_bytes is not None and max_event_bytes < 1:
             raise ValueError(f"max_event_bytes must be at least 1, got {max_event_bytes!r}; pass None for no limit")
-        self.last_event_id = ""
+        self.last_event_id: str = ""
         self.retry: int | None = None
         self._limit = max_event_bytes
         self._at_start = True

@@ -71,11 +71,13 @@ class HTTPError(Exception):
         if not isinstance(detail, str):
             raise TypeError(f"detail must be a str, got {short_repr(detail)}; pass the text of the body")
         super().__init__(status, detail)
-        self.status = int(status)
+        self.status: int = int(status)
         self.detail = detail
         if not isinstance(headers or {}, Mapping):
             raise TypeError(f"headers must be a mapping, got {short_repr(headers)}; pass {{name: value}}")
-        self.headers = [encode_header(name, value) for name, value in (headers or {}).items()]
+        self.headers: list[tuple[bytes, bytes]] = [
+            encode_header(name, value) for name, value in (headers or {}).items()
+        ]
         for name, _ in self.headers:
             if name in (b"content-length", b"transfer-encoding"):
                 raise ValueError(f"headers must not contain one that frames the body, got {name.decode()!r}; remove it")
@@ -129,7 +131,7 @@ class Request:
     __slots__ = ("_draining", "_headers", "_query", "_receiver", "_server", "scope")
 
     def __init__(self, scope: Scope, receiver: RequestReceiver, server: Server, draining: DrainingEvent) -> None:
-        self.scope = scope
+        self.scope: Scope = scope
         self._receiver = receiver
         self._server = server
         self._draining = draining

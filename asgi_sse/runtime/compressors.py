@@ -22,7 +22,7 @@ from asgi_sse.protocol.asgi import Send
 from .base import EventLoop
 from .server import unwrap_send
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 
 CHECK_AFTER_S: Final = 1.0
@@ -137,8 +137,8 @@ class Guard:
         self._reported: set[str] = set()
         self._warned = False
         self._found: list[Compressor] | None = None
-        self.bypass = mode == "bypass"
-        self.refuse = mode == "refuse"
+        self.bypass: bool = mode == "bypass"
+        self.refuse: bool = mode == "refuse"
 
     def warn_once(self) -> None:
         """Log a warning for each compressor in the app that would compress a stream. Later calls do nothing."""

@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 from .base import EventLoop
 from .current import LoopLocal
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 _MIN_VOID_ENTRIES: Final = 64
 """The queue looks for void entries to remove only when it has more than this many."""

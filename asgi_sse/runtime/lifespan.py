@@ -2,11 +2,11 @@
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Final
 
 from asgi_sse.protocol.asgi import ASGIApp, Message, Receive, Scope, Send
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 
 async def chain(

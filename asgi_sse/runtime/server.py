@@ -16,7 +16,7 @@ from asgi_sse.protocol.asgi import Send
 from .base import EventLoop
 from .current import LoopLocal, current_loop
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 _MAX_WRAPPERS: Final = 24  # hypercorn adds three around `send`, and each middleware adds one
 _SERVER_MODULES: Final = ("uvicorn.", "hypercorn.", "asgi_sse.testing.")
@@ -38,7 +38,7 @@ class Server:
     __slots__ = ("__weakref__", "_config", "_instance", "loop")
 
     def __init__(self, loop: EventLoop, config: Any, instance: Any) -> None:
-        self.loop = loop
+        self.loop: EventLoop = loop
         self._config = _reference(config)  # weak, because the configuration holds the app
         self._instance = _reference(instance)
 

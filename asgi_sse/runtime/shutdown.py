@@ -27,7 +27,7 @@ from typing import Any, Final
 from .base import EventLoop
 from .server import Server
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 _HOOK_ATTRIBUTE: Final = "_asgi_sse_hook"
 _HYPERCORN_MODULES: Final = ("hypercorn.asyncio.run", "hypercorn.trio.run")

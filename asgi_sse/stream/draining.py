@@ -16,8 +16,8 @@ class DrainingEvent:
     def __init__(self, *, grace: float | None = None) -> None:
         self._is_set = False
         self._event: anyio.Event | None = None
-        self.watched = bool(grace)
-        self.grace = grace
+        self.watched: bool = bool(grace)
+        self.grace: float | None = grace
 
     def is_set(self) -> bool:
         """Return whether the server is stopping."""

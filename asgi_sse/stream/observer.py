@@ -9,7 +9,7 @@ from asgi_sse.errors import printable
 
 from .stream import Stream
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 
 class Observer:

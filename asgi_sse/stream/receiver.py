@@ -30,9 +30,9 @@ class RequestReceiver(ChangeNotifier):
         self._chunks: list[bytes] = []
         self._size = 0
         self._complete = False
-        self.discarded = False
+        self.discarded: bool = False
         self._busy = False  # a task waits in receive()
-        self.disconnected = False
+        self.disconnected: bool = False
         self._readers = 0
         self._replayed = False  # whether the last message of the body was replayed
 

@@ -24,7 +24,7 @@ from .stream import Stream
 if TYPE_CHECKING:
     from asgi_sse.runtime.base import EventLoop
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 _FORCED_END_S: Final = 2.5
 """Seconds that a drain waits beyond its deadline for the streams that it cancelled there. The end of a body that the

@@ -23,7 +23,7 @@ from .registry import StreamRegistry, check_registry, default_registry
 from .source import check_content, iterate
 from .stream import Stream
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 SCOPE_KEY: Final = "asgi_sse"
 """The key of a request's scope that holds the `AppContext` of the surrounding app."""
@@ -144,10 +144,10 @@ class EventSourceResponse:
         self._options = replace(DEFAULT_OPTIONS, **self._given) if self._given else DEFAULT_OPTIONS  # checked now
         if registry is not None:
             check_registry(registry)
-        self.status_code = _check_status(status_code)
+        self.status_code: int = _check_status(status_code)
         self.raw_headers: Sequence[tuple[bytes, bytes]] = event_stream_headers(headers)
         self.encoder: ItemEncoder = encode_item
-        self.unbuffered = False
+        self.unbuffered: bool = False
         self.feeder: Callable[[], Awaitable[None]] | None = None
         self.stream: Stream | None = None
         self._registry = registry

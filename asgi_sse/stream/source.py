@@ -17,7 +17,7 @@ from asgi_sse.runtime.current import current_loop
 if TYPE_CHECKING:
     from asgi_sse.runtime.base import EventLoop
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 MAX_THREADS: Final = 256
 """The most sync sources that run at once in this process. Each holds a thread until its stream ends."""

@@ -12,7 +12,7 @@ import anyio.lowlevel
 from asgi_sse.errors import InvalidEventError
 from asgi_sse.runtime.base import Child, EventLoop
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 _FORCED_CLEANUP_S: Final = 0.1
 """Seconds that a source has to obey its forced cancellation before it is abandoned."""
@@ -84,7 +84,7 @@ class SourceTask:
     def __init__(self, source: AsyncIterator[Any] | None, child: Child | None = None) -> None:
         self.source = source
         self.child = child
-        self.stopped = False
+        self.stopped: bool = False
         self._may_cancel = source is None  # a task of ours may only be cancelled once it has taken its first step
         self._helpers: tuple[_Helper, ...] = ()
         self._ended: anyio.Event | None = None  # only while `clean_up` waits

@@ -30,7 +30,7 @@ from .timeouts import Due, StreamTimeouts
 from .view import StreamState, StreamView
 from .writer import StreamWriter
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 _LAST_SEND_S: Final = 0.1
 """Seconds that a cancelled send has to end."""
@@ -57,6 +57,11 @@ class Stream(StreamView):
         "_receive_scope", "_receiver", "_response_start", "_source_task", "_timeouts", "_wait", "buffer", "check_at",
         "deadline_entry", "send_error",
     )  # fmt: skip
+
+    abandoned: bool
+    ended_itself: bool
+    forced: bool
+    reason: CloseReason | None
 
     def __init__(
         self,
@@ -91,7 +96,7 @@ class Stream(StreamView):
         self._error: BaseException | None = None
         self._farewell = b""
         flusher = current_flusher()
-        self.buffer = UnbufferedSend(flusher) if unbuffered else SendBuffer(flusher)
+        self.buffer: SendBuffer = UnbufferedSend(flusher) if unbuffered else SendBuffer(flusher)
         self._pull_source = pull_source
         self._feed: SendBuffer | PullSource[Stream] = pull_source or self.buffer
         self._writer = StreamWriter(
@@ -101,7 +106,7 @@ class Stream(StreamView):
         pending = pull_source is not None and pull_source.pending
         self._timeouts = StreamTimeouts(options, self._writer, self._began, waits_for_event=pending)
         self.deadline_entry: list[Any] = []
-        self.check_at = math.inf
+        self.check_at: float = math.inf
         self.send_error: BaseException | None = None
         if pull_source is not None:
             pull_source.joined(self)

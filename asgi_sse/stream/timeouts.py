@@ -43,9 +43,9 @@ class StreamTimeouts:
         # Spread, so that the clients of one deploy do not all reconnect at once.
         spread = random.uniform(0.8, 1.0)  # noqa: S311
         self._lifetime_ends = now + options.max_lifetime * spread if options.max_lifetime else math.inf
-        self.drain_deadline = math.inf
-        self.grace_ends = math.inf
-        self.expires_at = math.inf
+        self.drain_deadline: float = math.inf
+        self.grace_ends: float = math.inf
+        self.expires_at: float = math.inf
 
     def start_drain(self, now: float, within: float, grace: float | None) -> float:
         """Set the deadlines of a drain. An earlier drain's earlier deadline stays.

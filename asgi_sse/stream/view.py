@@ -43,14 +43,14 @@ class StreamView:
     _writer: "StreamWriter"
 
     def __init__(self, path: str, client: Any, server: "Server", draining: "DrainingEvent") -> None:
-        self.path = path
-        self.client = client
-        self.server = server
+        self.path: str = path
+        self.client: Any = client
+        self.server: "Server" = server
         self.loop: EventLoop = server.loop
         self.reason: CloseReason | None = None
-        self.ended_itself = False
-        self.forced = False
-        self.abandoned = False
+        self.ended_itself: bool = False
+        self.forced: bool = False
+        self.abandoned: bool = False
         self._draining = draining
         self._state = StreamState.OPEN
         self._began = self.loop.time()

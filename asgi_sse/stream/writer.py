@@ -84,9 +84,9 @@ class StreamWriter:
         self._cut = False
         self._last = False  # whether the message under way is the last one
         self._dirty = False
-        self.opened = False  # whether the response start is sent, or is about to be
-        self.bytes_sent = 0
-        self.idle_since = loop.time()
+        self.opened: bool = False  # whether the response start is sent, or is about to be
+        self.bytes_sent: int = 0
+        self.idle_since: float = loop.time()
         self.waiting_since: float | None = None  # since when the current send waits
 
     @property

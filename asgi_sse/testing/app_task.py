@@ -41,7 +41,7 @@ class AppTask:
     """
 
     def __init__(self) -> None:
-        self.returned = False
+        self.returned: bool = False
         self._child: Child | None = None
         self._changed = anyio.Event()
         self._error: BaseException | None = None  # what the app raised, until the test has seen it

@@ -56,7 +56,7 @@ class Guard:
 
     def __init__(self, timeout: float | None = 10.0, *, leaks: bool = True) -> None:
         check_number("timeout", timeout, optional=True, positive=True)
-        self.failure = ""
+        self.failure: str = ""
         self._timeout = timeout
         self._leaks = leaks
         self._interrupter = Interrupter(timeout, self._report_timeout)

@@ -33,10 +33,10 @@ class AppRequest:
     def __init__(
         self, app: ASGIApp, scope: Scope, body: bytes, capacity: int, timeout: float = DEFAULT_TIMEOUT_S
     ) -> None:
-        self.status = 0
+        self.status: int = 0
         self.headers: dict[str, str] = {}
         self.raw_headers: list[tuple[bytes, bytes]] = []
-        self.complete = False
+        self.complete: bool = False
         self._app = app
         self._scope = scope
         self._request_body = body

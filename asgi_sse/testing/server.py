@@ -38,7 +38,7 @@ class RunningApp:
         self._stopped = False
         # `server_of` finds these two through each send, and so tells the streams of two servers apart.
         self.config = self
-        self.shutdown_hook = ShutdownHook()
+        self.shutdown_hook: ShutdownHook = ShutdownHook()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one connection.

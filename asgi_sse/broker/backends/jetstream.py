@@ -126,7 +126,7 @@ class Consumer:
         self.messages: deque[Msg] = deque()
         self.sequence = self.verified_offset = 0
         self.pending = pending
-        self.last_heard = asyncio.get_running_loop().time()
+        self.last_heard: float = asyncio.get_running_loop().time()
         self._arrived = asyncio.Event()
         self.subscription: Any = None
 
@@ -170,7 +170,7 @@ class JetStream:
         self._subscription: Any = None
         self._consumer: Consumer | None = None
         self._error: Exception | None = None
-        self.max_payload = 0
+        self.max_payload: int = 0
 
     @classmethod
     async def connect(cls, servers: list[str]) -> JetStream:

@@ -27,7 +27,7 @@ from dataclasses import replace
 from functools import partial
 from hashlib import blake2s
 from math import inf
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 import nats.errors
 import nats.js.errors
@@ -109,7 +109,7 @@ class NatsBackend(RemoteBackend):
         max_age: Seconds for which a stream created here keeps events, at least 120; ``None``: no limit.
     """
 
-    transient_errors = (
+    transient_errors: ClassVar[tuple[type[BaseException], ...]] = (
         *RemoteBackend.transient_errors, nats.errors.TimeoutError, nats.errors.ConnectionClosedError,
         nats.errors.ConnectionDrainingError, nats.errors.ConnectionReconnectingError, nats.errors.NoRespondersError,
         nats.errors.NoServersError, nats.errors.OutboundBufferLimitError, nats.errors.StaleConnectionError,

@@ -26,7 +26,7 @@ from __future__ import annotations
 import secrets
 from functools import partial
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
 from redis.exceptions import (
     BusyLoadingError,
@@ -107,11 +107,11 @@ class RedisBackend(RemoteBackend):
         max_age: Seconds for which a channel is kept after its last event; ``None``: no limit.
     """
 
-    transient_errors = (
+    transient_errors: ClassVar[tuple[type[BaseException], ...]] = (
         *RemoteBackend.transient_errors, RedisConnectionError, RedisTimeoutError, BusyLoadingError, ReadOnlyError,
         ClusterDownError, TryAgainError, SlotNotCoveredError,
     )  # fmt: skip
-    starting_errors = (BusyLoadingError,)
+    starting_errors: ClassVar[tuple[type[BaseException], ...]] = (BusyLoadingError,)
 
     def __init__(
         self,

@@ -92,10 +92,10 @@ class PendingPublication:
     __slots__ = ("acknowledged", "payload", "publication", "sent")
 
     def __init__(self, publication: Publication, payload: bytes, acknowledged: asyncio.Future[str]) -> None:
-        self.publication = publication
-        self.payload = payload
-        self.acknowledged = acknowledged
-        self.sent = False
+        self.publication: Publication = publication
+        self.payload: bytes = payload
+        self.acknowledged: asyncio.Future[str] = acknowledged
+        self.sent: bool = False
 
 
 class RemoteBackend(Backend):

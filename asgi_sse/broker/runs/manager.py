@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from asgi_sse.protocol.event import ServerSentEvent
     from asgi_sse.runtime.base import Child, EventLoop
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 _WATCH_INTERVAL_S: Final = 10.0
 """Seconds between two renewals of the leases of this process, and between two checks of the runs of other processes."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from asgi_sse.runtime.base import EventLoop
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 Outcome: TypeAlias = Literal[
     "finished",

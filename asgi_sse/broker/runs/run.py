@@ -78,8 +78,8 @@ class Run(Channel):
         give_up: Callable[[Run, Outcome], None],
     ) -> None:
         super().__init__(broker, dispatcher, name)
-        self.lease = lease
-        self.start = lease.start
+        self.lease: RunLease = lease
+        self.start: int = lease.start
         self.final: int | None = None
         self.outcome: Outcome | None = None
         self.closing_since: float | None = None  # when `Broker.begin_close` was called, by `clock`

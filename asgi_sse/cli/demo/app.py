@@ -98,4 +98,4 @@ def create_demo() -> SSEMiddleware:
     )
 
 
-app = create_demo()
+app: Final = create_demo()
