@@ -45,7 +45,7 @@ class StreamView:
     def __init__(self, path: str, client: Any, server: "Server", draining: "DrainingEvent") -> None:
         self.path: str = path
         self.client: Any = client
-        self.server: "Server" = server
+        self.server: Server = server
         self.loop: EventLoop = server.loop
         self.reason: CloseReason | None = None
         self.ended_itself: bool = False
