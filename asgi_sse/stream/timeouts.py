@@ -33,13 +33,22 @@ class StreamTimeouts:
         expires_at: When the client's access ends.
     """
 
-    __slots__ = ("_lifetime_ends", "_open_at", "_options", "_writer", "drain_deadline", "expires_at", "grace_ends")
+    __slots__ = (
+        "_lifetime_ends",
+        "_open_at",
+        "_open_wait_s",
+        "_options",
+        "_writer",
+        "drain_deadline",
+        "expires_at",
+        "grace_ends",
+    )
 
     def __init__(self, options: StreamOptions, writer: StreamWriter, now: float, *, waits_for_event: bool) -> None:
         self._options = options
         self._writer = writer
-        wait = options.open_timeout or (_FIRST_EVENT_S if waits_for_event else 0)
-        self._open_at = now + wait if wait else math.inf
+        self._open_wait_s = options.open_timeout or (_FIRST_EVENT_S if waits_for_event else 0)
+        self._open_at = now + self._open_wait_s if self._open_wait_s else math.inf
         # Spread, so that the clients of one deploy do not all reconnect at once.
         spread = random.uniform(0.8, 1.0)  # noqa: S311
         self._lifetime_ends = now + options.max_lifetime * spread if options.max_lifetime else math.inf
@@ -69,7 +78,7 @@ class StreamTimeouts:
 
     def restart_open(self, now: float) -> None:
         """Start the wait for the first event again, since the client is still uploading."""
-        self._open_at = now + self._options.open_timeout
+        self._open_at = now + self._open_wait_s
 
     def due(self, now: float, *, closing: bool) -> Due | None:
         """Return the most urgent thing that is due at `now`.

@@ -19,7 +19,7 @@ from asgi_sse.stream.source_task import SourceTask
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-    from asgi_sse.runtime.base import EventLoop
+    from asgi_sse.runtime.base import Child, EventLoop
 
 logger: Final = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ class RunPublisher:
         self._stopped: Outcome | None = None  # the outcome that `stop` was given
         self._outcome: Outcome = "finished"  # the outcome without a `stop`
         self._ending = False
+        self._clean_up_task: Child | None = None
 
     def start(self) -> None:
         """Start the source."""
@@ -99,7 +100,8 @@ class RunPublisher:
         if self._stopped is None and not self._ending:
             self._stopped = outcome
             self._source_task.stop()
-            self.loop.spawn(partial(self._clean_up, outcome), "asgi_sse run clean-up")
+            # Kept, since asyncio holds its tasks weakly.
+            self._clean_up_task = self.loop.spawn(partial(self._clean_up, outcome), "asgi_sse run clean-up")
 
     async def _clean_up(self, outcome: Outcome) -> None:
         try:
