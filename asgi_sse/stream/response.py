@@ -197,7 +197,7 @@ class EventSourceResponse:
     def serve(
         self, scope: Scope, receiver: RequestReceiver, send: Send, server: Server, draining: DrainingEvent
     ) -> Awaitable[None]:
-        """Answer a request of which parts may already be read.
+        """Answer a request whose body may already be read in part.
 
         It is not a coroutine function, because each idle stream would keep its frame.
         """
