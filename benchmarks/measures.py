@@ -120,53 +120,59 @@ def of_gen(outcome: Outcome, size: Size) -> list[str]:
     busy = [peer for peer, row in outcome.rows.items() if (row["client CPU %"] or 0) > 90]
     if not busy:
         return []
-    return [f"The client was at over 90 % of its core with {listed(busy)}: the server might have had a little more."]
+    return [
+        f"The client used over 90 % of its core with {listed(busy)}, so the server might have been a little faster."
+    ]
 
 
 def of_gen200(outcome: Outcome, size: Size) -> list[str]:
     starved = [peer for peer, row in outcome.rows.items() if (row["started"] or 0) < size.clients]
     if not starved:
-        return ["With each peer all clients had their first event."]
+        return ["With each peer, all clients received their first event."]
     started = listed([f"{number(outcome.rows[peer]['started'])} ({peer})" for peer in starved])
     never = [peer for peer in starved if outcome.rows[peer]["newcomer s"] is None]
     text = (
-        f"Of {size.clients} clients only {started} had an event within {size.patience:g} s: a source that never waits "
-        "starves all others there"
+        f"Of {size.clients} clients, only {started} received an event within {size.patience:g} s: there, a source that "
+        "never waits starves all others"
     )
-    return [text + (f", and with {listed(never)} a newcomer never got its first." if never else ".")]
+    return [text + (f". With {listed(never)}, the new client never received one." if never else ".")]
 
 
 def of_fan(outcome: Outcome, size: Size) -> list[str]:
     slow = [peer for peer, row in outcome.rows.items() if (row["delivered %"] or 0) < 100]
-    said = f"Not all was delivered within {size.delivery:g} s by {listed(slow)}." if slow else "All is delivered."
+    said = (
+        f"{listed(slow)} did not deliver everything within {size.delivery:g} s."
+        if slow
+        else "All events were delivered."
+    )
     if OURS in outcome.rows:
         said += (
             f" asgi_sse sends {size.subscribers:,} messages of up to {size.fan_events} events, the others "
-            f"{size.subscribers * size.fan_events:,} messages: that is most of the difference, and what is published "
-            "with time in between does not have it (see `pace`)."
+            f"{size.subscribers * size.fan_events:,} messages. That is most of the difference. Events that are published "
+            "with time in between do not have it (see `pace`)."
         )
     return [said]
 
 
 def of_pace(outcome: Outcome, size: Size) -> list[str]:
     said = (
-        "A send costs more than in `fan`, of `raw` too: a server that sleeps between its events presumably finds "
-        "little of its clients in the caches, and every send wakes the client."
+        "A send costs more than in `fan`, for `raw` too. A server that sleeps between events probably finds little of its "
+        "clients in the CPU caches, and every send wakes the client."
     )
     return [said]
 
 
 def of_storm(outcome: Outcome, size: Size) -> list[str]:
-    said = [f"{size.subscribers * size.storm_rate:,} deliveries a second are due."]
+    said = [f"The storm needs {size.subscribers * size.storm_rate:,} deliveries a second."]
     if row := outcome.rows.get(OURS):
         behind = (row["seconds"] or 0) - size.storm_seconds
         if behind < 1:
             said[0] += (
-                f" asgi_sse keeps up, with {100 - (row['server CPU %'] or 0):.0f} % of the core left: its loop rests "
-                "behind a long round of sends for as long as that took, so that several events leave in one message."
+                f" asgi_sse keeps up, with {100 - (row['server CPU %'] or 0):.0f} % of the core left. After a long round of "
+                "sends, its loop rests for as long as the round took, so that several events leave in one message."
             )
         else:
-            said[0] += f" asgi_sse is {number(behind)} s behind at the end."
+            said[0] += f" asgi_sse is {number(behind)} s late at the end."
     late = {
         peer: row for peer, row in outcome.rows.items() if peer not in {OURS, STUCK} and (row["max ms"] or 0) > 1000
     }
@@ -175,7 +181,7 @@ def of_storm(outcome: Outcome, size: Size) -> list[str]:
             f"`{peer}` by {number((row['p50 ms'] or 0) / 1000)} (p50) to {number((row['max ms'] or 0) / 1000)} s"
             for peer, row in late.items()
         ]
-        said.append(f"Late are {listed(ranges)}.")
+        said.append(f"Late: {listed(ranges)}.")
     short = [
         f"`{peer}` had delivered {number(row['delivered %'])} %"
         for peer, row in outcome.rows.items()
@@ -183,7 +189,7 @@ def of_storm(outcome: Outcome, size: Size) -> list[str]:
     ]
     if short:
         said.append(
-            f"{size.delivery:g} s behind the last event {listed(short)}; its delays are of that, and too short."
+            f"{size.delivery:g} s after the last event, {listed(short)}; its delays count only those events, and are too short."
         )
     return said
 
@@ -195,33 +201,33 @@ def of_hold(outcome: Outcome, size: Size) -> list[str]:
         return said
     seconds, grown = size.hold_seconds, (row["end MiB"] or 0) - (row["full MiB"] or 0)
     text = (
-        f"asgi_sse held {number(row['held'])} of {size.hold:,} for {seconds} s, in which its memory went from "
+        f"asgi_sse held {number(row['held'])} of {size.hold:,} for {seconds} s, while its memory went from "
         f"{number(row['full MiB'])} to {number(row['end MiB'])} MiB ({grown:+.2f} MiB)"
     )
     if "delivered %" in row:
         text += (
-            f"; each had all {seconds} events, in {number(row['p50 ms'])} ms (p50) and {number(row['p99 ms'])} ms (p99)"
+            f"; each received all {seconds} events, in {number(row['p50 ms'])} ms (p50) and {number(row['p99 ms'])} ms (p99)"
             if row["delivered %"] == 100
             else f"; {number(row['delivered %'], exact=True)} % of the events were delivered"
         )
     else:
-        text += f"; each had {number(row['fewest pings'])} keep-alive comments or more"
+        text += f"; each received at least {number(row['fewest pings'])} keep-alives"
     said.append(text + ".")
     if row["gone s"] is None:
-        said.append("It did not let go of all of them.")
+        said.append("It did not release all of them.")
     else:
         said.append(
-            f"{number(row['gone s'])} s after they had left, its registry had {number(row['streams left'])} streams "
+            f"{number(row['gone s'])} s after they disconnected, its registry had {number(row['streams left'])} streams "
             f"and its broker {number(row['subscribers left'])} subscribers, and {number(row['blocks left %'])} % of "
-            f"what Python had taken for them was not free again. Resident were {number(row['after MiB'])} MiB, of "
-            f"{number(row['base MiB'])} at first: what is free is kept for later, and as many connections again took "
-            f"it to {number(row['again MiB'])} MiB."
+            f"the memory blocks that Python had taken for them were still in use. Resident memory was "
+            f"{number(row['after MiB'])} MiB, after {number(row['base MiB'])} at the start, because Python keeps free memory. "
+            f"The same number of new connections took it to {number(row['again MiB'])} MiB."
         )
     return said
 
 
 def memory_over_time(outcome: Outcome) -> str:
-    """Tables of what the plot shows."""
+    """Make tables of what the plot shows."""
     parts = []
     for peer, series in outcome.series.items():
         begin, end = series["held s"]
@@ -231,12 +237,12 @@ def memory_over_time(outcome: Outcome) -> str:
         parts.append(
             small_table(f"{peer}, s", [f"{at:.0f}" for at, _ in shown], "MiB", [f"{mib:.1f}" for _, mib in shown])
         )
-    return "Resident memory, seconds after all were there:\n\n" + "\n\n".join(parts)
+    return "Resident memory, by seconds since all were connected:\n\n" + "\n\n".join(parts)
 
 
 def of_engine(outcome: Outcome, size: Size) -> list[str]:
     said = [
-        "What has happened when publishing returns:\n\n"
+        "What is done when publishing returns:\n\n"
         + "\n".join(f"- `{peer}`: {engine.PEERS[peer].about}." for peer in outcome.rows),
     ]
     streams = [peer for peer in ("litestar-stream", "broadcaster-stream") if peer in outcome.rows]
@@ -248,106 +254,104 @@ def of_engine(outcome: Outcome, size: Size) -> list[str]:
             return " to ".join(dict.fromkeys(map(ratio, values)))
 
         said.append(
-            "What is acknowledged differs, so compare `valkey` with the streams, not with those that keep nothing. "
-            f"One event at a time takes asgi_sse {against('us/publish')} as long as the streams: its script numbers "
-            "it in one sequence for all channels, writes it to two streams and remembers what it has answered. Most "
-            "of the rest is redis-py, as much for reading the event back as for publishing it. An event takes "
-            f"{against('p50 ms')} as long to its subscribers (p50). Of many at once {against('k events/s')} as many "
-            "are acknowledged, as up to 64 go in one call. Without hiredis it would be far fewer: each event comes "
-            "back as 11 strings, and parsing them is most of its CPU time then."
+            "An acknowledgement means different things, so compare `valkey` with the streams, not with peers that store "
+            f"nothing. Publishing one event at a time takes asgi_sse {against('us/publish')} the time of the streams. Its "
+            "script assigns an offset in one sequence for all channels, writes the event to two streams and remembers "
+            "the answer. Most of the rest is redis-py, for reading the event back as much as for publishing it. An "
+            f"event takes {against('p50 ms')} the time to reach its subscribers (p50). With many at once, "
+            f"{against('k events/s')} as many are acknowledged, since up to 64 share a call. Without hiredis it would be "
+            "far fewer: each event comes back as 11 strings, whose parsing then takes most of the CPU time."
         )
     return said
 
 
 CPU: Columns = {
-    "server CPU %": Column("of one core; at 100 the server is what limits"),
-    "client CPU %": Column("of one core; near 100 the client may be what limits, and the server would have had more"),
+    "server CPU %": Column("of one core; 100 means that the server is the limit"),
+    "client CPU %": Column("of one core; near 100 the client may be the limit, and the server could do more"),
 }
-EACH = "resident memory of the server for each, without what the kernel keeps for its socket"
-US = "CPU time of the server in microseconds, for one event at one subscriber"
-LATE = "how far the publisher was behind its schedule, at the most"
+EACH = "resident memory of the server for each, without the kernel's memory for its socket"
+US = "CPU time of the server in microseconds, for each event and subscriber"
+LATE = "the most that the publisher was late"
 DELAYS: Columns = {
     "p50 ms": Column(
-        "half of the deliveries took at most as long, from publishing to the client's read; one subscriber of "
-        f"{SAMPLE} tells"
+        "half of the deliveries took at most this long, from publishing to the client's read; one subscriber in "
+        f"{SAMPLE} is measured"
     ),
-    "p99 ms": Column("99 of 100 took at most as long", "less"),
-    "max ms": Column("none took longer"),
+    "p99 ms": Column("99 of 100 took at most this long", "less"),
+    "max ms": Column("the longest"),
 }
-DELIVERED: Columns = {"delivered %": Column("of all events at all subscribers, counted to the event", exact=True)}
+DELIVERED: Columns = {"delivered %": Column("of all events at all subscribers", exact=True)}
 HELD: Columns = {
-    "held": Column("connections that were still there at the end"),
+    "held": Column("connections that were open at the end"),
     **DELIVERED,
     **DELAYS,
     "us/delivery": Column(US, "less"),
-    "fewest pings": Column("keep-alive comments, at the client that had the fewest"),
+    "fewest pings": Column("keep-alives at the client that received the fewest"),
     **CPU,
-    "base MiB": Column("resident memory of the server before, and after a warm-up"),
-    "full MiB": Column("when all had begun"),
-    "end MiB": Column("at the end of the time"),
+    "base MiB": Column("resident memory of the server before, after a warm-up"),
+    "full MiB": Column("when all were connected"),
+    "end MiB": Column("at the end of the hold"),
     "KiB/connection": Column(EACH, "less"),
     "slope B/s/connection": Column(
-        "bytes that memory grows in a second for each connection, while they are held: the best straight line; 0 is "
-        "flat"
+        "growth of memory per second and connection during the hold, in bytes: the slope of the best straight line"
     ),
-    "gone s": Column("until the server had closed all, after all clients had"),
-    "streams left": Column("that its registry knows then; no figure for who has none"),
-    "subscribers left": Column("that its broker, or topic, knows then"),
-    "blocks left %": Column(
-        "of the blocks of memory that Python had taken for the connections, what is still taken then: the rest is free"
-    ),
-    "after MiB": Column("resident memory then: free blocks are among it, where Python and the C library keep them"),
+    "gone s": Column("until the server had closed all, after the clients had"),
+    "streams left": Column("streams in its registry then"),
+    "subscribers left": Column("subscribers of its broker or topic then"),
+    "blocks left %": Column("memory blocks that Python took for the connections and still uses then"),
+    "after MiB": Column("resident memory then, with the free blocks that Python and the C library keep"),
     "again MiB": Column(
-        "when as many have connected once more: what was kept is used again, or it grows with each wave"
+        "after the same number of clients connected again: free memory is reused, or memory grows with each wave"
     ),
 }
 BROADCAST = (
-    "One channel and many subscribers: asgi_sse has its `Broker`; the others an `asyncio.Queue` without a limit for "
-    "each subscriber, as their users write it; `raw` encodes each event once for all. An event is an id and about 50 "
-    "bytes of JSON with the time of its publishing, by the clock that both processes share."
+    "One channel and many subscribers. asgi_sse uses its `Broker`; the others an unbounded `asyncio.Queue` for each "
+    "subscriber, as their users write it. `raw` encodes each event once for all. An event is an id and about 50 bytes "
+    "of JSON with its time of publication, from the clock that both processes share."
 )
 
 MEASURES: dict[str, Measure] = {
     "micro": Measure(
         "The parts of the hot path, alone",
-        "Microseconds, without a server; the best of {repeats}.",
+        "Microseconds, without a server: the best of {repeats}.",
         {
-            "encode us": Column("`encode()` of a one-line event that is built already"),
-            "build+encode us": Column("the same, building it too"),
-            "item: dict us": Column("a `dict` that a source has yielded, to bytes"),
-            "item: str us": Column("a `str`"),
-            "decode us": Column("an event of a stream of 10,000 in one piece, by `EventDecoder`"),
-            "overhead us": Column("what `SSEMiddleware` adds to a request that is no event stream"),
+            "encode us": Column("`encode()` of a one-line event"),
+            "build+encode us": Column("the same, with building the event"),
+            "item: dict us": Column("encoding a `dict` that a source yields"),
+            "item: str us": Column("encoding a `str`"),
+            "decode us": Column("`EventDecoder`, for each of 10,000 events in one piece"),
+            "overhead us": Column("what `SSEMiddleware` adds to a request that is not an event stream"),
         },
         micro,
         (OURS,),
     ),
     "gen": Measure(
-        "One client, a source that is flat out",
-        "The source never waits. `raw` gives the loop a turn after each send, without which nobody else would have "
-        "one; it is what one send an event costs at the least, and who batches can be faster. `adapter` is the "
-        "drop-in for sse-starlette: one message an item and no source ahead of its client, as there, which costs "
-        "what batching gains.",
+        "One client, one source at full speed",
+        "The source never waits. `raw` gives the loop a turn after each send, or nobody else would get one. It shows the "
+        "least cost of one send per event; a peer that batches can be faster. `adapter` is the drop-in for "
+        "sse-starlette. Like it, it sends one message per item and never runs ahead of its client, so it gains nothing "
+        "from batching.",
         {"k events/s": Column("thousands of events that the client received in a second", "more"), **CPU},
         in_turn(gen),
         findings=of_gen,
     ),
     "gen200": Measure(
-        "{clients} clients, a source each; then a newcomer",
-        "All sources are flat out. Who has no event after {patience:g} s is not waited for, nor is the newcomer.",
+        "{clients} clients with a source each, then a new client",
+        "All sources run at full speed. A client without an event after {patience:g} s counts as starved, and so does the "
+        "new client.",
         {
             "k events/s": Column("thousands of events that all clients together received in a second", "more"),
-            "slowest / mean": Column("events of the client that had the fewest, by the mean; 1 is fair"),
-            "started": Column("clients that had an event in time"),
+            "slowest / mean": Column("events of the client with the fewest, divided by the mean; 1 is fair"),
+            "started": Column("clients that received an event in time"),
             "client CPU %": CPU["client CPU %"],
-            "newcomer s": Column("until one more client has its first event"),
+            "newcomer s": Column("seconds until the new client receives its first event"),
         },
         in_turn(gen200),
         findings=of_gen200,
     ),
     "idle": Measure(
         "Memory of a server that holds {idle:,} idle streams",
-        "Each has had one event. Keep-alive is on where the peer has it, at its default.",
+        "Each stream has sent one event. Keep-alives are on, at the peer's default, if the peer has them.",
         {
             "KiB/connection": Column(EACH, "less"),
             "started": Column("streams"),
@@ -355,15 +359,20 @@ MEASURES: dict[str, Measure] = {
         in_turn(idle, rounds=False),
     ),
     "fan": Measure(
-        "{subscribers:,} subscribers, {fan_events} events published in one go",
-        f"{BROADCAST} The median of {FAN_ROUNDS} in one server.",
-        {"us/delivery": Column(US, "less"), "seconds": Column("until all had all", "less"), **DELIVERED, **CPU},
+        "{subscribers:,} subscribers, {fan_events} events published at once",
+        f"{BROADCAST} Median of {FAN_ROUNDS} runs in one server.",
+        {
+            "us/delivery": Column(US, "less"),
+            "seconds": Column("until every subscriber had every event", "less"),
+            **DELIVERED,
+            **CPU,
+        },
         in_turn(fan, rounds=False),
         findings=of_fan,
     ),
     "pace": Measure(
         "{subscribers:,} subscribers, {pace_rate} events a second for {pace_seconds} seconds",
-        "As `fan`, a send for each event and client.",
+        "As `fan`, but with one send for each event and client.",
         {
             "us/delivery": Column(US, "less"),
             **{name: DELAYS[name] for name in ("p50 ms", "p99 ms")},
@@ -375,15 +384,15 @@ MEASURES: dict[str, Measure] = {
     ),
     "storm": Measure(
         "{subscribers:,} subscribers, {storm_rate} events a second for {storm_seconds} seconds",
-        f"As `pace`, at a high rate. `{STUCK}` is with one more client that reads nothing, and whose send waits since "
-        "before the storm: the others should not notice. What is not delivered {delivery:g} s after the last event is "
-        "not waited for.",
+        f"As `pace`, at a high rate. `{STUCK}` has one more client that reads nothing, and whose send waits from before "
+        "the storm: the others should not notice. Events not delivered {delivery:g} s after the last one count as "
+        "missing.",
         {
             "us/delivery": Column(US, "less"),
             **DELAYS,
-            "late ms": Column(f"{LATE}; delays count from when it did publish"),
+            "late ms": Column(f"{LATE}; delays count from the actual publication"),
             **DELIVERED,
-            "seconds": Column("until all had all, or were not waited for", "less"),
+            "seconds": Column("until every subscriber had every event, or the end of the wait", "less"),
             **CPU,
         },
         in_turn(storm, rounds=False),
@@ -391,8 +400,8 @@ MEASURES: dict[str, Measure] = {
         findings=of_storm,
     ),
     "idle-sub": Measure(
-        "Memory of a server with {idle_subscribers:,} subscribers that have had one event",
-        "A subscription of asgi_sse has no task and no queue; that of the others is an `asyncio.Queue`.",
+        "Memory of a server with {idle_subscribers:,} subscribers that received one event",
+        "A subscription of asgi_sse has no task and no queue. The others have an `asyncio.Queue` each.",
         {
             "KiB/subscriber": Column(EACH, "less"),
             "subscribed": Column("subscribers"),
@@ -402,38 +411,38 @@ MEASURES: dict[str, Measure] = {
     "hold": Measure(
         "{hold:,} subscribers held for {hold_seconds} seconds, an event a second to all",
         "One uvicorn worker with one channel; the clients are in another process. The peers hold theirs for "
-        "{hold_peer_seconds} s. Then all clients leave at once, and as many connect again.",
+        "{hold_peer_seconds} s. Then all clients disconnect at once, and the same number connects again.",
         {name: column for name, column in HELD.items() if name != "fewest pings"},
         in_turn(hold, rounds=False),
         ("raw", "sse_starlette", OURS),
         findings=of_hold,
     ),
     "hold-idle": Measure(
-        "{hold:,} idle streams held for {hold_seconds} seconds by their keep-alive",
-        "As `hold`, with a source that gives one event, and a comment after each {ping:g} s of silence. sse_starlette "
-        "holds them for {hold_peer_seconds} s; `raw` has no keep-alive.",
+        "{hold:,} idle streams held for {hold_seconds} seconds by keep-alives",
+        "As `hold`, with a source of one event and a keep-alive after each {ping:g} s of silence. sse_starlette holds its "
+        "streams for {hold_peer_seconds} s; `raw` has no keep-alive.",
         {name: column for name, column in HELD.items() if name not in {*DELIVERED, *DELAYS, "us/delivery"}},
         in_turn(hold_idle, rounds=False),
         ("sse_starlette", OURS),
         findings=of_hold,
     ),
     "engine": Measure(
-        f"Publishing to an engine, and delivery from it to {engine.SUBSCRIBERS} subscribers",
-        "One process that publishes and subscribes, on another core than the engine. First with one subscriber: "
-        "publishing {publishes:,} events one after the other, and {tasks} tasks with {publishes_each} events each, "
-        f"until they are acknowledged; of both the median of {{rounds}}. Then {engine.SUBSCRIBERS} subscribers of the "
-        "channel have {engine_rate} events a second for {engine_seconds} seconds. An event is 200 bytes of JSON, "
-        "subscribers are an `async for`, and all use uvloop and, on Redis, the same redis-py with hiredis. Valkey "
-        "writes nothing to the disk, NATS does not wait for it.",
+        f"Publishing to a backend server, and delivery to {engine.SUBSCRIBERS} subscribers",
+        "One process publishes and subscribes; the server runs on another core. First, with one subscriber, the process "
+        "publishes {publishes:,} events one after another, and {tasks} tasks publish {publishes_each} events each, until "
+        f"all are acknowledged (median of {{rounds}}). Then {engine.SUBSCRIBERS} subscribers of the channel receive "
+        "{engine_rate} events a second for {engine_seconds} seconds. An event is 200 bytes of JSON. Subscribers use "
+        "`async for`. All use uvloop and, on Redis, the same redis-py with hiredis. Valkey writes nothing to disk, and "
+        "NATS does not wait for the disk.",
         {
-            "us/publish": Column("microseconds until one event is acknowledged, one after the other", "less"),
+            "us/publish": Column("microseconds until one event is acknowledged, one after another", "less"),
             "k events/s": Column("thousands of events acknowledged in a second, many at once", "more"),
-            "p50 ms": Column("half of the deliveries took at most as long, from just before publishing", "less"),
-            "p99 ms": Column("99 of 100 took at most as long", "less"),
+            "p50 ms": Column("half of the deliveries took at most this long, from just before publishing", "less"),
+            "p99 ms": Column("99 of 100 took at most this long", "less"),
             "delivered %": Column("of all events at all subscribers", exact=True),
             "late ms": Column(LATE),
-            "CPU %": Column("of one core, by the process"),
-            "engine CPU %": Column("of one core, by the engine"),
+            "CPU %": Column("of one core, for the process"),
+            "engine CPU %": Column("of one core, for the server"),
         },
         engine.engine,
         tuple(engine.PEERS),

@@ -1,4 +1,4 @@
-"""A run as a page of Markdown: what it ran on, tables, ratios, plots, and what they mean."""
+"""The report: a run as a Markdown page with its machine, tables, ratios and plots."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from .plots import Plot
 
 ONE_RUN = (
-    "All figures here are of one run, and written by it: this page is made anew by the command below, not by hand. "
-    "`results.json` has them all, from which `python -m benchmarks report --from benchmarks/results.json` makes the "
-    "page again. What the other sessions of nox found is in [SESSIONS.md](SESSIONS.md)."
+    "One run measured all figures on this page and wrote the page. `results.json` has the raw figures; "
+    "`python -m benchmarks report --from benchmarks/results.json` writes the page again. [SESSIONS.md](SESSIONS.md) has "
+    "the results of the other long sessions."
 )
 HOW = (
-    "Each peer is an app as its users would write it, in a uvicorn of its own on one core; the client is another "
-    "process, on another core where there is one. `raw` is no library at all: one send an event, and no more than ASGI "
-    "needs. Read the ratios, and those with care: a machine that is shared is noisy, and figures of two machines do "
-    "not compare."
+    "Each peer is an app as its users would write it, in a uvicorn process of its own on one core. The client is "
+    "another process, on another core if there is one. `raw` uses no library: one send for each event, and no more "
+    "than ASGI needs. Trust the ratios rather than the figures, since a shared machine is noisy. Figures of two "
+    "machines cannot be compared."
 )
 GLANCE = (  # of which measures, what
     ("gen", "k events/s"), ("gen200", "k events/s"), ("idle", "KiB/connection"), ("fan", "us/delivery"),
@@ -66,7 +66,7 @@ def glance(results: Results) -> str:
             rows.append([f"{link(name)}: {column} ({better} is better)", number(ours), *against])
     if not rows:
         return ""
-    return "## At a glance\n\nWhat asgi_sse has, and how many times that of its peers this is.\n\n" + table(
+    return "## At a glance\n\nThe figure of asgi_sse, and how many times the figure of each peer it is.\n\n" + table(
         ["", OURS, *(f"x {peer}" for peer in peers)], rows
     )
 
@@ -92,7 +92,7 @@ def section(
         parts += [rounds(outcome), figures(measure, outcome), legend(measure, outcome, set() if told is None else told)]
         parts += measure.findings(outcome, size)
     parts += [f"![{plot.alt}](plots/{plot.file})" for plot in plots]
-    parts += [f"Left out: {peer}, {why}." for peer, why in outcome.left_out.items()]
+    parts += [f"Not measured: {peer}, because {why}." for peer, why in outcome.left_out.items()]
     return "\n\n".join(filter(None, parts))
 
 
@@ -102,8 +102,8 @@ def rounds(outcome: Outcome) -> str:
     if most == 1:
         return ""
     fewer = [f"{peer} ({count})" for peer, count in outcome.rounds.items() if count < most]
-    text = f"The median of {most} rounds, of all peers in turn"
-    return text + (f"; of fewer where one took long: {listed(fewer)}." if fewer else ".")
+    text = f"Median of {most} rounds, in which the peers took turns"
+    return text + (f"; fewer rounds if one took long: {listed(fewer)}." if fewer else ".")
 
 
 def figures(measure: Measure, outcome: Outcome) -> str:

@@ -114,13 +114,14 @@ def test_the_median_of_the_rounds_counts_and_ratios_are_of_it(saved: Path) -> No
 
 def test_the_prose_is_of_the_run(saved: Path) -> None:
     page = " ".join(markdown(saved).split())
-    assert "Of 200 clients only 1 (sse_starlette) had an event within 5 s" in page
-    assert "with sse_starlette a newcomer never got its first" in page
+    assert "Of 200 clients, only 1 (sse_starlette) received an event within 5 s" in page
+    assert "With sse_starlette, the new client never received one." in page
     assert (
-        "its memory went from 103 to 104 MiB (+0.50 MiB); each had all 60 events, in 5 ms (p50) and 9 ms (p99)" in page
+        "its memory went from 103 to 104 MiB (+0.50 MiB); each received all 60 events, in 5 ms (p50) and 9 ms (p99)"
+        in page
     )
-    assert "Left out: fastapi, fastapi is not installed." in page
-    assert "had an event within" not in " ".join(markdown_of_all_started(saved).split())
+    assert "Not measured: fastapi, because fastapi is not installed." in page
+    assert "received an event within" not in " ".join(markdown_of_all_started(saved).split())
 
 
 def markdown_of_all_started(saved: Path) -> str:
