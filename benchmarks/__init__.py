@@ -1,1 +1,1 @@
-"""Figures, as ratios against peers in one run. Nothing in the tests depends on time."""
+"""Benchmarks of asgi_sse and its peers. No test depends on their figures."""

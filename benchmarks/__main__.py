@@ -1,10 +1,10 @@
-"""Measures asgi_sse beside its peers, each as a real uvicorn process on one core, the client on the other.
+"""Compare asgi_sse with its peers. Each runs in a real uvicorn process on one core, the client on another.
 
-python -m benchmarks                  # prints all of it
-python -m benchmarks gen idle         # some of it
-python -m benchmarks report           # all in one run, as benchmarks/RESULTS.md with plots
-python -m benchmarks report --quick   # to try it: seconds each, and figures that say nothing
-python -m benchmarks report --from benchmarks/results.json   # tables and plots of a run that was saved
+python -m benchmarks                  # run all benchmarks and print the tables
+python -m benchmarks gen idle         # run two of them
+python -m benchmarks report           # run all, and write benchmarks/RESULTS.md and its plots
+python -m benchmarks report --quick   # try all in two minutes; the figures mean nothing
+python -m benchmarks report --from benchmarks/results.json   # write the report of a saved run
 """
 
 import argparse
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import plots, report
-from .hold import look_for_room
+from .hold import check_limits
 from .machine import machine, versions
 from .measures import MEASURES, measured
 from .results import BenchmarkError, Results
@@ -28,44 +28,49 @@ from .sizes import FULL, QUICK
 from .tables import wrapped
 
 HERE = Path(__file__).parent
-BUSY = 0.5  # load average above which somebody else works here, too
+BUSY_LOAD = 0.5  # load average above which other programs disturb the figures
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"report, and of {', '.join(MEASURES)}; default: all")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"report, or benchmarks to run: {', '.join(MEASURES)}; default: all"
+    )
     known = list(dict.fromkeys(peer for one in MEASURES.values() for peer in one.peers if " " not in peer))
     parser.add_argument(
-        "--peers", nargs="+", choices=known, metavar="PEER", help=f"of {', '.join(known)}; default: all"
+        "--peers", nargs="+", choices=known, metavar="PEER", help=f"peers to measure: {', '.join(known)}; default: all"
     )
-    parser.add_argument("--quick", action="store_true", help="small, to see that it works; the figures say nothing")
     parser.add_argument(
-        "--from", dest="saved", type=Path, metavar="JSON", help="report a run that was saved, without one"
+        "--quick", action="store_true", help="run small sizes to try the benchmarks; the figures mean nothing"
+    )
+    parser.add_argument(
+        "--from", dest="saved", type=Path, metavar="JSON", help="report a saved run instead of running the benchmarks"
     )
     parser.add_argument(
         "--into",
         type=Path,
-        metavar="DIRECTORY",
-        help="of the report; default: benchmarks, or a new one if it is not of all",
+        metavar="FOLDER",
+        help="folder of the report; default: benchmarks, or a new temporary folder for a partial run",
     )
     options = parser.parse_args(arguments)
     wants_report = "report" in options.names
     names = [name for name in options.names if name != "report"] or list(MEASURES)
     if unknown := set(names) - set(MEASURES):
-        parser.error(f"there is no {', '.join(sorted(unknown))}; there are report, {', '.join(MEASURES)}")
+        choices = ", ".join(["report", *MEASURES])
+        parser.error(f"NAME must be report or a benchmark, got {', '.join(sorted(unknown))}; choose from {choices}")
     if (options.saved or options.into) and not wants_report:
-        parser.error("--from and --into are of a report: python -m benchmarks report …")
+        parser.error("--from and --into need the name report: python -m benchmarks report …")
     if wants_report:
-        plots.library()  # or say now that it is missing, not behind a run
+        plots.library()  # fail before the run if matplotlib is missing, not after it
     if options.saved:
         results = Results.load(options.saved)
     else:
         command = shlex.join(["python", "-m", "benchmarks", *arguments])
         results = run(names, options.peers, command, quick=options.quick, say=not wants_report)
     if wants_report:
-        # The page is of a whole run: what is only a part of one does not take its place.
+        # A partial run must not overwrite the page of a complete one.
         whole = options.saved or not (options.quick or options.peers or len(names) < len(MEASURES))
         into = options.into or (HERE if whole else Path(tempfile.mkdtemp(prefix="benchmarks-")))
         print(write(results, into))
@@ -73,12 +78,20 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(names: Sequence[str], peers: Sequence[str] | None, command: str, *, quick: bool, say: bool) -> Results:
-    """Measure, and print each outcome when it is there, or else how it goes."""
+    """Run benchmarks.
+
+    Args:
+        names: The benchmarks.
+        peers: The peers to measure; None: all.
+        command: The command line, for the report.
+        quick: Use small sizes.
+        say: Print each outcome as soon as it is known, instead of only its duration.
+    """
     size = QUICK if quick else FULL
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # the servers inherit it
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # the servers inherit the limit
     if {"hold", "hold-idle"} & set(names):
-        look_for_room(size.hold)
+        check_limits(size.hold)
     results = Results(
         command=command,
         began=dt.datetime.now(dt.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -87,8 +100,8 @@ def run(names: Sequence[str], peers: Sequence[str] | None, command: str, *, quic
         versions=versions(),
         size=size._asdict(),
     )
-    if os.getloadavg()[0] > BUSY and not quick:
-        print(f"the load is {os.getloadavg()[0]:.2f}: others work here, and the figures will show it", file=sys.stderr)
+    if os.getloadavg()[0] > BUSY_LOAD and not quick:
+        print(f"the load average is {os.getloadavg()[0]:.2f}: other programs will disturb the figures", file=sys.stderr)
     if len(CORES) > 1:
         os.sched_setaffinity(0, CORES[1:2])
     began = time.perf_counter()
@@ -107,7 +120,10 @@ def run(names: Sequence[str], peers: Sequence[str] | None, command: str, *, quic
 
 
 def write(results: Results, into: Path) -> Path:
-    """The JSON first: whatever becomes of the rest, the run is not lost."""
+    """Write a report and return its path.
+
+    The JSON comes first, so that a failure in the page or the plots does not lose the run.
+    """
     into.mkdir(parents=True, exist_ok=True)
     results.save(into / "results.json")
     page = into / "RESULTS.md"

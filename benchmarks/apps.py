@@ -1,7 +1,9 @@
-"""Three streams as users of each peer would write them, and what publishes to the third.
+"""The apps of the peers, as their users would write them. Each has the same paths.
 
-``/gen`` is flat out, ``/idle`` one event and silence. ``/news`` is what ``/publish`` gives to all its subscribers: of
-most peers from an `asyncio.Queue` for each of them, as long as it takes. Of some, ``/streams`` counts those that run.
+- ``/gen``: a stream whose source never waits.
+- ``/idle``: a stream with one event and then silence.
+- ``/news``: a subscription to the events of ``/publish``. Most peers use an unbounded `asyncio.Queue` per subscriber.
+- ``/streams``: the number of running streams and subscribers. Only some peers have this path.
 """
 
 import asyncio
@@ -20,11 +22,14 @@ def raw() -> Any:
 
 
 START = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
-PING = float(os.environ.get("BENCHMARKS_PING", "15"))  # seconds, of those that keep idle streams alive
+PING = float(os.environ.get("BENCHMARKS_PING", "15"))  # seconds between keep-alives, for peers that have them
 
 
 def counts(streams: int | None, subscribers: int, query: str) -> dict[str, int | None]:
-    """What ``/streams`` tells; ``?blocks``: with the blocks of memory that Python has taken, garbage aside."""
+    """Return the JSON object of ``/streams``.
+
+    With ``?blocks``, it is the number of memory blocks that Python has allocated, after a garbage collection.
+    """
     if query == "blocks":
         gc.collect()
         return {"blocks": sys.getallocatedblocks()}
@@ -32,7 +37,7 @@ def counts(streams: int | None, subscribers: int, query: str) -> dict[str, int |
 
 
 def answering(streams: Callable[[], int], subscribers: Callable[[], int]) -> Any:
-    """An app for ``/streams``."""
+    """Return an ASGI app for ``/streams``."""
 
     async def answer(scope: Any, receive: Any, send: Any) -> None:
         body = json.dumps(counts(streams(), subscribers(), scope["query_string"].decode())).encode()
@@ -43,10 +48,10 @@ def answering(streams: Callable[[], int], subscribers: Callable[[], int]) -> Any
 
 
 class Raw:
-    """No library at all, and no more than an endless stream needs: its source, one send an event, and a watch.
+    """An app without a library: a source, one send per event, and a task that watches for the disconnect.
 
-    ``/gen`` gives the loop a turn after each send, without which nobody else would have one. ``/news`` is encoded once
-    for all.
+    ``/gen`` yields to the event loop after each send, or no other task would run. ``/news`` encodes each event once
+    for all subscribers.
     """
 
     def __init__(self) -> None:
@@ -100,7 +105,7 @@ class Raw:
 
 
 async def gen() -> AsyncIterator[dict[str, Any]]:
-    """Events as dicts, without ever waiting."""
+    """Yield events as dicts without ever waiting."""
     number = 0
     while True:
         number += 1
@@ -108,13 +113,13 @@ async def gen() -> AsyncIterator[dict[str, Any]]:
 
 
 async def idle() -> AsyncIterator[dict[str, Any]]:
-    """One event."""
+    """Yield one event, then wait for a day."""
     yield {"data": "first"}
     await asyncio.sleep(86_400)
 
 
 class Topic:
-    """What is written for want of a broker: a queue for each subscriber."""
+    """A queue for each subscriber, as users write it without a broker."""
 
     def __init__(self) -> None:
         self.queues: set[Any] = set()
@@ -129,7 +134,7 @@ class Topic:
             queue.put_nowait(event)
 
     def subscribe(self) -> AsyncIterator[Any]:
-        queue = self.join()  # at once: what is published before the first step of the generator counts
+        queue = self.join()  # join now, or events published before the first step of the generator are lost
 
         async def events() -> AsyncIterator[Any]:
             try:
@@ -156,7 +161,14 @@ def start_publishing(query: Mapping[str, str], publish: Callable[[int, str], obj
 
 
 async def publishing(publish: Callable[[int, str], object], count: int, rate: float, pad: str) -> None:
-    """So many events, `rate` in a second, or all in one go if that is 0. What is late is published at once."""
+    """Publish events with the time of publishing.
+
+    Args:
+        publish: Receives the event's number and data.
+        count: Number of events.
+        rate: Events a second; 0 publishes all at once. Late events are published without waiting.
+        pad: Text that makes each event longer.
+    """
     began = time.monotonic()
     for number in range(1, count + 1):
         if rate and (early := began + number / rate - time.monotonic()) > 0:
@@ -186,7 +198,7 @@ def sse_starlette() -> Any:
 
 
 def adapter() -> Any:
-    """The same, with the import changed."""
+    """Return the same app, with only the import changed."""
     from asgi_sse.adapters.sse_starlette import EventSourceResponse  # noqa: PLC0415
 
     return on_starlette(EventSourceResponse)
@@ -208,7 +220,9 @@ def on_starlette(response: Any) -> Any:
         return Response()
 
     async def streams(request: Any) -> Any:
-        return JSONResponse(counts(None, len(news.queues), request.url.query))  # it does not know its streams
+        return JSONResponse(
+            counts(None, len(news.queues), request.url.query)
+        )  # sse-starlette does not count its streams
 
     news = Topic()
     sources = {"/gen": gen, "/idle": idle, "/news": news.subscribe}

@@ -1,4 +1,4 @@
-"""One channel and many subscribers: what each of them receives, and when."""
+"""Benchmarks with one channel and many subscribers: the cost and the delays of deliveries."""
 
 import re
 import socket
@@ -12,22 +12,22 @@ from .server import Server, cpu_of_this_process, serving
 from .sizes import Size
 
 FAN_ROUNDS = 3
-LONG = 10.0  # seconds; a fan-out that takes as long is done once
-SAMPLE = 10  # one subscriber of so many tells when its events came
+LONG_ROUND_S = 10.0  # a fan-out that takes longer is not repeated
+SAMPLE = 10  # one subscriber in ten records delays
 
 EVENT = b'data: {"number": '
 TIMED_EVENT = re.compile(EVENT + rb'(\d+), "sent": (\d+),')
-LONGEST = 80  # bytes that are part of one
+LONGEST_MATCH_BYTES = 80
 
 
 class Subscribers(Clients):
-    """Clients of ``/news``."""
+    """Clients of ``/news``. One in `SAMPLE` records the delay of each event."""
 
     def __init__(self, server: Server) -> None:
         super().__init__(server, "/news", EVENT)
         self.timed: set[int] = set()
-        self.delays: list[float] = []  # milliseconds, of those that are timed
-        self.published: dict[int, int] = {}  # nanoseconds, by the event's number
+        self.delays: list[float] = []  # milliseconds, of the timed subscribers
+        self.published: dict[int, int] = {}  # event number -> time of publishing in nanoseconds
 
     def subscribe(self, number: int) -> None:
         self.add(number)
@@ -42,9 +42,9 @@ class Subscribers(Clients):
         return fd
 
     def settle(self) -> None:
-        """Wait until all have subscribed."""
+        """Wait until every client is subscribed."""
         self.run(lambda: len(self.heard) == len(self.sockets), 60)
-        # Of some peers a response begins before it has subscribed. Who has the first event has done both.
+        # Some peers start the response before they subscribe. A client that has received an event is subscribed.
         for _ in range(20):
             self.publish(1)
             self.run(lambda: all(self.counts.values()), 1)
@@ -70,12 +70,19 @@ class Subscribers(Clients):
             sent = int(one[2])
             self.published[int(one[1])] = sent
             self.delays.append((now - sent) / 1e6)
-        self.unread[fd] = data[found[-1].end() if found else 0 :][-LONGEST:]
+        self.unread[fd] = data[found[-1].end() if found else 0 :][-LONGEST_MATCH_BYTES:]
         return len(found)
 
 
 def delivered(subscribers: Subscribers, count: int, rate: float, patience: float) -> dict[str, float]:
-    """What it costs that everyone has so many events."""
+    """Publish events, wait until all are delivered, and return the cost.
+
+    Args:
+        subscribers: The clients.
+        count: Number of events.
+        rate: Events a second; 0 publishes all at once.
+        patience: Seconds to wait after the last event.
+    """
     expected = count * len(subscribers.sockets)
     subscribers.restart()
     server_cpu, client_cpu = subscribers.server.cpu(), cpu_of_this_process()
@@ -93,15 +100,15 @@ def delivered(subscribers: Subscribers, count: int, rate: float, patience: float
     }
 
 
-def late(subscribers: Subscribers, rate: float) -> float:
-    """Milliseconds that an event was published behind its schedule, at the most."""
+def publisher_delay(subscribers: Subscribers, rate: float) -> float:
+    """Return the longest delay of the publisher behind its schedule, in milliseconds."""
     first = min(subscribers.published.items(), default=(0, 0))
     due = ((sent - first[1]) / 1e6 - (number - first[0]) * 1e3 / rate for number, sent in subscribers.published.items())
     return max(due, default=0.0)
 
 
 def delays(subscribers: Subscribers) -> dict[str, float | None]:
-    """How long events took, in milliseconds."""
+    """Return percentiles of the delivery delays, in milliseconds."""
     ordered = sorted(subscribers.delays)
     return {
         "p50 ms": ordered[len(ordered) // 2] if ordered else None,
@@ -111,12 +118,12 @@ def delays(subscribers: Subscribers) -> dict[str, float | None]:
 
 
 def quantiles(values: list[float], steps: int = 200) -> list[float]:
-    """So many and one, from the least to the most: what is needed to draw how they are distributed."""
+    """Return `steps` + 1 quantiles from the lowest to the highest value, to plot a distribution."""
     ordered = sorted(values)
     return [ordered[step * (len(ordered) - 1) // steps] for step in range(steps + 1)] if ordered else []
 
 
-def chosen(figures: dict[str, float | None], names: Iterable[str]) -> dict[str, float | None]:
+def selected(figures: dict[str, float | None], names: Iterable[str]) -> dict[str, float | None]:
     return {name: figures[name] for name in names}
 
 
@@ -125,7 +132,7 @@ def fan(peer: str, size: Size) -> Sample:
         subscribers = Subscribers(server)
         subscribers.subscribe(size.subscribers)
         rounds: list[dict[str, float]] = []
-        while len(rounds) < FAN_ROUNDS and (not rounds or rounds[-1]["seconds"] < LONG):
+        while len(rounds) < FAN_ROUNDS and (not rounds or rounds[-1]["seconds"] < LONG_ROUND_S):
             rounds.append(delivered(subscribers, size.fan_events, 0, size.delivery))
         subscribers.close()
         columns = "us/delivery", "seconds", "delivered %", "server CPU %", "client CPU %"
@@ -135,20 +142,23 @@ def fan(peer: str, size: Size) -> Sample:
 
 def timed(peer: str, size: Size, rate: float, seconds: int, *, stuck: bool = False) -> Sample:
     with serving(peer) as server:
-        idler = never_reading(server) if stuck else None
+        stuck_socket = stuck_subscriber(server) if stuck else None
         subscribers = Subscribers(server)
         subscribers.subscribe(size.subscribers)
         figures: dict[str, float | None] = {**delivered(subscribers, round(rate * seconds), rate, size.delivery)}
         figures |= delays(subscribers)
-        figures["late ms"] = late(subscribers, rate)
+        figures["late ms"] = publisher_delay(subscribers, rate)
         subscribers.close()
-        if idler is not None:
-            idler.close()
+        if stuck_socket is not None:
+            stuck_socket.close()
         return Sample(figures, {"delays ms": list(quantiles(subscribers.delays))})
 
 
-def never_reading(server: Server) -> socket.socket:
-    """A subscriber that takes nothing, whose send waits already: it was sent more than any socket holds."""
+def stuck_subscriber(server: Server) -> socket.socket:
+    """Connect a subscriber that reads nothing.
+
+    The server has already sent it more than the socket buffers hold, so its next send blocks.
+    """
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     sock.connect(("127.0.0.1", server.port))
@@ -164,15 +174,15 @@ def never_reading(server: Server) -> socket.socket:
 def pace(peer: str, size: Size) -> Sample:
     sample = timed(peer, size, size.pace_rate, size.pace_seconds)
     columns = "us/delivery", "p50 ms", "p99 ms", "delivered %", "server CPU %", "client CPU %"
-    return Sample(chosen(dict(sample.figures), columns), sample.series)
+    return Sample(selected(dict(sample.figures), columns), sample.series)
 
 
 def storm(peer: str, size: Size) -> Sample:
-    """A peer that is called ``asgi_sse + 1 stuck`` has one more client, which reads nothing."""
+    """Measure a peer; the name ``asgi_sse + 1 stuck`` adds a client that reads nothing."""
     name, _, stuck = peer.partition(" ")
     sample = timed(name, size, size.storm_rate, size.storm_seconds, stuck=bool(stuck))
     columns = "us/delivery", "p50 ms", "p99 ms", "max ms", "late ms", "delivered %", "seconds"
-    return Sample(chosen(dict(sample.figures), (*columns, "server CPU %", "client CPU %")), sample.series)
+    return Sample(selected(dict(sample.figures), (*columns, "server CPU %", "client CPU %")), sample.series)
 
 
 def idle_sub(peer: str, size: Size) -> Sample:

@@ -1,4 +1,4 @@
-"""Many connections, read in one loop over all of them, lest they be what is measured."""
+"""Many connections that one loop reads, so that the cost of the client stays low."""
 
 import select
 import time
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 class Clients:
-    """Connections that read one path, and how often each of them has seen a mark.
+    """Connections to one path. Each counts its events.
 
     Args:
-        server: Whom they ask.
-        path: For what.
-        mark: Bytes of which there is one in each event.
-        longest: Bytes of an event that have to be there to count it; so many of the end of each read are kept.
+        server: The server.
+        path: The path to request.
+        mark: Bytes that occur once in each event.
+        longest: Bytes to keep from the end of each read, for a mark that is cut; 0: one less than the mark has.
         chunk: Bytes of a read.
     """
 
@@ -30,15 +30,15 @@ class Clients:
         self.chunk = chunk
         self.epoll = select.epoll()
         self.sockets: dict[int, socket.socket] = {}
-        self.unread: dict[int, bytes] = {}  # the end of what was read last, where a mark may have begun
+        self.unread: dict[int, bytes] = {}  # the end of the last read, in which a mark may have begun
         self.counts: dict[int, int] = {}
-        self.received = 0  # marks, of all
-        self.heard: set[int] = set()  # whose response has begun
-        self.first: dict[int, float] = {}  # when each had its first mark
+        self.received = 0  # marks on all connections
+        self.heard: set[int] = set()  # connections whose response has started
+        self.first: dict[int, float] = {}  # time of the first mark
         self.ended: set[int] = set()
 
     def add(self, number: int = 1) -> int:
-        """Connect so many more. Gives the last of them."""
+        """Open more connections and return the file descriptor of the last."""
         fd = -1
         for _ in range(number):
             sock = self.server.connect(self.path)
@@ -51,7 +51,7 @@ class Clients:
         return fd
 
     def run(self, until: Callable[[], bool], seconds: float) -> float:
-        """Read until the condition holds, or for so many seconds. Gives how long it was."""
+        """Read until `until` returns true or the time is over; return the seconds that passed."""
         began = time.perf_counter()
         while (elapsed := time.perf_counter() - began) < seconds and not until():
             for fd, _ in self.epoll.poll(0.05):
@@ -76,12 +76,12 @@ class Clients:
             self.first.setdefault(fd, time.perf_counter())
 
     def count(self, fd: int, data: bytes) -> int:
-        """The marks in it; keeps what may become one."""
+        """Return the number of marks in `data`, and keep the end that may hold part of another."""
         self.unread[fd] = data[-self.longest :]
         return data.count(self.mark)
 
     def restart(self) -> None:
-        """Count from 0."""
+        """Set the counts to 0."""
         self.counts = dict.fromkeys(self.counts, 0)
         self.received = 0
 

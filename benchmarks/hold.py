@@ -1,4 +1,4 @@
-"""Thousands of connections that are held, and what is left of them when they have gone."""
+"""Benchmarks that hold thousands of connections, and check what remains after they have closed."""
 
 import resource
 import time
@@ -13,17 +13,17 @@ from .server import Server, cpu_of_this_process, serving
 from .sizes import Size
 
 MIB = 1 << 20
-BATCH = 250  # connections that are made before all that there are were heard of
-SPARE = 200  # file descriptors for all else
-PATIENCE = 60.0  # seconds until all have begun, or all have gone
+BATCH = 250  # connections to open before waiting until all have started
+SPARE_FILES = 200  # file descriptors for anything but connections
+TIMEOUT_S = 60.0  # to wait until all connections have started, or are closed
 PING = b": ping"
 
 
 class Memory:
-    """That of a server, over time.
+    """The resident memory of a server over time.
 
     Attributes:
-        samples: Seconds, and MiB.
+        samples: Pairs of seconds and MiB.
     """
 
     def __init__(self, server: Server) -> None:
@@ -32,56 +32,58 @@ class Memory:
         self.samples: list[list[float]] = []
 
     def sample(self) -> float:
-        """Now."""
+        """Record the current memory and return it in MiB."""
         mib = self.server.memory() / MIB
         self.samples.append([round(time.perf_counter() - self.began, 2), round(mib, 2)])
         return mib
 
 
 def slope(samples: list[list[float]]) -> float:
-    """What it gains in a second: of the straight line that fits best."""
+    """Return the growth per second, by the straight line that fits the samples best."""
     number = len(samples)
     mean_x, mean_y = (sum(sample[axis] for sample in samples) / number for axis in (0, 1))
     square = sum((x - mean_x) ** 2 for x, _ in samples)
     return sum((x - mean_x) * (y - mean_y) for x, y in samples) / square if square else 0.0
 
 
-def look_for_room(connections: int) -> None:
-    """Say so before it fails in the midst.
+def check_limits(connections: int) -> None:
+    """Check the limits of the machine before the run, so that it does not fail halfway.
 
     Raises:
         BenchmarkError: A limit of this machine is too low.
     """
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    if files < connections + SPARE:
+    if files < connections + SPARE_FILES:
         raise BenchmarkError(
-            f"{connections} connections need {connections + SPARE} file descriptors, and the hard limit is {files}; "
-            "raise it (ulimit -Hn, or LimitNOFILE of systemd)"
+            f"the hard limit of open files must be at least {connections + SPARE_FILES} for {connections} connections, "
+            f"got {files}; raise it with ulimit -Hn, or LimitNOFILE in systemd"
         )
     low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-    if (ports := high - low + 1) < 2 * connections:  # connected twice, and a closed one keeps its port for a minute
+    if (
+        ports := high - low + 1
+    ) < 2 * connections:  # two waves of connections, and a closed one keeps its port for a minute
         raise BenchmarkError(
-            f"2 x {connections} connections need as many local ports, and there are {ports}; "
-            "raise net.ipv4.ip_local_port_range"
+            f"the range of local ports must have at least {2 * connections} ports for 2 x {connections} connections, "
+            f"got {ports}; raise net.ipv4.ip_local_port_range"
         )
 
 
 def hold(peer: str, size: Size) -> Sample:
-    """Subscribers of a channel with an event a second."""
+    """Hold subscribers of a channel that receives one event a second."""
     return held(peer, size, Subscribers)
 
 
 def hold_idle(peer: str, size: Size) -> Sample:
-    """Streams with nothing but their keep-alive."""
+    """Hold streams that only send keep-alives."""
     return held(peer, size, lambda server: Clients(server, "/idle", PING))
 
 
 def held(peer: str, size: Size, connect: Callable[[Server], Clients]) -> Sample:
-    look_for_room(size.hold)
+    check_limits(size.hold)
     with serving(peer, size.ping) as server:
         with connected(connect(server), 20):  # warm-up
             pass
-        gone(server, 0)
+        wait_until_closed(server, 0)
         files, blocks = server.files(), server.blocks()
         memory = Memory(server)
         base = memory.sample()
@@ -95,9 +97,9 @@ def held(peer: str, size: Size, connect: Callable[[Server], Clients]) -> Sample:
             end = memory.sample()
             growth = slope(memory.samples[ramp:])
             steady = memory.samples[-1][0]
-        seconds = gone(server, files)
+        seconds = wait_until_closed(server, files)
         left, kept = server.streams(), server.blocks() - blocks
-        rest(memory, size.hold_rest)
+        wait_idle(memory, size.hold_rest)
         after = memory.sample()
         with connected(connect(server), size.hold, memory):
             again = memory.sample()
@@ -120,11 +122,11 @@ def held(peer: str, size: Size, connect: Callable[[Server], Clients]) -> Sample:
 
 @contextmanager
 def connected(clients: Clients, number: int, memory: Memory | None = None) -> Iterator[Clients]:
-    """So many, of which each has begun."""
+    """Connect clients and wait until each response has started; close them at the end."""
     with closing(clients):
         while len(clients.sockets) < number:
             clients.add(min(BATCH, number - len(clients.sockets)))
-            clients.run(lambda: len(clients.heard) == len(clients.sockets), PATIENCE)
+            clients.run(lambda: len(clients.heard) == len(clients.sockets), TIMEOUT_S)
             if memory is not None:
                 memory.sample()
         if isinstance(clients, Subscribers):
@@ -133,7 +135,7 @@ def connected(clients: Clients, number: int, memory: Memory | None = None) -> It
 
 
 def holding(clients: Clients, seconds: int, memory: Memory) -> tuple[dict[str, float | None], dict[str, list[float]]]:
-    """What happens meanwhile."""
+    """Hold the connections, and return the figures and series of this time."""
     clients.restart()
     expected = seconds * len(clients.sockets)
     server_cpu, client_cpu, began = clients.server.cpu(), cpu_of_this_process(), time.perf_counter()
@@ -143,7 +145,7 @@ def holding(clients: Clients, seconds: int, memory: Memory) -> tuple[dict[str, f
         clients.run(never, min(1.0, seconds - elapsed))
         memory.sample()
     if isinstance(clients, Subscribers):
-        clients.run(lambda: clients.received >= expected, PATIENCE)
+        clients.run(lambda: clients.received >= expected, TIMEOUT_S)
     took = time.perf_counter() - began
     figures: dict[str, float | None] = {"held": len(clients.sockets) - len(clients.ended)}
     if isinstance(clients, Subscribers):
@@ -156,22 +158,27 @@ def holding(clients: Clients, seconds: int, memory: Memory) -> tuple[dict[str, f
     return figures, {"delays ms": quantiles(clients.delays)} if isinstance(clients, Subscribers) else {}
 
 
-def gone(server: Server, files: int) -> float | None:
-    """Seconds until it has closed all, and knows of none; None if that does not come.
+def wait_until_closed(server: Server, files: int) -> float | None:
+    """Wait until the server has closed all connections and has no streams or subscribers.
 
-    `files` is how many descriptors it had before, or 0 to look at what it knows alone.
+    Args:
+        server: The server.
+        files: Its number of file descriptors before the connections; 0 checks only streams and subscribers.
+
+    Returns:
+        The seconds that it took; None after `TIMEOUT_S`.
     """
     began = time.perf_counter()
-    while time.perf_counter() - began < PATIENCE:
-        # One more: of who asks for the streams.
+    while time.perf_counter() - began < TIMEOUT_S:
+        # One more descriptor: the request for /streams itself.
         if not any(server.streams().values()) and (not files or server.files() <= files + 1):
             return time.perf_counter() - began
         time.sleep(0.05)
     return None
 
 
-def rest(memory: Memory, seconds: float) -> None:
-    """Leave it alone, for what it frees with a delay."""
+def wait_idle(memory: Memory, seconds: float) -> None:
+    """Leave the server idle, so that it can free memory with a delay."""
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline:
         time.sleep(min(0.5, seconds))

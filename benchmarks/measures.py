@@ -1,6 +1,6 @@
-"""All measures: what each of them does, what its figures mean, and what is to be said of a run.
+"""Every benchmark: what it does, what its figures mean, and what the report says about its outcome.
 
-No figure stands in the text: sizes come from the `Size` of the run, all else is computed from its outcome.
+The texts contain no measured figures. Sizes come from the `Size` of the run, and the rest is computed from its outcome.
 """
 
 import importlib.util
@@ -22,16 +22,16 @@ from .tables import listed, number, ratio, small_table
 
 OURS = "asgi_sse"
 STUCK = f"{OURS} + 1 stuck"
-LONG = 10.0  # seconds; a peer of which a round takes as long is not measured again
+LONG_ROUND_S = 10.0  # a peer whose round takes longer is not measured again
 
 
 class Column(NamedTuple):
-    """A figure.
+    """A figure of a benchmark.
 
     Attributes:
-        meaning: What it is.
-        better: ``"more"`` or ``"less"``, if it is compared.
-        exact: Whether no digit of it may be rounded up, as of what is 100 % or not.
+        meaning: What the figure is.
+        better: ``"more"`` or ``"less"`` if peers are compared by it; ``""`` if not.
+        exact: Cut the digits instead of rounding up, so that 99.999 % does not become 100 %.
     """
 
     meaning: str
@@ -43,21 +43,21 @@ Columns = dict[str, Column]
 Findings = Callable[[Outcome, Size], list[str]]
 
 
-def nothing(outcome: Outcome, size: Size) -> list[str]:
+def no_findings(outcome: Outcome, size: Size) -> list[str]:
     return []
 
 
 class Measure(NamedTuple):
-    """One of them.
+    """A benchmark.
 
     Attributes:
-        title: A line, with the fields of the size in braces.
-        about: What it does, and why so, in the same way.
-        columns: Of its table.
-        run: Gives the outcome of some of its peers.
-        peers: Of whom it is.
-        own: Which of them the others are compared with.
-        findings: What is to be said of an outcome, as paragraphs.
+        title: One line, with fields of the size in braces.
+        about: What it does and why, with the same fields.
+        columns: The rows of its table.
+        run: Measures the given peers.
+        peers: The peers that it measures.
+        own: The peer that the others are compared with.
+        findings: Returns paragraphs about an outcome.
     """
 
     title: str
@@ -66,11 +66,14 @@ class Measure(NamedTuple):
     run: Callable[[list[str], Size], Outcome]
     peers: tuple[str, ...] = tuple(PEERS)
     own: str = OURS
-    findings: Findings = nothing
+    findings: Findings = no_findings
 
 
 def in_turn(measure: Callable[[str, Size], Sample], *, rounds: bool = True) -> Callable[[list[str], Size], Outcome]:
-    """One peer after the other, and all of them again: what disturbs the machine for a while is not of one alone."""
+    """Return a function that measures every peer once a round.
+
+    The peers take turns, so a disturbance of the machine does not hit all the rounds of one peer.
+    """
 
     def run(peers: list[str], size: Size) -> Outcome:
         outcome = Outcome()
@@ -89,7 +92,7 @@ def in_turn(measure: Callable[[str, Size], Sample], *, rounds: bool = True) -> C
                     traceback.print_exc()
                     outcome.failed(peer, error)
                     done.add(peer)
-                if time.perf_counter() - began > LONG:
+                if time.perf_counter() - began > LONG_ROUND_S:
                     done.add(peer)
         for peer in peers:
             if peer in samples and peer not in outcome.left_out:
@@ -100,7 +103,7 @@ def in_turn(measure: Callable[[str, Size], Sample], *, rounds: bool = True) -> C
 
 
 def measured(name: str, size: Size, peers: Sequence[str] | None = None) -> Outcome:
-    """Run it, with those of its peers that are wanted and installed."""
+    """Run a benchmark with its peers that are selected and installed."""
     measure = MEASURES[name]
     wanted = [peer for peer in measure.peers if peers is None or peer.partition(" ")[0] in peers]
     absent = {peer: PEERS[peer] for peer in wanted if peer in PEERS and not importlib.util.find_spec(PEERS[peer])}
@@ -109,125 +112,130 @@ def measured(name: str, size: Size, peers: Sequence[str] | None = None) -> Outco
     outcome.left_out |= {peer: f"{module} is not installed" for peer, module in absent.items()}
     outcome.seconds = time.perf_counter() - began
     for peer, why in outcome.left_out.items():
-        print(f"{name}: {peer} is left out, {why}", file=sys.stderr)
+        print(f"{name}: {peer} was not measured: {why}", file=sys.stderr)
     return outcome
 
 
-# What is to be said of an outcome
+# Findings
 
 
-def of_gen(outcome: Outcome, size: Size) -> list[str]:
+def gen_findings(outcome: Outcome, size: Size) -> list[str]:
     busy = [peer for peer, row in outcome.rows.items() if (row["client CPU %"] or 0) > 90]
     if not busy:
         return []
     return [
-        f"The client used over 90 % of its core with {listed(busy)}, so the server might have been a little faster."
+        f"The client used over 90 % of its core with {listed(busy)}. These servers may be a little faster than shown."
     ]
 
 
-def of_gen200(outcome: Outcome, size: Size) -> list[str]:
+def gen200_findings(outcome: Outcome, size: Size) -> list[str]:
     starved = [peer for peer, row in outcome.rows.items() if (row["started"] or 0) < size.clients]
     if not starved:
-        return ["With each peer, all clients received their first event."]
+        return ["With every peer, all clients received their first event."]
     started = listed([f"{number(outcome.rows[peer]['started'])} ({peer})" for peer in starved])
     never = [peer for peer in starved if outcome.rows[peer]["newcomer s"] is None]
     text = (
-        f"Of {size.clients} clients, only {started} received an event within {size.patience:g} s: there, a source that "
-        "never waits starves all others"
+        f"Of {size.clients} clients, only {started} received an event within {size.patience:g} s. A source that never "
+        "waits starves all other clients there."
     )
-    return [text + (f". With {listed(never)}, the new client never received one." if never else ".")]
+    return [text + (f" With {listed(never)}, the newcomer never received an event." if never else "")]
 
 
-def of_fan(outcome: Outcome, size: Size) -> list[str]:
+def fan_findings(outcome: Outcome, size: Size) -> list[str]:
     slow = [peer for peer, row in outcome.rows.items() if (row["delivered %"] or 0) < 100]
-    said = (
-        f"{listed(slow)} did not deliver everything within {size.delivery:g} s."
+    text = (
+        f"{listed(slow)} did not deliver all events within {size.delivery:g} s."
         if slow
-        else "All events were delivered."
+        else "Every peer delivered all events."
     )
     if OURS in outcome.rows:
-        said += (
-            f" asgi_sse sends {size.subscribers:,} messages of up to {size.fan_events} events, the others "
-            f"{size.subscribers * size.fan_events:,} messages. That is most of the difference. Events that are published "
-            "with time in between do not have it (see `pace`)."
+        text += (
+            f" asgi_sse sends {size.subscribers:,} messages of up to {size.fan_events} events. The others send "
+            f"{size.subscribers * size.fan_events:,} messages, which explains most of the difference. Events that are "
+            "published with pauses in between do not have this advantage (see `pace`)."
         )
-    return [said]
+    return [text]
 
 
-def of_pace(outcome: Outcome, size: Size) -> list[str]:
-    said = (
-        "A send costs more than in `fan`, for `raw` too. A server that sleeps between events probably finds little of its "
-        "clients in the CPU caches, and every send wakes the client."
-    )
-    return [said]
+def pace_findings(outcome: Outcome, size: Size) -> list[str]:
+    return [
+        (
+            "A send costs more than in `fan`, for `raw` too. The server sleeps between events, so it presumably finds "
+            "little of its clients' state in the CPU caches. Every send also wakes the client."
+        )
+    ]
 
 
-def of_storm(outcome: Outcome, size: Size) -> list[str]:
-    said = [f"The storm needs {size.subscribers * size.storm_rate:,} deliveries a second."]
+def storm_findings(outcome: Outcome, size: Size) -> list[str]:
+    text = f"The schedule requires {size.subscribers * size.storm_rate:,} deliveries a second."
     if row := outcome.rows.get(OURS):
-        behind = (row["seconds"] or 0) - size.storm_seconds
-        if behind < 1:
-            said[0] += (
-                f" asgi_sse keeps up, with {100 - (row['server CPU %'] or 0):.0f} % of the core left. After a long round of "
-                "sends, its loop rests for as long as the round took, so that several events leave in one message."
+        lag_s = (row["seconds"] or 0) - size.storm_seconds
+        if lag_s < 1:
+            text += (
+                f" asgi_sse keeps up and leaves {100 - (row['server CPU %'] or 0):.0f} % of the core free. After a "
+                "long round of sends it pauses for as long as the round took, so several events leave in one message."
             )
         else:
-            said[0] += f" asgi_sse is {number(behind)} s late at the end."
-    late = {
+            text += f" asgi_sse finishes {number(lag_s)} s late."
+    paragraphs = [text]
+    slow = {
         peer: row for peer, row in outcome.rows.items() if peer not in {OURS, STUCK} and (row["max ms"] or 0) > 1000
     }
-    if late:
-        ranges = [
-            f"`{peer}` by {number((row['p50 ms'] or 0) / 1000)} (p50) to {number((row['max ms'] or 0) / 1000)} s"
-            for peer, row in late.items()
+    if slow:
+        delays = [
+            f"`{peer}` {number((row['p50 ms'] or 0) / 1000)} s ({number((row['max ms'] or 0) / 1000)} s)"
+            for peer, row in slow.items()
         ]
-        said.append(f"Late: {listed(ranges)}.")
-    short = [
+        paragraphs.append(f"These peers do not keep up, by p50 (and maximum) of their delays: {listed(delays)}.")
+    incomplete = [
         f"`{peer}` had delivered {number(row['delivered %'])} %"
         for peer, row in outcome.rows.items()
         if (row["delivered %"] or 0) < 100
     ]
-    if short:
-        said.append(
-            f"{size.delivery:g} s after the last event, {listed(short)}; its delays count only those events, and are too short."
+    if incomplete:
+        paragraphs.append(
+            f"{size.delivery:g} s after the last event, {listed(incomplete)} of the events. The delays in the table "
+            "cover only delivered events, so they are too low."
         )
-    return said
+    return paragraphs
 
 
-def of_hold(outcome: Outcome, size: Size) -> list[str]:
-    said = [memory_over_time(outcome)]
+def hold_findings(outcome: Outcome, size: Size) -> list[str]:
+    paragraphs = [memory_over_time(outcome)]
     row = outcome.rows.get(OURS)
     if row is None:
-        return said
+        return paragraphs
     seconds, grown = size.hold_seconds, (row["end MiB"] or 0) - (row["full MiB"] or 0)
     text = (
-        f"asgi_sse held {number(row['held'])} of {size.hold:,} for {seconds} s, while its memory went from "
-        f"{number(row['full MiB'])} to {number(row['end MiB'])} MiB ({grown:+.2f} MiB)"
+        f"asgi_sse held {number(row['held'])} of {size.hold:,} connections for {seconds} s. Its memory went from "
+        f"{number(row['full MiB'])} to {number(row['end MiB'])} MiB ({grown:+.2f} MiB)."
     )
     if "delivered %" in row:
         text += (
-            f"; each received all {seconds} events, in {number(row['p50 ms'])} ms (p50) and {number(row['p99 ms'])} ms (p99)"
+            f" Every client received all {seconds} events, after {number(row['p50 ms'])} ms (p50) and "
+            f"{number(row['p99 ms'])} ms (p99)."
             if row["delivered %"] == 100
-            else f"; {number(row['delivered %'], exact=True)} % of the events were delivered"
+            else f" It delivered {number(row['delivered %'], exact=True)} % of the events."
         )
     else:
-        text += f"; each received at least {number(row['fewest pings'])} keep-alives"
-    said.append(text + ".")
+        text += f" Every client received at least {number(row['fewest pings'])} keep-alive comments."
+    paragraphs.append(text)
     if row["gone s"] is None:
-        said.append("It did not release all of them.")
+        paragraphs.append("asgi_sse did not release all connections.")
     else:
-        said.append(
-            f"{number(row['gone s'])} s after they disconnected, its registry had {number(row['streams left'])} streams "
-            f"and its broker {number(row['subscribers left'])} subscribers, and {number(row['blocks left %'])} % of "
-            f"the memory blocks that Python had taken for them were still in use. Resident memory was "
-            f"{number(row['after MiB'])} MiB, after {number(row['base MiB'])} at the start, because Python keeps free memory. "
-            f"The same number of new connections took it to {number(row['again MiB'])} MiB."
+        paragraphs.append(
+            f"{number(row['gone s'])} s after all clients had disconnected, the registry held "
+            f"{number(row['streams left'])} streams and the broker {number(row['subscribers left'])} subscribers. "
+            f"{number(row['blocks left %'])} % of the memory blocks that Python had allocated for the connections were "
+            f"still in use. Resident memory was {number(row['after MiB'])} MiB, against {number(row['base MiB'])} MiB "
+            "at the start, because the allocators keep freed memory for later. When the same number of clients "
+            f"connected again, it rose to {number(row['again MiB'])} MiB."
         )
-    return said
+    return paragraphs
 
 
 def memory_over_time(outcome: Outcome) -> str:
-    """Make tables of what the plot shows."""
+    """Return the data of the memory plot as tables."""
     parts = []
     for peer, series in outcome.series.items():
         begin, end = series["held s"]
@@ -237,12 +245,12 @@ def memory_over_time(outcome: Outcome) -> str:
         parts.append(
             small_table(f"{peer}, s", [f"{at:.0f}" for at, _ in shown], "MiB", [f"{mib:.1f}" for _, mib in shown])
         )
-    return "Resident memory, by seconds since all were connected:\n\n" + "\n\n".join(parts)
+    return "Resident memory by seconds since the last client connected:\n\n" + "\n\n".join(parts)
 
 
-def of_engine(outcome: Outcome, size: Size) -> list[str]:
-    said = [
-        "What is done when publishing returns:\n\n"
+def engine_findings(outcome: Outcome, size: Size) -> list[str]:
+    paragraphs = [
+        "What each peer guarantees when publishing returns:\n\n"
         + "\n".join(f"- `{peer}`: {engine.PEERS[peer].about}." for peer in outcome.rows),
     ]
     streams = [peer for peer in ("litestar-stream", "broadcaster-stream") if peer in outcome.rows]
@@ -253,200 +261,209 @@ def of_engine(outcome: Outcome, size: Size) -> list[str]:
             values = sorted((row[name] or 0) / (outcome.rows[peer][name] or float("inf")) for peer in streams)
             return " to ".join(dict.fromkeys(map(ratio, values)))
 
-        said.append(
-            "An acknowledgement means different things, so compare `valkey` with the streams, not with peers that store "
-            f"nothing. Publishing one event at a time takes asgi_sse {against('us/publish')} the time of the streams. Its "
-            "script assigns an offset in one sequence for all channels, writes the event to two streams and remembers "
-            "the answer. Most of the rest is redis-py, for reading the event back as much as for publishing it. An "
-            f"event takes {against('p50 ms')} the time to reach its subscribers (p50). With many at once, "
-            f"{against('k events/s')} as many are acknowledged, since up to 64 share a call. Without hiredis it would be "
-            "far fewer: each event comes back as 11 strings, whose parsing then takes most of the CPU time."
+        paragraphs.append(
+            "The guarantees differ. Compare `valkey` with the two peers that store events in a stream, not with those "
+            f"that keep nothing. To publish one event at a time, asgi_sse takes {against('us/publish')} their time. "
+            "Its script gives the event an id in one sequence for all channels, writes it to two streams and remembers "
+            "the reply. Most of the remaining time is spent in redis-py, about equally for publishing the event and "
+            f"for reading it back. Delivery to the subscribers takes {against('p50 ms')} their time (p50). With many "
+            f"events at once, asgi_sse publishes {against('k events/s')} as many, because one call carries up to 64. "
+            "Without hiredis the rate would be far lower: each event comes back as 11 strings, and parsing them then "
+            "takes most of the CPU time."
         )
-    return said
+    return paragraphs
 
 
 CPU: Columns = {
-    "server CPU %": Column("of one core; 100 means that the server is the limit"),
-    "client CPU %": Column("of one core; near 100 the client may be the limit, and the server could do more"),
+    "server CPU %": Column("share of one core; at 100 the server is the limit"),
+    "client CPU %": Column("share of one core; near 100 the client may be the limit, and the server could do more"),
 }
-EACH = "resident memory of the server for each, without the kernel's memory for its socket"
-US = "CPU time of the server in microseconds, for each event and subscriber"
-LATE = "the most that the publisher was late"
+PER_CLIENT = "the server's resident memory for each, without the kernel's socket buffers"
+DELIVERY_COST = "CPU time of the server in microseconds, for one event to one subscriber"
+PUBLISHER_DELAY = "the longest delay of the publisher behind its schedule"
 DELAYS: Columns = {
     "p50 ms": Column(
-        "half of the deliveries took at most this long, from publishing to the client's read; one subscriber in "
-        f"{SAMPLE} is measured"
+        "half of the deliveries took no longer, from publishing to the client's read; measured at one subscriber in "
+        f"{SAMPLE}"
     ),
-    "p99 ms": Column("99 of 100 took at most this long", "less"),
-    "max ms": Column("the longest"),
+    "p99 ms": Column("99 of 100 deliveries took no longer", "less"),
+    "max ms": Column("the slowest delivery"),
 }
-DELIVERED: Columns = {"delivered %": Column("of all events at all subscribers", exact=True)}
+DELIVERED: Columns = {
+    "delivered %": Column("share of all events to all subscribers; 100 means that none is missing", exact=True)
+}
 HELD: Columns = {
-    "held": Column("connections that were open at the end"),
+    "held": Column("connections that were still open at the end"),
     **DELIVERED,
     **DELAYS,
-    "us/delivery": Column(US, "less"),
-    "fewest pings": Column("keep-alives at the client that received the fewest"),
+    "us/delivery": Column(DELIVERY_COST, "less"),
+    "fewest pings": Column("keep-alive comments that the client with the fewest received"),
     **CPU,
-    "base MiB": Column("resident memory of the server before, after a warm-up"),
-    "full MiB": Column("when all were connected"),
-    "end MiB": Column("at the end of the hold"),
-    "KiB/connection": Column(EACH, "less"),
+    "base MiB": Column("resident memory of the server after a warm-up, without connections"),
+    "full MiB": Column("resident memory when all clients have connected"),
+    "end MiB": Column("resident memory at the end of the holding time"),
+    "KiB/connection": Column(PER_CLIENT, "less"),
     "slope B/s/connection": Column(
-        "growth of memory per second and connection during the hold, in bytes: the slope of the best straight line"
+        "memory growth while the connections are held, in bytes a second for each connection; a straight line fitted "
+        "to the samples, so 0 means no growth"
     ),
-    "gone s": Column("until the server had closed all, after the clients had"),
-    "streams left": Column("streams in its registry then"),
-    "subscribers left": Column("subscribers of its broker or topic then"),
-    "blocks left %": Column("memory blocks that Python took for the connections and still uses then"),
-    "after MiB": Column("resident memory then, with the free blocks that Python and the C library keep"),
+    "gone s": Column("time from the last client's disconnect until the server has closed all connections"),
+    "streams left": Column("streams in the server's registry after that; `-` for a peer without a registry"),
+    "subscribers left": Column("subscribers in the broker, or in the list of queues, after that"),
+    "blocks left %": Column(
+        "share of the memory blocks allocated by Python for the connections that is still in use after that"
+    ),
+    "after MiB": Column(
+        "resident memory after that; it includes freed blocks, which Python and the C library keep for later"
+    ),
     "again MiB": Column(
-        "after the same number of clients connected again: free memory is reused, or memory grows with each wave"
+        "resident memory when the same number of clients has connected again; if freed memory is reused, it equals "
+        "full MiB"
     ),
 }
 BROADCAST = (
-    "One channel and many subscribers. asgi_sse uses its `Broker`; the others an unbounded `asyncio.Queue` for each "
-    "subscriber, as their users write it. `raw` encodes each event once for all. An event is an id and about 50 bytes "
-    "of JSON with its time of publication, from the clock that both processes share."
+    "One channel, many subscribers. asgi_sse uses its `Broker`. The others use an unbounded `asyncio.Queue` for each "
+    "subscriber, as their users would write it. `raw` encodes each event only once. An event is an id and about 50 "
+    "bytes of JSON, which contain the time of publishing. Both processes read the same clock."
 )
 
 MEASURES: dict[str, Measure] = {
     "micro": Measure(
-        "The parts of the hot path, alone",
-        "Microseconds, without a server: the best of {repeats}.",
+        "Steps of the hot path, one by one",
+        "Each step runs in one process without a server. A figure is microseconds, the best of {repeats} runs.",
         {
-            "encode us": Column("`encode()` of a one-line event"),
-            "build+encode us": Column("the same, with building the event"),
-            "item: dict us": Column("encoding a `dict` that a source yields"),
-            "item: str us": Column("encoding a `str`"),
-            "decode us": Column("`EventDecoder`, for each of 10,000 events in one piece"),
-            "overhead us": Column("what `SSEMiddleware` adds to a request that is not an event stream"),
+            "encode us": Column("`encode()` of an existing one-line event"),
+            "build+encode us": Column("create the event and encode it"),
+            "item: dict us": Column("encode a `dict` that a source yields"),
+            "item: str us": Column("encode a `str` that a source yields"),
+            "decode us": Column("decode one event with `EventDecoder`, from 10,000 in a single chunk"),
+            "overhead us": Column("the time that `SSEMiddleware` adds to a request for anything but an event stream"),
         },
         micro,
         (OURS,),
     ),
     "gen": Measure(
-        "One client, one source at full speed",
-        "The source never waits. `raw` gives the loop a turn after each send, or nobody else would get one. It shows the "
-        "least cost of one send per event; a peer that batches can be faster. `adapter` is the drop-in for "
-        "sse-starlette. Like it, it sends one message per item and never runs ahead of its client, so it gains nothing "
-        "from batching.",
-        {"k events/s": Column("thousands of events that the client received in a second", "more"), **CPU},
+        "One client, a source that never waits",
+        "The source produces events as fast as the server takes them. `raw` yields to the event loop after each send, "
+        "or no other task would run. It shows the lowest cost of one send per event; a peer that batches events can "
+        "be faster. `adapter` is the drop-in replacement for sse-starlette. Like the original, it sends one message "
+        "per event and never reads ahead of the client, so it gains nothing from batching.",
+        {"k events/s": Column("thousands of events a second that the client received", "more"), **CPU},
         in_turn(gen),
-        findings=of_gen,
+        findings=gen_findings,
     ),
     "gen200": Measure(
-        "{clients} clients with a source each, then a new client",
-        "All sources run at full speed. A client without an event after {patience:g} s counts as starved, and so does the "
-        "new client.",
+        "{clients} clients with a source each, then one newcomer",
+        "No source ever waits. Each client, and then the newcomer, has {patience:g} s to receive its first event.",
         {
-            "k events/s": Column("thousands of events that all clients together received in a second", "more"),
-            "slowest / mean": Column("events of the client with the fewest, divided by the mean; 1 is fair"),
+            "k events/s": Column("thousands of events a second that all clients together received", "more"),
+            "slowest / mean": Column("events of the slowest client, divided by the mean of all clients; 1 is fair"),
             "started": Column("clients that received an event in time"),
             "client CPU %": CPU["client CPU %"],
-            "newcomer s": Column("seconds until the new client receives its first event"),
+            "newcomer s": Column("seconds until one more client receives its first event"),
         },
         in_turn(gen200),
-        findings=of_gen200,
+        findings=gen200_findings,
     ),
     "idle": Measure(
         "Memory of a server that holds {idle:,} idle streams",
-        "Each stream has sent one event. Keep-alives are on, at the peer's default, if the peer has them.",
+        "Each stream has sent one event. Peers that have a keep-alive use it, with its default interval.",
         {
-            "KiB/connection": Column(EACH, "less"),
-            "started": Column("streams"),
+            "KiB/connection": Column(PER_CLIENT, "less"),
+            "started": Column("streams that sent their event"),
         },
         in_turn(idle, rounds=False),
     ),
     "fan": Measure(
         "{subscribers:,} subscribers, {fan_events} events published at once",
-        f"{BROADCAST} Median of {FAN_ROUNDS} runs in one server.",
+        f"{BROADCAST} The figures are the median of {FAN_ROUNDS} repetitions on one server.",
         {
-            "us/delivery": Column(US, "less"),
-            "seconds": Column("until every subscriber had every event", "less"),
+            "us/delivery": Column(DELIVERY_COST, "less"),
+            "seconds": Column("until every subscriber has all events, or the wait ends", "less"),
             **DELIVERED,
             **CPU,
         },
         in_turn(fan, rounds=False),
-        findings=of_fan,
+        findings=fan_findings,
     ),
     "pace": Measure(
         "{subscribers:,} subscribers, {pace_rate} events a second for {pace_seconds} seconds",
-        "As `fan`, but with one send for each event and client.",
+        "Like `fan`, but the server sends each event to each client on its own.",
         {
-            "us/delivery": Column(US, "less"),
+            "us/delivery": Column(DELIVERY_COST, "less"),
             **{name: DELAYS[name] for name in ("p50 ms", "p99 ms")},
             **DELIVERED,
             **CPU,
         },
         in_turn(pace),
-        findings=of_pace,
+        findings=pace_findings,
     ),
     "storm": Measure(
         "{subscribers:,} subscribers, {storm_rate} events a second for {storm_seconds} seconds",
-        f"As `pace`, at a high rate. `{STUCK}` has one more client that reads nothing, and whose send waits from before "
-        "the storm: the others should not notice. Events not delivered {delivery:g} s after the last one count as "
-        "missing.",
+        f"Like `pace`, at a high rate. `{STUCK}` adds a client that reads nothing, so its send is blocked from the "
+        "start. The other clients should not notice. The benchmark waits up to {delivery:g} s after the last event.",
         {
-            "us/delivery": Column(US, "less"),
+            "us/delivery": Column(DELIVERY_COST, "less"),
             **DELAYS,
-            "late ms": Column(f"{LATE}; delays count from the actual publication"),
+            "late ms": Column(f"{PUBLISHER_DELAY}; delivery delays start at the actual publishing"),
             **DELIVERED,
-            "seconds": Column("until every subscriber had every event, or the end of the wait", "less"),
+            "seconds": Column("until every subscriber has all events, or the wait ends", "less"),
             **CPU,
         },
         in_turn(storm, rounds=False),
         (*PEERS, STUCK),
-        findings=of_storm,
+        findings=storm_findings,
     ),
     "idle-sub": Measure(
-        "Memory of a server with {idle_subscribers:,} subscribers that received one event",
-        "A subscription of asgi_sse has no task and no queue. The others have an `asyncio.Queue` each.",
+        "Memory of a server with {idle_subscribers:,} idle subscribers",
+        "Each subscriber has received one event. A subscription of asgi_sse needs no task and no queue. The others "
+        "use an `asyncio.Queue`.",
         {
-            "KiB/subscriber": Column(EACH, "less"),
-            "subscribed": Column("subscribers"),
+            "KiB/subscriber": Column(PER_CLIENT, "less"),
+            "subscribed": Column("subscribers that are connected"),
         },
         in_turn(idle_sub, rounds=False),
     ),
     "hold": Measure(
-        "{hold:,} subscribers held for {hold_seconds} seconds, an event a second to all",
-        "One uvicorn worker with one channel; the clients are in another process. The peers hold theirs for "
-        "{hold_peer_seconds} s. Then all clients disconnect at once, and the same number connects again.",
+        "{hold:,} subscribers held for {hold_seconds} seconds, one event a second",
+        "One uvicorn worker with one channel; the clients run in another process. The peers hold their connections for "
+        "only {hold_peer_seconds} s. Then all clients disconnect at once, and the same number connects again.",
         {name: column for name, column in HELD.items() if name != "fewest pings"},
         in_turn(hold, rounds=False),
         ("raw", "sse_starlette", OURS),
-        findings=of_hold,
+        findings=hold_findings,
     ),
     "hold-idle": Measure(
-        "{hold:,} idle streams held for {hold_seconds} seconds by keep-alives",
-        "As `hold`, with a source of one event and a keep-alive after each {ping:g} s of silence. sse_starlette holds its "
-        "streams for {hold_peer_seconds} s; `raw` has no keep-alive.",
+        "{hold:,} idle streams held for {hold_seconds} seconds, with keep-alive",
+        "Like `hold`, but the source yields one event and then nothing. The server sends a keep-alive comment after "
+        "{ping:g} s of silence. sse_starlette holds its connections for {hold_peer_seconds} s. `raw` has no "
+        "keep-alive, so it is not measured.",
         {name: column for name, column in HELD.items() if name not in {*DELIVERED, *DELAYS, "us/delivery"}},
         in_turn(hold_idle, rounds=False),
         ("sse_starlette", OURS),
-        findings=of_hold,
+        findings=hold_findings,
     ),
     "engine": Measure(
-        f"Publishing to a backend server, and delivery to {engine.SUBSCRIBERS} subscribers",
-        "One process publishes and subscribes; the server runs on another core. First, with one subscriber, the process "
-        "publishes {publishes:,} events one after another, and {tasks} tasks publish {publishes_each} events each, until "
-        f"all are acknowledged (median of {{rounds}}). Then {engine.SUBSCRIBERS} subscribers of the channel receive "
-        "{engine_rate} events a second for {engine_seconds} seconds. An event is 200 bytes of JSON. Subscribers use "
-        "`async for`. All use uvloop and, on Redis, the same redis-py with hiredis. Valkey writes nothing to disk, and "
-        "NATS does not wait for the disk.",
+        f"Publishing to a backend, and delivery to {engine.SUBSCRIBERS} subscribers",
+        "One process publishes and subscribes; the backend's server has a core of its own. With one subscriber, the "
+        "process publishes {publishes:,} events one after another, then {tasks} tasks publish {publishes_each} events "
+        "each. Both take the time until the events are acknowledged, as the median of {rounds} rounds. Then "
+        f"{engine.SUBSCRIBERS} subscribers receive {{engine_rate}} events a second for {{engine_seconds}} seconds. An "
+        "event is 200 bytes of JSON, and a subscriber is an `async for`. All peers use uvloop, and those on Redis the "
+        "same redis-py with hiredis. Valkey writes nothing to disk. NATS writes to disk without waiting for it.",
         {
-            "us/publish": Column("microseconds until one event is acknowledged, one after another", "less"),
-            "k events/s": Column("thousands of events acknowledged in a second, many at once", "more"),
-            "p50 ms": Column("half of the deliveries took at most this long, from just before publishing", "less"),
-            "p99 ms": Column("99 of 100 took at most this long", "less"),
-            "delivered %": Column("of all events at all subscribers", exact=True),
-            "late ms": Column(LATE),
-            "CPU %": Column("of one core, for the process"),
-            "engine CPU %": Column("of one core, for the server"),
+            "us/publish": Column("microseconds until an event is acknowledged, published one after another", "less"),
+            "k events/s": Column("thousands of events a second that are acknowledged, published by many tasks", "more"),
+            "p50 ms": Column("half of the deliveries took no longer, from just before publishing", "less"),
+            "p99 ms": Column("99 of 100 deliveries took no longer", "less"),
+            "delivered %": Column("share of all events to all subscribers", exact=True),
+            "late ms": Column(PUBLISHER_DELAY),
+            "CPU %": Column("share of one core that the process uses"),
+            "engine CPU %": Column("share of one core that the backend's server uses"),
         },
         engine.engine,
         tuple(engine.PEERS),
         "valkey",
-        of_engine,
+        engine_findings,
     ),
 }

@@ -1,4 +1,4 @@
-"""The parts of the hot path, alone."""
+"""Benchmarks of single steps of the hot path, without a server."""
 
 import asyncio
 import time
@@ -37,7 +37,7 @@ def micro(peers: list[str], size: Size) -> Outcome:
 
 
 def overhead(repeats: int) -> float:
-    """Microseconds that `SSEMiddleware` adds to a response that is no event stream."""
+    """Return the microseconds that `SSEMiddleware` adds to a response that is not an event stream."""
     from asgi_sse import SSEMiddleware  # noqa: PLC0415
 
     start = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]}
@@ -65,7 +65,7 @@ def overhead(repeats: int) -> float:
     async def main() -> float:
         wrapped = SSEMiddleware(app, {"/events": app})
         best = float("inf"), float("inf")
-        for _ in range(repeats):  # in turn, so that a slow moment is not of one alone
+        for _ in range(repeats):  # alternate, so that a slow moment does not hit only one of the two
             best = min(best[0], await seconds(wrapped)), min(best[1], await seconds(app))
         return (best[0] - best[1]) * 1e6
 

@@ -1,4 +1,4 @@
-"""The report: a run as a Markdown page with its machine, tables, ratios and plots."""
+"""The report of a run in Markdown: the machine, tables, ratios, plots and findings."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -12,17 +12,18 @@ if TYPE_CHECKING:
     from .plots import Plot
 
 ONE_RUN = (
-    "One run measured all figures on this page and wrote the page. `results.json` has the raw figures; "
-    "`python -m benchmarks report --from benchmarks/results.json` writes the page again. [SESSIONS.md](SESSIONS.md) has "
-    "the results of the other long sessions."
+    "This page compares asgi_sse with other ways to send Server-Sent Events from Python. The command below measured "
+    "all figures in one run. To write the page again from the saved figures, run "
+    "`python -m benchmarks report --from benchmarks/results.json`. [SESSIONS.md](SESSIONS.md) has the output of the "
+    "other nox sessions."
 )
 HOW = (
-    "Each peer is an app as its users would write it, in a uvicorn process of its own on one core. The client is "
-    "another process, on another core if there is one. `raw` uses no library: one send for each event, and no more "
-    "than ASGI needs. Trust the ratios rather than the figures, since a shared machine is noisy. Figures of two "
-    "machines cannot be compared."
+    "Each peer is an app as its users would write it. It runs in its own uvicorn process on one core. The client is a "
+    "separate process, on a second core if the machine has one. `raw` uses no library: it sends one ASGI message per "
+    "event and does nothing else. Compare ratios rather than absolute figures, and treat small differences with care. "
+    "A shared machine is noisy, and figures from different machines cannot be compared."
 )
-GLANCE = (  # of which measures, what
+GLANCE = (  # benchmarks and their columns in the first table
     ("gen", "k events/s"), ("gen200", "k events/s"), ("idle", "KiB/connection"), ("fan", "us/delivery"),
     ("pace", "us/delivery"), ("storm", "us/delivery"), ("storm", "p99 ms"), ("idle-sub", "KiB/subscriber"),
     ("hold", "us/delivery"), ("hold", "p99 ms"), ("hold", "KiB/connection"), ("hold-idle", "KiB/connection"),
@@ -30,32 +31,32 @@ GLANCE = (  # of which measures, what
 
 
 def markdown(results: Results, plots: Sequence["Plot"] = ()) -> str:
-    """All of it."""
+    """Return the whole page."""
     size = size_of(results.size)
-    parts = [head(results), glance(results)]
-    told: set[tuple[str, str]] = set()
+    parts = [introduction(results), glance(results)]
+    explained: set[tuple[str, str]] = set()
     for name, outcome in results.measures.items():
         shown = [plot for plot in plots if plot.under == name]
-        parts.append(section(name, outcome, size, shown, told))
+        parts.append(section(name, outcome, size, shown, explained))
     return wrapped("\n\n".join(filter(None, parts))) + "\n"
 
 
-def head(results: Results) -> str:
-    """What was run, and where."""
+def introduction(results: Results) -> str:
+    """Return the title, the machine and how to read the figures."""
     seconds = results.seconds
-    took = f"- took: {seconds / 60:.1f} minutes" if seconds >= 60 else f"- took: {seconds:.0f} s"
-    return "\n\n".join(["# Results", ONE_RUN, f"{where(results)}\n{took}", HOW])
+    duration = f"- duration: {seconds / 60:.1f} minutes" if seconds >= 60 else f"- duration: {seconds:.0f} s"
+    return "\n\n".join(["# Results", ONE_RUN, f"{where(results)}\n{duration}", HOW])
 
 
 def where(results: Results) -> str:
-    """The command, and the machine."""
+    """Return the command, the machine and the versions as a list."""
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
-    facts = {"command": f"`{results.command}`", "began": results.began, **results.machine, "versions": versions}
+    facts = {"command": f"`{results.command}`", "started": results.began, **results.machine, "versions": versions}
     return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
 
 
 def glance(results: Results) -> str:
-    """The ratios that matter, of all measures."""
+    """Return a table of the main ratios of all benchmarks."""
     peers = [peer for peer in MEASURES["gen"].peers if peer != OURS]
     rows = []
     for name, column in GLANCE:
@@ -66,9 +67,11 @@ def glance(results: Results) -> str:
             rows.append([f"{link(name)}: {column} ({better} is better)", number(ours), *against])
     if not rows:
         return ""
-    return "## At a glance\n\nThe figure of asgi_sse, and how many times the figure of each peer it is.\n\n" + table(
-        ["", OURS, *(f"x {peer}" for peer in peers)], rows
+    about = (
+        f"The first column is the figure of {OURS}. The others divide it by the figure of each peer: 2.00 x means "
+        "twice the peer's figure, and 0.50 x means half of it."
     )
+    return f"## At a glance\n\n{about}\n\n" + table(["", OURS, *(f"/ {peer}" for peer in peers)], rows)
 
 
 def link(name: str) -> str:
@@ -80,34 +83,43 @@ def compared(ours: float | None, theirs: float | None) -> str:
 
 
 def section(
-    name: str, outcome: Outcome, size: Size, plots: Sequence["Plot"] = (), told: set[tuple[str, str]] | None = None
+    name: str, outcome: Outcome, size: Size, plots: Sequence["Plot"] = (), explained: set[tuple[str, str]] | None = None
 ) -> str:
-    """One measure; nothing where none of its peers was wanted. What was `told` of a figure is not said again."""
+    """Return the section of a benchmark; ``""`` if none of its peers was selected.
+
+    Args:
+        name: The benchmark.
+        outcome: Its outcome.
+        size: The size of the run.
+        plots: The plots of the section.
+        explained: The columns that earlier sections explain. They are left out here, and this section's are added.
+    """
     if not outcome.rows and not outcome.left_out:
         return ""
     measure = MEASURES[name]
     fields = size._asdict()
     parts = [f"## {name}", f"**{measure.title.format(**fields)}.** {measure.about.format(**fields)}"]
     if outcome.rows:
-        parts += [rounds(outcome), figures(measure, outcome), legend(measure, outcome, set() if told is None else told)]
+        explained = set() if explained is None else explained
+        parts += [rounds(outcome), figures(measure, outcome), legend(measure, outcome, explained)]
         parts += measure.findings(outcome, size)
     parts += [f"![{plot.alt}](plots/{plot.file})" for plot in plots]
-    parts += [f"Not measured: {peer}, because {why}." for peer, why in outcome.left_out.items()]
+    parts += [f"Not measured: {peer} ({why})." for peer, why in outcome.left_out.items()]
     return "\n\n".join(filter(None, parts))
 
 
 def rounds(outcome: Outcome) -> str:
-    """How often, and how far the rounds differ."""
+    """Return how many rounds the peers were measured; ``""`` for one round."""
     most = max(outcome.rounds.values())
     if most == 1:
         return ""
     fewer = [f"{peer} ({count})" for peer, count in outcome.rounds.items() if count < most]
-    text = f"Median of {most} rounds, in which the peers took turns"
-    return text + (f"; fewer rounds if one took long: {listed(fewer)}." if fewer else ".")
+    text = f"The figures are the median of {most} rounds, in which the peers took turns."
+    return text + (f" Peers with a very long round have fewer: {listed(fewer)}." if fewer else "")
 
 
 def figures(measure: Measure, outcome: Outcome) -> str:
-    """The table: peers beside one another, and below what is compared how much of it ours has."""
+    """Return the table of a benchmark: a column for each peer, and the ratio to it below each compared figure."""
     peers = list(outcome.rows)
     own = outcome.rows.get(measure.own, {})
     lines = []
@@ -119,26 +131,26 @@ def figures(measure: Measure, outcome: Outcome) -> str:
                 NONE if peer == measure.own else compared(own[name], value)
                 for peer, value in zip(peers, values, strict=True)
             ]
-            lines.append([f"*{measure.own} is at*", *against])
+            lines.append([f"*{measure.own} / peer*", *against])
             if spread := difference(outcome, name, peers):
-                lines.append(["*rounds differ by*", *spread])
+                lines.append(["*spread of rounds*", *spread])
     return table(["", *(f"**{peer}**" if peer == measure.own else peer for peer in peers)], lines)
 
 
 def difference(outcome: Outcome, name: str, peers: Sequence[str]) -> list[str]:
-    """How much more the most of a peer's rounds is than the least; nothing if there was one round."""
+    """Return by how much each peer's highest round exceeds its lowest; an empty list if there was one round."""
     if max(outcome.rounds.values()) == 1:
         return []
     spreads = [outcome.spread[peer].get(name, (0.0, 0.0)) if outcome.rounds[peer] > 1 else (0.0, 0.0) for peer in peers]
     return [f"{100 * (most / least - 1):.0f} %" if least else NONE for least, most in spreads]
 
 
-def legend(measure: Measure, outcome: Outcome, told: set[tuple[str, str]]) -> str:
-    """What the figures are."""
-    had = {name for row in outcome.rows.values() for name in row}
+def legend(measure: Measure, outcome: Outcome, explained: set[tuple[str, str]]) -> str:
+    """Return the meanings of the columns that are not in `explained` yet, and add them to it."""
+    measured = {name for row in outcome.rows.values() for name in row}
     lines = []
     for name, column in measure.columns.items():
-        if name in had and (name, column.meaning) not in told:
-            told.add((name, column.meaning))
+        if name in measured and (name, column.meaning) not in explained:
+            explained.add((name, column.meaning))
             lines.append(f"- {name}: {column.meaning}" + (f" ({column.better} is better)" if column.better else ""))
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What a run has found: as it is kept, and as JSON."""
+"""The results of a run, and their JSON format."""
 
 import json
 import re
@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 1
-NUMBERS = re.compile(r"\[[-+.,\deE\snul]*\]")  # a list of them, which goes on one line
-Figures = Mapping[str, float | None]  # None: it never came to that
+NUMBERS = re.compile(r"\[[-+.,\deE\snul]*\]")  # a list of numbers, which is written on one line
+Figures = Mapping[str, float | None]  # None: the event to measure never happened
 
 
 class BenchmarkError(Exception):
-    """What is wrong with how the benchmarks were called, or with where they run."""
+    """The benchmarks were called in a wrong way, or cannot run on this machine."""
 
 
 @dataclass
 class Sample:
-    """One peer, once.
+    """The figures of one peer in one round.
 
     Attributes:
-        figures: By what they are.
-        series: What a plot shows: lists of one length in all rounds, or one round alone.
+        figures: Values by column.
+        series: Data of plots. With several rounds, each list has the same length in all of them.
     """
 
     figures: Figures
@@ -32,16 +32,16 @@ class Sample:
 
 @dataclass
 class Outcome:
-    """One measure.
+    """The outcome of one benchmark, by peer.
 
     Attributes:
-        rows: Of each peer, the median of its rounds.
-        spread: Of each peer, the least and the most of its rounds.
-        series: Of each peer.
-        rounds: Of each peer.
-        left_out: Peers that were not measured, and why.
-        failures: Those among them that failed.
-        seconds: That all of it took.
+        rows: Median of the rounds, for each column.
+        spread: Lowest and highest round, for each column.
+        series: Data of plots.
+        rounds: Number of rounds.
+        left_out: Peers that were not measured, with the reason.
+        failures: Peers in `left_out` that failed.
+        seconds: Duration of the benchmark.
     """
 
     rows: dict[str, Figures] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Outcome:
     seconds: float = 0.0
 
     def add(self, peer: str, samples: list[Sample]) -> None:
-        """Of several rounds the median, of each figure and each point of a series."""
+        """Add the rounds of a peer: the median of each figure and of each point of a series."""
         self.rounds[peer] = len(samples)
         self.rows[peer] = {name: median([one.figures[name] for one in samples]) for name in samples[0].figures}
         self.spread[peer] = {
@@ -61,38 +61,38 @@ class Outcome:
             for name in samples[0].figures
             if (values := [value for one in samples if (value := one.figures[name]) is not None])
         }
-        self.series[peer] = {name: middle([one.series[name] for one in samples]) for name in samples[0].series}
+        self.series[peer] = {name: median_series([one.series[name] for one in samples]) for name in samples[0].series}
 
     def failed(self, peer: str, error: Exception) -> None:
-        """It goes on with the others: a run takes long."""
-        self.left_out[peer] = f"it failed: {error!r}"
+        """Record a failure. The run continues with the other peers, because it takes long."""
+        self.left_out[peer] = f"failed: {error!r}"
         self.failures.append(peer)
 
 
-def middle(rounds: list[list[Any]]) -> list[Any]:
-    """Of each point the median of the rounds that have any; one round is as it is."""
+def median_series(rounds: list[list[Any]]) -> list[Any]:
+    """Return the median of each point, over the rounds that have points."""
     known = [points for points in rounds if points]
     return known[0] if len(known) == 1 else list(map(median, zip(*known, strict=True)))
 
 
 def median(values: Any) -> float | None:
-    """None if most are."""
+    """Return the median of the known values; None unless more than half are known."""
     known = [value for value in values if value is not None]
     return statistics.median(known) if 2 * len(known) > len(values) else None
 
 
 @dataclass
 class Results:
-    """One run.
+    """The results of one run.
 
     Attributes:
-        command: That gave it.
-        began: Date and time.
-        seconds: That it took.
-        machine: What it ran on.
-        versions: Of all that took part.
+        command: The command line.
+        began: Date and time of the start.
+        seconds: Duration.
+        machine: Facts about the machine.
+        versions: Versions of asgi_sse, its peers and their dependencies.
         size: The fields of a `Size`.
-        measures: Outcomes, by the measure's name.
+        measures: Outcomes by the benchmark's name.
     """
 
     command: str
@@ -109,29 +109,33 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> "Results":
-        """The run that was saved there.
+        """Load a saved run.
 
         Raises:
-            BenchmarkError: There is none.
+            BenchmarkError: The file cannot be read, or is not a saved run.
         """
         try:
             saved = json.loads(path.read_text())
         except OSError as error:
-            raise BenchmarkError(f"{path} cannot be read ({error.strerror}); give the JSON of a report") from error
+            raise BenchmarkError(f"cannot read {path} ({error.strerror}); pass the results.json of a report") from error
         except ValueError as error:
-            raise BenchmarkError(f"{path} is no JSON ({error}); give the JSON of a report") from error
+            raise BenchmarkError(
+                f"{path} must be JSON, got an error ({error}); pass the results.json of a report"
+            ) from error
         found = saved.pop("format", None) if isinstance(saved, dict) else None
         if found != FORMAT:
-            raise BenchmarkError(f"{path} has the format {found!r}, not {FORMAT}; run the report again")
+            raise BenchmarkError(f"{path} must have format {FORMAT}, got {found!r}; run the report again")
         try:
             measures = {name: Outcome(**outcome) for name, outcome in saved.pop("measures").items()}
             return cls(**saved, measures=measures)
         except (KeyError, TypeError) as error:
-            raise BenchmarkError(f"{path} is not as a report saves it ({error}); run the report again") from error
+            raise BenchmarkError(
+                f"{path} must be a saved report, got other content ({error}); run the report again"
+            ) from error
 
 
 def rounded(value: Any) -> Any:
-    """To six significant digits: more is noise, and makes the file long."""
+    """Round floats to six significant digits; more would be noise and make the file longer."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):

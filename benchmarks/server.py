@@ -1,4 +1,4 @@
-"""A peer's app, as a process of its own."""
+"""Server processes for the apps of the peers."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-PEERS = {  # and the package of each
+PEERS = {  # peer -> the module it needs
     "raw": "uvicorn",
     "sse_starlette": "sse_starlette",
     "fastapi": "fastapi",
@@ -25,7 +25,7 @@ CORES = sorted(os.sched_getaffinity(0))
 
 
 class Server:
-    """A peer's app under uvicorn, on the first core."""
+    """A uvicorn process on the first core that serves the app of a peer."""
 
     def __init__(self, peer: str, ping: float = 15.0) -> None:
         with socket.socket() as sock:
@@ -58,23 +58,26 @@ class Server:
         return sock
 
     def cpu(self) -> float:
-        """Seconds, to the nanosecond: /proc counts in hundredths, in which a fan-out may be over."""
-        return time.clock_gettime((~self.process.pid << 3) | 2)  # as clock_getcpuclockid(3) does
+        """Return the CPU seconds of the process so far.
+
+        The resolution is a nanosecond. /proc counts hundredths of a second, and a fan-out can be shorter than that.
+        """
+        return time.clock_gettime((~self.process.pid << 3) | 2)  # the formula of clock_getcpuclockid(3)
 
     def memory(self) -> int:
-        """Bytes that are resident. What the kernel keeps for its sockets is not among them."""
+        """Return the resident memory in bytes, without the kernel's socket buffers."""
         return int(self.about.memory_info().rss)
 
     def files(self) -> int:
-        """Open file descriptors: its connections, and a few more."""
+        """Return the number of open file descriptors: the connections and a few more."""
         return int(self.about.num_fds())
 
     def streams(self) -> dict[str, int | None]:
-        """How many it knows of itself: running streams, and subscribers."""
+        """Return the numbers of running streams and subscribers that the app reports."""
         return self.ask("/streams")
 
     def blocks(self) -> int:
-        """Blocks of memory that its Python has taken, without garbage."""
+        """Return the number of memory blocks that the server's Python has allocated, without garbage."""
         return self.ask("/streams?blocks")["blocks"] or 0
 
     def ask(self, path: str) -> dict[str, int | None]:

@@ -1,36 +1,36 @@
-"""How large the measures are: as they count, and as one tries them."""
+"""The sizes of the benchmarks: for a real run, and for a quick try."""
 
 from typing import Any, NamedTuple
 
 
 class Size(NamedTuple):
-    """Of all measures. Titles and explanations are written with it, so that none can say what was not run.
+    """The sizes of all benchmarks. Titles and explanations are formatted with them, so the report matches the run.
 
     Attributes:
-        rounds: Of each measure that is short, each with every peer in turn; the median counts.
-        window: Seconds for which `gen` and `gen200` count.
-        clients: Of `gen200`.
-        patience: Seconds for which `gen200` waits for the first event of a client.
+        rounds: Rounds of each short benchmark, in which the peers take turns. The report has the median.
+        window: Seconds for which `gen` and `gen200` count events.
+        clients: Clients of `gen200`.
+        patience: Seconds for which `gen200` waits for the first event of each client.
         idle: Connections of `idle`.
-        subscribers: Of `fan`, `pace` and `storm`.
-        idle_subscribers: Of `idle-sub`.
-        fan_events: Published in one go.
-        pace_rate: Events a second.
-        pace_seconds: Seconds.
-        storm_rate: Events a second.
-        storm_seconds: Seconds.
-        delivery: Seconds after which what is not delivered is not waited for.
-        hold: Connections.
-        hold_seconds: For which they are held, of asgi_sse.
-        hold_peer_seconds: The same, of its peers.
-        hold_rest: Seconds between the end of all and the look at what is left.
-        ping: Seconds between the keep-alive comments of `hold-idle`.
-        publishes: Events of a round of `engine`, one after the other.
-        tasks: That publish at the same time.
-        publishes_each: Events of each of them.
-        engine_rate: Events a second.
-        engine_seconds: Seconds.
-        repeats: Of each part of `micro`; the best counts.
+        subscribers: Subscribers of `fan`, `pace` and `storm`.
+        idle_subscribers: Subscribers of `idle-sub`.
+        fan_events: Events that `fan` publishes at once.
+        pace_rate: Events a second in `pace`.
+        pace_seconds: Seconds of `pace`.
+        storm_rate: Events a second in `storm`.
+        storm_seconds: Seconds of `storm`.
+        delivery: Seconds to wait for deliveries after the last event.
+        hold: Connections of `hold` and `hold-idle`.
+        hold_seconds: Seconds for which asgi_sse holds them.
+        hold_peer_seconds: Seconds for which the peers hold them.
+        hold_rest: Seconds between the end of all connections and the next look at memory.
+        ping: Seconds between the keep-alives of `hold-idle`.
+        publishes: Events that a round of `engine` publishes one after another.
+        tasks: Tasks of `engine` that publish at the same time.
+        publishes_each: Events that each task publishes.
+        engine_rate: Events a second while `engine` measures delays.
+        engine_seconds: Seconds for which `engine` measures delays.
+        repeats: Repetitions of each step of `micro`. The report has the best.
     """
 
     rounds: int = 3
@@ -68,5 +68,5 @@ QUICK = Size(
 
 
 def size_of(figures: dict[str, Any]) -> Size:
-    """What a run that was saved had."""
+    """Return the size of a saved run."""
     return Size(**figures)

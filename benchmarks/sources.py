@@ -1,4 +1,4 @@
-"""Streams that have a source each."""
+"""Benchmarks of streams that each have their own source."""
 
 import statistics
 import time
@@ -8,7 +8,7 @@ from .results import Sample
 from .server import cpu_of_this_process, serving
 from .sizes import Size
 
-CHUNK = 262_144  # bytes of a read: what is flat out has as much ready
+CHUNK = 262_144  # bytes of a read; a source that never waits fills it
 MARK = b"data: "
 
 

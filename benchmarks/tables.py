@@ -1,14 +1,17 @@
-"""Figures as text, and tables of them in Markdown."""
+"""Formatting of figures, and Markdown tables."""
 
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
 
-NONE = "-"  # what has no figure
+NONE = "-"  # in place of a missing figure
 
 
 def number(value: float | None, *, exact: bool = False) -> str:
-    """Three digits; all of a thousand. One that is exact is cut behind two places, so that 99.999 is not 100."""
+    """Return a figure with three significant digits, or as a whole number from 1,000 up.
+
+    An exact figure is cut after two decimals instead, so that 99.999 does not become 100.
+    """
     if value is None:
         return NONE
     if exact:
@@ -23,18 +26,18 @@ def number(value: float | None, *, exact: bool = False) -> str:
 
 
 def ratio(value: float) -> str:
-    """How many times as much."""
+    """Return a ratio as text, such as ``"2.00 x"``."""
     places = 2 if value >= 0.1 else min(5, 1 - math.floor(math.log10(value))) if value > 0 else 0
     return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else places}f} x"
 
 
 def listed(names: Sequence[str]) -> str:
-    """A, b and c."""
+    """Return names as an enumeration, such as ``"a, b and c"``."""
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) if names else ""
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Its first column to the left, all else to the right; as wide as it has to be, to be read as it is, too."""
+    """Return a Markdown table with aligned columns, so that it is readable as plain text too."""
     lines = [list(header), *map(list, rows)]
     widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(header))]
     cells = [
@@ -49,12 +52,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def small_table(name: str, at: Sequence[str], unit: str, values: Sequence[str]) -> str:
-    """Two lines."""
+    """Return a table with one row of values."""
     return table([name, *at], [[unit, *values]])
 
 
 def wrapped(text: str) -> str:
-    """Each paragraph and item of a list as wide as the other pages are; tables as they are."""
+    """Wrap paragraphs and list items at 120 characters, and keep tables, headings and images."""
     return "\n".join(
         line
         if line.startswith(("|", "#", "!"))

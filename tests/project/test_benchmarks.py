@@ -1,4 +1,4 @@
-"""The benchmarks' report: that it says what was measured. How fast anything is, no test asks."""
+"""Tests of the benchmarks' report. No test depends on how fast anything is."""
 
 import importlib
 import json
@@ -12,17 +12,17 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 if not (ROOT / "benchmarks").exists():
-    pytest.skip("the tree is not beside the tests", allow_module_level=True)
+    pytest.skip("the repository is not next to the tests", allow_module_level=True)
 
 
-def room(name: str) -> Any:
-    """One of the benchmarks' modules: some of them import packages of which a checker has no types."""
+def module(name: str) -> Any:
+    """Import a module of the benchmarks at run time: some of them import packages without types."""
     return importlib.import_module(f"benchmarks.{name}")
 
 
-command = room("__main__")
-results = room("results")
-sizes = room("sizes")
+command = module("__main__")
+results = module("results")
+sizes = module("sizes")
 HELD = {
     "held": 100, "delivered %": 100.0, "p50 ms": 5.0, "p99 ms": 9.0, "max ms": 10.0, "us/delivery": 20.0,
     "server CPU %": 15.0, "client CPU %": 4.0, "base MiB": 37.0, "full MiB": 103.0, "end MiB": 103.5,
@@ -48,7 +48,7 @@ def gen_of(rate: float) -> Any:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A run of some measures, as a report saves it."""
+    """A saved run of four benchmarks."""
     gen, gen200, pace, hold = (results.Outcome() for _ in range(4))
     gen.add("raw", [gen_of(90.0), gen_of(100.0), gen_of(108.0)])
     gen.add("asgi_sse", [gen_of(600.0), gen_of(300.0), gen_of(660.0)])
@@ -79,18 +79,18 @@ def saved(tmp_path: Path) -> Path:
 
 
 def row_of(page: str, section: str, first: str) -> list[str]:
-    """The cells of the first row of a section that begins so."""
+    """Return the cells of the first row of a section whose label is `first`."""
     text = page.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
     lines = [line for line in text.splitlines() if line.startswith(f"| {first} ")]
-    assert lines, f"{section} has no {first}"
+    assert lines, f"section {section} must have a row {first}"
     return [cell.strip() for cell in lines[0].strip("|").split("|")][1:]
 
 
 def markdown(saved: Path, plots: Any = ()) -> str:
-    return str(room("report").markdown(results.Results.load(saved), plots))
+    return str(module("report").markdown(results.Results.load(saved), plots))
 
 
-def test_the_page_has_the_run_and_its_machine(saved: Path) -> None:
+def test_page_names_the_run_and_its_machine(saved: Path) -> None:
     page = markdown(saved)
     for fact in (
         "python -m benchmarks report",
@@ -102,25 +102,25 @@ def test_the_page_has_the_run_and_its_machine(saved: Path) -> None:
         assert fact in page
 
 
-def test_the_median_of_the_rounds_counts_and_ratios_are_of_it(saved: Path) -> None:
+def test_table_has_the_median_of_rounds_and_its_ratios(saved: Path) -> None:
     page = markdown(saved)
     assert row_of(page, "gen", "k events/s") == ["100", "600"]
-    assert row_of(page, "gen", "*asgi_sse is at*") == ["6.00 x", "-"]
-    assert row_of(page, "gen", "*rounds differ by*") == ["20 %", "120 %"]
-    assert row_of(page, "pace", "*asgi_sse is at*") == ["0.50 x", "-"]
+    assert row_of(page, "gen", "*asgi_sse / peer*") == ["6.00 x", "-"]
+    assert row_of(page, "gen", "*spread of rounds*") == ["20 %", "120 %"]
+    assert row_of(page, "pace", "*asgi_sse / peer*") == ["0.50 x", "-"]
     assert row_of(page, "At a glance", "[`gen`](#gen): k events/s (more is better)")[:2] == ["600", "6.00 x"]
     assert row_of(page, "At a glance", "[`pace`](#pace): us/delivery (less is better)")[:2] == ["10", "0.50 x"]
 
 
-def test_the_prose_is_of_the_run(saved: Path) -> None:
+def test_findings_describe_the_run(saved: Path) -> None:
     page = " ".join(markdown(saved).split())
     assert "Of 200 clients, only 1 (sse_starlette) received an event within 5 s" in page
-    assert "With sse_starlette, the new client never received one." in page
+    assert "With sse_starlette, the newcomer never received an event." in page
     assert (
-        "its memory went from 103 to 104 MiB (+0.50 MiB); each received all 60 events, in 5 ms (p50) and 9 ms (p99)"
-        in page
+        "Its memory went from 103 to 104 MiB (+0.50 MiB). Every client received all 60 events, after 5 ms (p50) and "
+        "9 ms (p99)." in page
     )
-    assert "Not measured: fastapi, because fastapi is not installed." in page
+    assert "Not measured: fastapi (fastapi is not installed)." in page
     assert "received an event within" not in " ".join(markdown_of_all_started(saved).split())
 
 
@@ -131,20 +131,20 @@ def markdown_of_all_started(saved: Path) -> str:
     return markdown(saved)
 
 
-def test_not_quite_all_is_not_all(saved: Path) -> None:
+def test_share_below_100_percent_is_not_rounded_up(saved: Path) -> None:
     run = json.loads(saved.read_text())
     run["measures"]["hold"]["rows"]["asgi_sse"]["delivered %"] = 99.9999
     saved.write_text(json.dumps(run))
     page = markdown(saved)
     assert row_of(page, "hold", "delivered %") == ["99.99"]
-    assert "99.99 % of the events were delivered" in " ".join(page.split())
+    assert "It delivered 99.99 % of the events." in " ".join(page.split())
 
 
-def test_a_report_of_a_saved_run_has_tables_and_plots(saved: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="plots are of the extra bench, which the tests do not need")
+def test_report_of_a_saved_run_has_tables_and_plots(saved: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots need the dependency group bench, which the tests do not")
     into = tmp_path / "report"
     (into / "plots").mkdir(parents=True)
-    (into / "plots" / "engine.svg").write_text("of a run that had engines")
+    (into / "plots" / "engine.svg").write_text("a plot of an earlier run")
     assert command.main(["report", "--from", str(saved), "--into", str(into)]) == 0
     page = (into / "RESULTS.md").read_text()
     drawn = {path.name for path in (into / "plots").iterdir()}
@@ -156,54 +156,56 @@ def test_a_report_of_a_saved_run_has_tables_and_plots(saved: Path, tmp_path: Pat
     assert (into / "results.json").read_text() == saved.read_text()
 
 
-def test_without_matplotlib_it_says_so_before_it_runs(
+def test_missing_matplotlib_is_reported_before_the_run(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for options in ([], ["--from", str(saved)]):
-        with pytest.raises(results.BenchmarkError, match=r"pip install 'asgi-sse\[bench\]'"):
+        with pytest.raises(results.BenchmarkError, match=r"install matplotlib: pip install -e \. --group bench"):
             command.main(["report", *options, "--into", str(tmp_path / "report")])
     assert not (tmp_path / "report").exists()
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        (None, "cannot be read"),
-        ("{", "is no JSON"),
-        ("[]", "has the format None"),
-        ('{"format": 0}', "has the format 0"),
-        ('{"format": 1, "measures": {}}', "is not as a report saves it"),
+        (None, "cannot read"),
+        ("{", "must be JSON"),
+        ("[]", "must have format 1, got None"),
+        ('{"format": 0}', "must have format 1, got 0"),
+        ('{"format": 1, "measures": {}}', "must be a saved report"),
     ],
 )
-def test_what_is_no_run_is_refused(tmp_path: Path, text: str | None, said: str) -> None:
+def test_loading_refuses_a_file_that_is_not_a_saved_run(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "results.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(results.BenchmarkError, match=said) as caught:
+    with pytest.raises(results.BenchmarkError, match=message) as caught:
         results.Results.load(path)
     assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        (["gem"], "there is no gem; there are report, micro, gen"),
-        (["gen", "--into", "x"], "--from and --into are of a report"),
+        (["gem"], "NAME must be report or a benchmark, got gem; choose from report, micro, gen"),
+        (["gen", "--into", "x"], "--from and --into need the name report"),
     ],
 )
-def test_what_there_is_not_is_an_error(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_name_and_misplaced_option_are_errors(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         command.main(arguments)
-    assert said in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_more_connections_than_the_machine_allows_are_refused_beforehand() -> None:
-    with pytest.raises(results.BenchmarkError, match=r"hard limit is|local ports"):
-        room("hold").look_for_room(10_000_000)
+def test_too_many_connections_for_the_machine_are_refused_before_the_run() -> None:
+    with pytest.raises(results.BenchmarkError, match=r"hard limit of open files|local ports"):
+        module("hold").check_limits(10_000_000)
 
 
-def test_a_round_in_which_nothing_came_does_not_count_in_a_plot() -> None:
+def test_round_without_deliveries_is_ignored_in_plots() -> None:
     outcome = results.Outcome()
     row = {"p50 ms": 1.0}
     samples = [([1.0, 5.0], row), ([], {"p50 ms": None}), ([3.0, 9.0], row)]
@@ -213,23 +215,23 @@ def test_a_round_in_which_nothing_came_does_not_count_in_a_plot() -> None:
     assert outcome.rounds["raw"] == 3
 
 
-def test_the_slope_is_that_of_the_line() -> None:
-    assert room("hold").slope([[0.0, 1.0], [1.0, 3.0], [2.0, 5.0]]) == 2.0
-    assert room("hold").slope([[0.0, 7.0], [10.0, 7.0]]) == 0.0
+def test_slope_is_that_of_the_fitted_line() -> None:
+    assert module("hold").slope([[0.0, 1.0], [1.0, 3.0], [2.0, 5.0]]) == 2.0
+    assert module("hold").slope([[0.0, 7.0], [10.0, 7.0]]) == 0.0
 
 
-def test_what_is_held_has_all_and_leaves_nothing() -> None:
-    """Real servers, small: a channel, and idle streams."""
+def test_held_connections_receive_all_events_and_leave_nothing() -> None:
+    """Run `hold` and `hold-idle` with real servers and few connections."""
     size = sizes.QUICK._replace(hold=40, hold_seconds=1, ping=0.1, hold_rest=0.1)
     with ThreadPoolExecutor() as pool:
         outcomes = list(
-            pool.map(lambda name: room("measures").measured(name, size, ["asgi_sse"]), ["hold", "hold-idle"])
+            pool.map(lambda name: module("measures").measured(name, size, ["asgi_sse"]), ["hold", "hold-idle"])
         )
-    for outcome, had, least in zip(outcomes, ["delivered %", "fewest pings"], [100, 1], strict=True):
+    for outcome, column, least in zip(outcomes, ["delivered %", "fewest pings"], [100, 1], strict=True):
         assert outcome.failures == []
         row = outcome.rows["asgi_sse"]
         assert row["held"] == 40
-        assert row[had] >= least
+        assert row[column] >= least
         assert (row["streams left"], row["subscribers left"]) == (0, 0)
         assert row["gone s"] is not None
         assert len(outcome.series["asgi_sse"]["memory MiB"]) >= 4
