@@ -308,14 +308,14 @@ def read(*_):
     calls += 1
     for collector in collectors:
         list(collector.collect())
-    signal.setitimer(signal.ITIMER_REAL, 0.0003)
+    if calls < 500:
+        signal.setitimer(signal.ITIMER_REAL, 0.0003)
 
 signal.signal(signal.SIGALRM, read)
 read()
 while calls < 500:
     for collector in collectors:
         list(collector.collect())
-signal.setitimer(signal.ITIMER_REAL, 0)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, stdin=subprocess.DEVNULL)
 
