@@ -1,6 +1,6 @@
 """An MCP server over streamable HTTP (``/mcp``) and SSE (``/sse``), with the streams of asgi_sse."""
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any
 from weakref import WeakValueDictionary
@@ -10,7 +10,7 @@ import mcp.server.sse
 import mcp.server.streamable_http
 from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.streamable_http import EventCallback, EventMessage, EventStore
-from mcp_types import JSONRPCMessage
+from mcp_types import JSONRPCError, JSONRPCMessage, JSONRPCResponse
 
 from asgi_sse import SSEMiddleware
 from asgi_sse.adapters.sse_starlette import EventSourceResponse
@@ -45,24 +45,29 @@ class Events:
     def __init__(self) -> None:
         self._sent: dict[int, tuple[str, JSONRPCMessage | None]] = {}
         self._next = 1
+        self.changed = anyio.Event()
 
     def add(self, stream: str, message: JSONRPCMessage | None) -> str:
         """Keep a message and return its id."""
         number, self._next = self._next, self._next + 1
         self._sent[number] = stream, message
         self._sent.pop(number - self.MAX, None)
+        changed, self.changed = self.changed, anyio.Event()
+        changed.set()
         return str(number)
 
-    def after(self, event_id: str) -> tuple[str | None, Iterator[tuple[str, JSONRPCMessage]]]:
-        """Return the stream of an event, and the later messages of that stream."""
+    def stream_of(self, event_id: str) -> str | None:
+        """Return the stream of an event, or None if the event is not kept."""
         number = int(event_id) if event_id.isdecimal() and len(event_id) < 10 else 0
-        stream = self._sent[number][0] if number in self._sent else None
-        later = [
-            (str(other), message)
-            for other, (of, message) in self._sent.items()
-            if message is not None and of == stream and other > number
+        return self._sent[number][0] if number in self._sent else None
+
+    def after(self, event_id: str, stream: str) -> list[tuple[str, JSONRPCMessage]]:
+        """Return the later messages of a stream, each with its id."""
+        return [
+            (str(number), message)
+            for number, (of, message) in self._sent.items()
+            if message is not None and of == stream and number > int(event_id)
         ]
-        return stream, iter(later)
 
 
 class Replay(EventStore):
@@ -99,11 +104,21 @@ class Replay(EventStore):
         return self._current.get().add(stream_id, message)
 
     async def replay_events_after(self, last_event_id: str, send_callback: EventCallback) -> str | None:
-        """Send the later messages of the event's stream, and return the stream's id."""
-        stream, messages = self._current.get().after(last_event_id)
-        for event_id, message in messages:
-            await send_callback(EventMessage(message, event_id))
-        return stream
+        """Send the later messages of the event's stream: those that are kept, then each as it is stored.
+
+        The SDK would take over after the first part, but it loses a message that is stored in between.
+        """
+        events = self._current.get()
+        stream, sent = events.stream_of(last_event_id), last_event_id
+        while stream is not None:
+            changed = events.changed
+            for event_id, message in events.after(sent, stream):
+                await send_callback(EventMessage(message, event_id))
+                sent = event_id
+                if isinstance(message, JSONRPCResponse | JSONRPCError):
+                    return None  # the request is answered
+            await changed.wait()
+        return None
 
 
 replay = Replay()
