@@ -3,6 +3,7 @@
 import contextvars
 import types
 from collections.abc import Callable, Coroutine, Generator, Iterable
+from contextlib import suppress
 from typing import Any, Final
 
 import trio
@@ -48,7 +49,8 @@ class TrioLoop(EventLoop):
             await trio.sleep_until(when)
             callback()
 
-        trio.lowlevel.spawn_system_task(wait, name="asgi_sse timer")
+        with suppress(RuntimeError):  # the run ends and takes no more tasks: nobody needs the timer
+            trio.lowlevel.spawn_system_task(wait, name="asgi_sse timer")
 
     def spawn(self, main: Callable[[], Coroutine[Any, Any, None]], name: str) -> Child:
         child = TrioChild()

@@ -128,7 +128,9 @@ class SourceTask:
                 helper.may_cancel = False
                 helper.child.cancel()
 
-    async def clean_up(self, owner: SourceOwner, seconds: float, option: str = "") -> None:
+    async def clean_up(
+        self, owner: SourceOwner, seconds: float, option: str = "", *, force_if_cancelled: bool = True
+    ) -> None:
         """Wait for the clean-up of the source and its helpers, after `stop`. Force it when the time is over.
 
         A cancellation of the calling task, and `end_wait`, end the time early. If the source had to be forced, one
@@ -138,16 +140,19 @@ class SourceTask:
             owner: The source's owner, for the warning.
             seconds: How long the clean-up may take.
             option: The option that sets `seconds`, for the warning.
+            force_if_cancelled: Whether to force the clean-up if the calling task is cancelled.
         """
+        force = force_if_cancelled
         limit = "before its request was cancelled"
         try:
             await self._wait(seconds)
+            force = True
             if self._ended is not None and self._ended.is_set():
                 limit = "before the server's deadline"
             else:
                 limit = f"within {seconds:g} s{f' ({option})' if option else ''}"
         finally:  # a cancel scope cannot shield from asyncio's own cancellation
-            if self.running:
+            if force and self.running:
                 await self._force(owner, limit)
 
     def end_wait(self) -> bool:

@@ -105,11 +105,13 @@ class RunPublisher:
 
     async def _clean_up(self, outcome: Outcome) -> None:
         try:
-            await self._source_task.clean_up(self, _CLEANUP_S)
-        finally:
+            # If the event loop ends meanwhile, it cancels the source itself, which then publishes the final event.
+            await self._source_task.clean_up(self, _CLEANUP_S, force_if_cancelled=False)
             if not self._ending and self._source_task.running:
                 self._ending = True
                 self._end_now(outcome)
+        finally:
+            self._clean_up_task = None  # a run that is kept must not keep its event loop
 
     def _put(self, item: Any) -> Awaitable[None]:
         return self._destination.put(event_to_publish(item))
@@ -159,7 +161,7 @@ class RunPublisher:
             self._destination.give_up(outcome)
 
     def _end_now(self, outcome: Outcome) -> None:
-        self._source_task.release()
+        self._source_task.child = None  # not `release`: what waits for it may be in an event loop that is closed
         if outcome == "lost":
             self._destination.give_up(outcome)
         else:

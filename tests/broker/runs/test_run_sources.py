@@ -251,6 +251,87 @@ def test_run_of_a_closed_event_loop_can_be_cancelled() -> None:
     assert runs[0].outcome == "cancelled"
 
 
+def test_run_of_a_loop_that_closed_during_the_clean_up_ends() -> None:
+    broker = Broker()
+
+    async def source() -> AsyncIterator[str]:
+        try:
+            yield "word 0"
+            await anyio.sleep_forever()
+        finally:
+            await anyio.sleep(100)
+
+    async def begin_and_cancel() -> Run:
+        run = await broker.run("chat", source())
+        await anyio.wait_all_tasks_blocked()
+        run.cancel()
+        await anyio.wait_all_tasks_blocked()
+        return run
+
+    loop = asyncio.new_event_loop()
+    run = loop.run_until_complete(begin_and_cancel())
+    loop.close()
+
+    async def begin_another() -> None:
+        async with broker:
+            other = await broker.run("other", words(1, 0))
+            assert await other.wait() == "finished"
+
+    anyio.run(begin_another)
+    assert run.outcome == "cancelled"
+
+
+@pytest.mark.parametrize("cancels", [True, False])
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_loop_that_ends_during_the_clean_up_lets_it_finish(backend: str, cancels: bool) -> None:
+    broker = Broker()
+    done: list[str] = []
+
+    async def source() -> AsyncIterator[str]:
+        try:
+            yield "word 0"
+            await anyio.sleep_forever()
+        finally:
+            for _ in range(20):
+                with suppress(anyio.get_cancelled_exc_class()):
+                    await anyio.lowlevel.checkpoint()
+            done.append("cleaned up")
+
+    async def begin() -> Run:
+        run = await broker.run("chat", source(), on_end=lambda outcome, error: f"the end: {outcome}")
+        await anyio.wait_all_tasks_blocked()
+        if cancels:
+            run.cancel()
+        return run
+
+    run = anyio.run(begin, backend=backend)
+
+    async def read() -> list[Any]:
+        return [event.data async for event in run.subscribe()]
+
+    assert anyio.run(read) == ["word 0", "the end: cancelled"]
+    assert (done, run.outcome) == (["cleaned up"], "cancelled")
+
+
+async def test_cancelled_run_does_not_keep_its_event_loop() -> None:
+    broker = Broker()
+    runs: list[Run] = []
+    loops: list[Any] = []
+
+    async def run_and_cancel() -> None:
+        loops.append(weakref.ref(asyncio.get_running_loop()))
+        runs.append(await broker.run("chat", words(100)))
+        await anyio.wait_all_tasks_blocked()
+        runs[0].cancel()
+        await runs[0].wait()
+
+    thread = threading.Thread(target=asyncio.run, args=(run_and_cancel(),))
+    thread.start()
+    thread.join()
+    gc.collect()
+    assert loops[0]() is None
+
+
 def test_unreferenced_run_is_collected_silently(caplog: pytest.LogCaptureFixture) -> None:
     async def source() -> AsyncIterator[str]:
         yield "x"
