@@ -78,12 +78,7 @@ def types(session: nox.Session) -> None:
     session.install("nox")
     session.run("mypy", "--no-error-summary")
     session.run("pyright")
-    report = str(session.run(
-        "pyright", "--ignoreexternal", "--verifytypes", "asgi_sse", success_codes=[0, 1], silent=True
-    ))  # fmt: skip
-    incomplete = {line for line in report.splitlines() if line.startswith("asgi_sse.")}
-    if incomplete - {"asgi_sse.adapters.django.EventSourceResponse"}:  # Django, its base, has no types
-        session.error(report)
+    session.run("pyright", "--ignoreexternal", "--verifytypes", "asgi_sse", silent=True)
 
 
 @nox.session

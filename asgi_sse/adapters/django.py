@@ -52,6 +52,10 @@ class EventSourceResponse(StreamingHttpResponse):
         ValueError: An argument is out of range, or a header is invalid.
     """
 
+    # Attributes of Django's response that its type stubs do not declare
+    _iterator: Any
+    _resource_closers: list[Callable[[], object]]
+
     def __init__(
         self,
         content: AsyncIterable[Any] | Iterable[Any],

@@ -418,7 +418,7 @@ async def test_synchronous_source_closes_its_connections_in_its_thread(
 def app_returning(rows: Any) -> Any:
     from django.core.handlers.asgi import ASGIHandler
 
-    class Handler(ASGIHandler):  # type: ignore[misc]
+    class Handler(ASGIHandler):
         async def get_response_async(self, request: Any) -> Any:
             return django_adapter.EventSourceResponse(rows())
 

@@ -194,7 +194,8 @@ def django_app() -> SSEMiddleware:
     settings.configure(ROOT_URLCONF=urls, ALLOWED_HOSTS=["*"], SECRET_KEY="x")
     sys.setswitchinterval(1e-5)  # otherwise one thread would finish before the next one has a turn
     routes = {"/events": broker.channel("a"), "/figures": figures(registry, broker)}
-    return SSEMiddleware(get_asgi_application(), routes, registry=registry, ping=NO_PING)
+    app: Any = get_asgi_application()  # its type stubs accept only a dict as the scope
+    return SSEMiddleware(app, routes, registry=registry, ping=NO_PING)
 
 
 def __getattr__(name: str) -> Any:
