@@ -63,8 +63,8 @@ class Broker:
         max_bytes: Memory in bytes that the events of each channel may take, about. The newest event is kept whatever
             its size is.
         max_age: Seconds for which events are kept; ``None`` for no limit.
-        max_channels: How many channels are kept. Beyond, the broker forgets the channel that was published to least
-            recently.
+        max_channels: How many channels are kept. To keep a new one, the broker forgets the one that was published to
+            least recently.
         max_subscribers: How many subscribers may read a channel by its name. The next one is answered with 503.
             ``None`` for no limit.
         overflow: What happens to a subscriber that is so slow that the log dropped events it had not read. ``reset``
@@ -238,7 +238,7 @@ class Broker:
     async def publish(self, channel: str, event: Any, *, idempotency_key: str | None = None) -> str:
         """Publish an event and return its id.
 
-        Now and then the call waits for the streams of this event loop to read, so that they do not fall behind.
+        A caller that publishes many events waits from time to time, so that the streams of this event loop can read.
 
         Args:
             channel: The name of the channel.
@@ -286,7 +286,7 @@ class Broker:
             ValueError: The name of the channel or the key is invalid.
         """
         if not isinstance(self._backend, MemoryBackend):
-            raise BrokerError("publish_nowait() needs a broker in memory; await publish(), which waits for the server")
+            raise BrokerError("publish_nowait() works in memory only; await publish(), which waits for the server")
         return self._backend.publish_nowait(self._publication(channel, event, idempotency_key))
 
     def statistics(self) -> BrokerStatistics:
@@ -323,7 +323,7 @@ class Broker:
             ValueError: A name or pattern is invalid.
         """
         if not channels:
-            raise TypeError("subscribe() must have at least one channel, got none; pass a name")
+            raise TypeError("channels must be at least one name, got none; pass the names to subscribe to")
         _check_function("snapshot", snapshot)
         _check_function("filter", filter)
         if last_event_id is not None and not isinstance(last_event_id, str):
@@ -411,8 +411,8 @@ class Broker:
                 unless it is a list or a tuple. The items are events as for `publish`.
             ttl: Seconds for which clients can read the run after its end.
             max_lifetime: Seconds after which the run is ended; ``None`` for no limit.
-            max_bytes: Memory in bytes that the events may take, about. Beyond, the first events are dropped, and
-                clients that come late get a ``reset``. Default: the `max_bytes` of the broker.
+            max_bytes: Memory in bytes that the events may take, about. If they take more, the first are dropped,
+                and clients that come late get a ``reset``. Default: the `max_bytes` of the broker.
             join: Whether to return an existing run of this name, in any process, that is running or ended within its
                 `ttl`. If there is one, `source` is closed without having begun.
             on_end: Returns the final event; called with the outcome and the exception that the source raised, or

@@ -48,8 +48,8 @@ class EventLog:
         max_bytes: Memory in bytes that the events of each channel may take, about. The newest event is kept whatever
             its size is.
         max_age: Seconds for which events are kept; ``None`` for no limit.
-        max_channels: How many channels are kept. Beyond, the log forgets the channel that was published to least
-            recently.
+        max_channels: How many channels are kept. To keep a new one, the log forgets the one that was published to
+            least recently.
         epoch: Distinguishes this log from others: up to 32 of 0-9 a-z. Default: random.
 
     Attributes:

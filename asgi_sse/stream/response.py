@@ -158,7 +158,7 @@ class EventSourceResponse:
 
         Raises:
             StreamClosedError: The response was already sent.
-            SendTimeoutError: The client took nothing for ``send_timeout`` seconds, and the server offers no way to
+            SendTimeoutError: The client read nothing for ``send_timeout`` seconds, and the server offers no way to
                 drop it.
             Exception: The source raised it.
         """
@@ -257,7 +257,7 @@ async def _send_at_once(send: Send, head: Message, body: bytes, timeout: float |
             await send(head)
             await send({"type": "http.response.body", "body": body, "more_body": False})
     except TimeoutError as exc:
-        raise SendTimeoutError(f"the client took nothing for {timeout} s") from exc
+        raise SendTimeoutError(f"the client read nothing for {timeout} s") from exc
 
 
 def _check_status(status: int) -> int:

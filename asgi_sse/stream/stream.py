@@ -431,7 +431,7 @@ class Stream(StreamView):
         self._wait.cancel()
         if due == "send_timeout":  # only an error tells the server to cut the connection
             path, seconds = printable(self.path), self._options.send_timeout
-            self._record(SendTimeoutError(f"the client of {path} took nothing for {seconds} s"))
+            self._record(SendTimeoutError(f"the client of {path} read nothing for {seconds} s"))
 
 
 _REASONS: Final[dict[Due | None, CloseReason]] = {"grace": "drained", "lifetime": "expired"}

@@ -344,9 +344,27 @@ async def test_full_channel_raises() -> None:
                 pass
 
 
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis", "got 'redis'"),
+        ("redis:/user:secret@host", "got '...'"),
+        ("user:secret@host:6379", "got '...'"),
+        ("host:6379?password=secret", "got '...'"),
+        ("user:secret@host://", "got '...://'"),
+        ("ftp://user:secret@host", "got 'ftp://...'"),
+        (b"redis://user:secret@host", "got bytes"),
+    ],
+)
+def test_error_for_an_invalid_url_does_not_show_its_password(url: Any, shown: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=re.escape(shown)) as caught:
+        Broker(url)
+    assert "secret" not in str(caught.value)
+
+
 def test_invalid_arguments_are_refused() -> None:
     broker = Broker()
-    with pytest.raises(TypeError, match="must have at least one channel"):
+    with pytest.raises(TypeError, match="channels must be at least one name, got none"):
         broker.subscribe()
     with pytest.raises(ValueError, match="channel"):
         broker.channel("a*")

@@ -240,7 +240,7 @@ async def test_records_of_failures_contain_no_data(caplog: pytest.LogCaptureFixt
     for path in ("/raises", "/twice", "/on-error", "/never", "/ended", "/run"):
         await request_with_marks(app, path)
     await request_with_marks(app, "/body", method="POST", body=MARK.encode())
-    with pytest.raises(SendTimeoutError, match="the client of /slow took nothing"):
+    with pytest.raises(SendTimeoutError, match="the client of /slow read nothing"):
         async with open_stream(app, "/slow", capacity=1):
             await anyio.sleep(5)
     async with open_stream(app, "/news", headers={"last-event-id": MARK}) as stream:

@@ -36,9 +36,7 @@ def backend_of(url: str, dispatcher: Dispatcher, *, prefix: str, **options: Any)
         ValueError: `url` or `prefix` is invalid.
     """
     if not isinstance(url, str):
-        raise TypeError(
-            f"url must be a str, got {type(url).__name__} {short_repr(url)}; pass one like 'redis://localhost:6379/0'"
-        )
+        raise TypeError(f"url must be a str, got {type(url).__name__}; pass one like 'redis://localhost:6379/0'")
     if not isinstance(prefix, str) or not _PREFIX.fullmatch(prefix):
         raise ValueError(
             f"prefix must be 1 to 64 characters of A-Z a-z 0-9 _ -, got {short_repr(prefix)}; pass one like 'asgi_sse'"
@@ -58,8 +56,10 @@ def backend_of(url: str, dispatcher: Dispatcher, *, prefix: str, **options: Any)
         except ModuleNotFoundError as exc:
             raise_missing_extra(exc, "nats", "the client of nats", "asgi-sse[nats]")
         return NatsBackend(dispatcher, url, prefix=prefix, **options)
-    # The part after the scheme may hold a password.
-    shown = f"{scheme}://{'...' if rest else ''}" if separator else url
+    # A password may stand before an @, or in a query.
+    shown = "..." if "@" in scheme or "?" in scheme else scheme
+    if separator:
+        shown = f"{shown}://{'...' if rest else ''}"
     raise ValueError(
         f"url must be memory://, or start with redis://, rediss://, unix:// or nats://, got {short_repr(shown)}; "
         "pass one like redis://HOST:PORT/DB or nats://HOST:PORT"
