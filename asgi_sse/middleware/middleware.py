@@ -13,7 +13,7 @@ from asgi_sse.routing.cors import CORS, is_preflight
 from asgi_sse.routing.endpoint import METHODS, Endpoint, make_route_table
 from asgi_sse.routing.routes import route_path
 from asgi_sse.runtime import lifespan
-from asgi_sse.runtime.compressors import Guard
+from asgi_sse.runtime.compressors import CompressorGuard
 from asgi_sse.runtime.server import Server, server_of
 from asgi_sse.stream.options import StreamArguments, StreamOptions
 from asgi_sse.stream.registry import StreamRegistry, check_registry
@@ -112,7 +112,7 @@ class SSEMiddleware:
         self._routes = make_route_table(routes or {})
         guarded = compressors != "off"
         self._context = AppContext(self.registry, options, watch=signals, guard=guarded)
-        self._guard = Guard(self.app, compressors, self.registry.count_compressed) if guarded else None
+        self._guard = CompressorGuard(self.app, compressors, self.registry.count_compressed) if guarded else None
         # The app sends what opens an adopted stream and what reports its errors.
         adopted = replace(options, retry=None, opening_comment=False, open_timeout=0, on_error=None)
         self._config = ResponderConfig(self.registry, adopted if adopt else None, watch=signals, guard=self._guard)

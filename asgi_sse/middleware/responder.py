@@ -9,7 +9,7 @@ import anyio.lowlevel
 from asgi_sse.protocol.asgi import ASGIApp, Message, Receive, Scope, Send
 from asgi_sse.routing.endpoint import send_text
 from asgi_sse.routing.request import HTTPError
-from asgi_sse.runtime.compressors import CHECK_AFTER_S, Guard, check_headers_later, encoding_of
+from asgi_sse.runtime.compressors import CHECK_AFTER_S, CompressorGuard, check_headers_later, encoding_of
 from asgi_sse.runtime.current import current_loop
 from asgi_sse.runtime.server import Server, server_of
 from asgi_sse.stream.options import StreamOptions
@@ -34,7 +34,7 @@ class ResponderConfig:
     registry: StreamRegistry
     options: StreamOptions | None
     watch: bool
-    guard: Guard | None
+    guard: CompressorGuard | None
 
 
 class Responder:

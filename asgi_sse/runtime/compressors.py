@@ -118,7 +118,7 @@ _MAX_OBJECTS: Final = 3000
 """The search in an app stops after this many objects."""
 
 
-class Guard:
+class CompressorGuard:
     """The policy of one middleware about compressed streams, and the warnings that it has given.
 
     Args:
