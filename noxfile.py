@@ -6,13 +6,11 @@ from pathlib import Path
 
 import nox
 
-nox.needs_version = ">=2024.10"  # the first release with dependency groups
 nox.options.default_venv_backend = "venv"
 nox.options.error_on_missing_interpreters = False  # test on the Pythons that are installed
 nox.options.sessions = ["lint", "types", "tests", "coverage"]
 
 PYTHONS = ["3.11", "3.12", "3.13", "3.14", "3.15"]
-PROJECT = nox.project.load_toml("pyproject.toml")
 # The oldest versions that pyproject.toml allows, with the servers of that time.
 MINIMUMS = [
     "anyio==4.8.0", "asgiref==3.8.0", "trio==0.27.0", "uvicorn==0.34.0", "hypercorn==0.17.3", "redis==5.2.0",
@@ -39,8 +37,9 @@ FILES = ["asgi_sse", "tests", "examples", "benchmarks", "docs", "conftest.py", "
 
 
 def install(session: nox.Session, *groups: str, extras: str = "") -> None:
-    """Install this project and its dependency groups. Older versions of pip do not know groups, so nox reads them."""
-    session.install("-e", f".{extras}", *nox.project.dependency_groups(PROJECT, *groups))
+    """Install this project and its dependency groups, with a pip that knows groups."""
+    session.install("--upgrade", "pip")
+    session.install("-e", f".{extras}", *(argument for group in groups for argument in ("--group", group)))
 
 
 def run_in_full(session: nox.Session, variable: str, *paths: str) -> None:
