@@ -218,6 +218,7 @@ class Subscription(ChangeNotifier):
                 cursor.ended = cursor.ended or cursor.at_end
                 if not cursor.ended:
                     cursor.batch = cursor.read(_BATCH_EVENTS)[::-1]
+                    cursor.ended = not cursor.batch and cursor.at_end  # a run may end without a final event
             if cursor.ended:
                 self.close()
             if not cursor.batch:
