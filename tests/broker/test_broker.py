@@ -325,6 +325,37 @@ async def test_publishing_an_idempotency_key_again_adds_no_event() -> None:
     assert await broker.publish("a", "x", idempotency_key="k") == first
     assert await broker.channel("a").publish("x", idempotency_key="other") != first
     assert await broker.publish("b", "x", idempotency_key="k") != first
+    assert broker.channel("a").publish_nowait("x", idempotency_key="k") == first
+
+
+async def test_idempotency_key_is_forgotten_after_two_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("asgi_sse.broker.backends.memory.clock", lambda: now)
+    broker = Broker()
+    first = await broker.publish("a", "x", idempotency_key="k")
+    now = 60.0
+    other = await broker.publish("a", "x", idempotency_key="other")
+    now = 119.0
+    assert await broker.publish("a", "x", idempotency_key="k") == first
+    now = 120.0
+    assert await broker.publish("a", "x", idempotency_key="k") == id_of(broker, 3)
+    assert await broker.publish("a", "x", idempotency_key="other") == other
+
+
+async def test_too_many_idempotency_keys_are_refused_until_some_expire(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("asgi_sse.broker.backends.memory.clock", lambda: now)
+    monkeypatch.setattr("asgi_sse.broker.backends.memory._MAX_IDEMPOTENCY_KEYS", 2)
+    broker = Broker()
+    first = await broker.publish("a", "x", idempotency_key="1")
+    now = 1.0
+    await broker.publish("a", "x", idempotency_key="2")
+    with pytest.raises(BrokerError, match=r"at most 2 idempotency keys within 120 s; publish without a key, or more"):
+        await broker.publish("a", "x", idempotency_key="3")
+    assert await broker.publish("a", "x", idempotency_key="1") == first
+    assert await broker.publish("a", "x") == id_of(broker, 3)
+    now = 120.0
+    assert await broker.publish("a", "x", idempotency_key="3") == id_of(broker, 4)
 
 
 @pytest.mark.parametrize(
@@ -382,6 +413,24 @@ def test_invalid_arguments_are_refused() -> None:
     for arguments in ({"url": "ftp://"}, {"overflow": "drop"}, {"max_subscribers": 0}, {"history": 0}):
         with pytest.raises(ValueError, match=next(iter(arguments))):
             Broker(**arguments)
+
+
+@pytest.mark.parametrize("url", [None, 6379, b"redis://localhost"])
+def test_url_must_be_a_str(url: Any) -> None:
+    with pytest.raises(TypeError, match=r"url must be a str, got .*; pass one like 'redis://localhost:6379/0'"):
+        Broker(url)
+
+
+@pytest.mark.parametrize("client", ["redis", "nats"])
+def test_missing_client_of_a_server_is_named_with_its_extra(client: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backends = ("asgi_sse.broker.backends.redis", "asgi_sse.broker.backends.nats", "asgi_sse.broker.backends.jetstream")
+    for name in list(sys.modules):
+        if name.partition(".")[0] == client or name.startswith(backends):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, client, None)
+    with pytest.raises(ModuleNotFoundError) as missing:
+        Broker(f"{client}://localhost")
+    assert str(missing.value) == f'the client of {client} is not installed: pip install "asgi-sse[{client}]"'
 
 
 @pytest.mark.parametrize(

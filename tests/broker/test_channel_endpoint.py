@@ -7,7 +7,7 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
-from broker_clients import status_of
+from broker_clients import id_of, status_of
 from starlette.applications import Starlette
 from starlette.routing import Mount, Route
 
@@ -344,3 +344,21 @@ async def test_checkpoint_waits_until_the_client_has_the_snapshot() -> None:
         made.set()
         assert (await stream.receive()).data == "state"
         assert (await stream.read(timeout=6)).startswith(b"id: ")
+
+
+async def test_checkpoint_never_passes_an_event_that_the_client_has_not_got() -> None:
+    broker = Broker()
+    source = broker.subscribe("a", checkpoint=True).as_pull_source()
+    assert source.take(1000).endswith(b"-0\n\n")
+    assert source.take(1000) == b""
+    await broker.publish("other", "x")
+    assert source.keep_alive() == f"id: {id_of(broker, 1)}\n\n".encode()
+    await broker.publish("a", "unread")
+    await broker.publish("other", "x")
+    assert source.keep_alive() == b""
+    assert b"data: unread" in source.take(1000)
+    assert source.keep_alive() == f"id: {id_of(broker, 3)}\n\n".encode()
+    source.stop()
+    await broker.publish("other", "x")
+    assert source.keep_alive() == b""
+    source.detach()

@@ -14,17 +14,19 @@ import pytest
 from asgi_sse import Broker, ServerSentEvent
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
+    from asgi_sse import Subscription
     from asgi_sse.broker.dispatcher import Dispatcher
 
 pytestmark = pytest.mark.anyio
 
 
 class Upstream:
-    """A log on a server that has no more events than this process. `sync` returns when the test sets `answers`."""
+    """A log on a server. `sync` returns when the test sets `answers`; `recall` calls what the test sets."""
 
     def __init__(self, broker: Broker) -> None:
+        self.on_recall: Callable[[list[str]], None] = lambda _: None
         self.dispatcher: Dispatcher = broker._dispatcher
         self.dispatcher.upstream = self
         self.asked = anyio.Event()
@@ -35,7 +37,7 @@ class Upstream:
         await self.answers.wait()
 
     async def recall(self, channels: list[str]) -> None:
-        pass
+        self.on_recall(channels)
 
     def deliver(self, *offsets: int) -> None:
         for offset in offsets:
@@ -138,3 +140,89 @@ async def test_run_that_was_ended_as_lost_publishes_nothing_more() -> None:
         assert await run.wait() == "lost"
         await stopped.wait()
     assert upstream.dispatcher.log.last_offset == 2
+
+
+async def test_id_is_reset_if_the_epoch_changes_while_its_events_are_fetched() -> None:
+    broker = Broker()
+    upstream = Upstream(broker)
+    upstream.answers.set()
+    epoch = upstream.dispatcher.log.epoch
+    upstream.dispatcher.restart(epoch, 3, [("c.x", 3)], floor=0)  # the events are on the server only
+
+    def replace_log(channels: list[str]) -> None:
+        assert channels == ["c.x"]
+        upstream.dispatcher.restart("next", 0, floor=0)
+        upstream.deliver(1, 2, 3)
+
+    upstream.on_recall = replace_log
+    subscription = broker.subscribe("c.x", last_event_id=f"{epoch}-1")
+    with anyio.fail_after(5):
+        reset = await anext(subscription)
+        assert (reset.event, json.loads(reset.data or ""), reset.id) == ("reset", {"reason": "epoch"}, "next-3")
+        upstream.deliver(4)
+        assert (await anext(subscription)).id == "next-4"
+
+
+@pytest.mark.parametrize("name", ["c.x", "c.*"])
+async def test_new_subscriber_is_reset_if_the_epoch_changes_before_its_first_read(name: str) -> None:
+    broker = Broker()
+    upstream = Upstream(broker)
+    upstream.deliver(1, 2)
+    subscription = broker.subscribe(name)
+    upstream.dispatcher.restart("next", 1, floor=1)
+    with anyio.fail_after(5):
+        reset = await anext(subscription)
+        assert (json.loads(reset.data or ""), reset.id) == ({"reason": "epoch"}, "next-1")
+        upstream.deliver(2)
+        assert (await anext(subscription)).id == "next-2"
+
+
+async def test_loss_in_one_channel_resets_its_live_subscribers_only() -> None:
+    broker = Broker()
+    upstream = Upstream(broker)
+    dispatcher = upstream.dispatcher
+    by_name, by_pattern, other = broker.subscribe("c.x"), broker.subscribe("c.*"), broker.subscribe("other")
+    seen: dict[str, list[str]] = {}
+
+    async def read(key: str, subscription: Subscription) -> None:
+        seen[key] = []
+        async for event in subscription:
+            seen[key].append(f"reset {json.loads(event.data or '')['reason']}" if event.event else str(event.data))
+
+    async with anyio.create_task_group() as tasks:
+        for key, subscription in (("name", by_name), ("pattern", by_pattern), ("other", other)):
+            tasks.start_soon(read, key, subscription)
+        await anyio.wait_all_tasks_blocked()
+        upstream.deliver(1)
+        await anyio.wait_all_tasks_blocked()
+        dispatcher.log.skip(5)
+        dispatcher.miss("c.x", 5)
+        await anyio.wait_all_tasks_blocked()
+        upstream.deliver(6)
+        dispatcher.publish("other", ServerSentEvent("7"), offset=7)
+        await anyio.wait_all_tasks_blocked()
+        tasks.cancel_scope.cancel()
+    assert seen == {"name": ["1", "reset overflow", "6"], "pattern": ["1", "reset overflow", "6"], "other": ["7"]}
+
+
+async def test_restart_in_the_same_epoch_resets_only_subscribers_that_missed_events() -> None:
+    broker = Broker()
+    upstream = Upstream(broker)
+    upstream.deliver(1, 2, 3)
+    epoch = upstream.dispatcher.log.epoch
+    seen: dict[str, list[tuple[str | None, str | None]]] = {"c.x": [], "c.lost": []}
+
+    async def read(name: str) -> None:
+        async for event in broker.subscribe(name):
+            seen[name].append((event.event, event.id))
+
+    async with anyio.create_task_group() as tasks:
+        for name in seen:
+            tasks.start_soon(read, name)
+        await anyio.wait_all_tasks_blocked()
+        upstream.dispatcher.restart(epoch, 5, [("c.x", 3), ("c.lost", 5)], floor=0)
+        await anyio.wait_all_tasks_blocked()
+        upstream.deliver(6)
+        await anyio.wait_all_tasks_blocked()
+        tasks.cancel_scope.cancel()
+    assert seen == {"c.x": [(None, f"{epoch}-6")], "c.lost": [("reset", f"{epoch}-5")]}

@@ -275,3 +275,51 @@ def test_fill_leaves_no_gap_before_newer_events() -> None:
     log.fill("x", fetched, 7, until=15)
     assert not log.is_complete(["x"], 0.0, patterns=False, after=17)
     assert [entry.offset for entry in log.entries(["x"], 20)] == [21, 22, 23, 24]
+
+
+def test_missed_events_empty_the_channel_and_no_other() -> None:
+    log = EventLog()
+    for channel in "aab":
+        log.append(channel, event(), 0)
+    log.skip(7)
+    log.miss("a", 7)
+    assert not log.is_complete(["a"], 0, patterns=False, after=6)
+    assert log.is_complete(["a"], 0, patterns=False, after=7)
+    assert log.is_complete(["b"], 0, patterns=False, after=0)
+    assert offsets(log.entries(["a", "b"], 0)) == [3]
+    log.miss("a", 5)  # what is known about later events stays true
+    assert not log.is_complete(["a"], 0, patterns=False, after=6)
+
+
+def test_cut_drops_the_events_of_all_channels_but_kept_ones() -> None:
+    log = EventLog()
+    log.keep_many()
+    log.keep("run", 10_000)
+    for channel in ("a", "run", "b", "run", "a"):
+        log.append(channel, event(), 0)
+    log.cut(4)
+    assert offsets(log.entries(["a", "b", "run"], 0)) == [2, 4, 5]
+    assert not log.is_complete(["b"], 0, patterns=False, after=2)
+    assert log.is_complete(["run"], 0, patterns=False, after=0)
+    assert not log.is_complete(["never"], 0, patterns=True, after=3)  # a pattern may have matched what was cut
+    log.cut(5)
+    assert offsets(log.entries(["a", "b", "run"], 0)) == [2, 4]
+
+
+def test_release_of_a_channel_that_was_not_kept_drops_nothing() -> None:
+    log = EventLog()
+    log.append("a", event(), 0)
+    log.release("a")
+    assert offsets(log.entries(["a"], 0)) == [1]
+
+
+def test_wide_reads_give_events_in_order_after_events_were_put_back() -> None:
+    log = EventLog(epoch="a")
+    names = [f"c{number}" for number in range(100)]
+    log.restart("b", 100, [(name, number) for number, name in enumerate(names, 1)], floor=0)
+    for number in range(100, 0, -1):
+        name = names[number - 1]
+        log.fill(name, [log.entry(number, name, event(), 0)], 0, until=100)
+    assert offsets(log.entries(names, 0)) == list(range(1, 101))
+    log.append("c0", event(), 0)
+    assert offsets(log.entries(names, 98)) == [99, 100, 101]

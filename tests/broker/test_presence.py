@@ -1,5 +1,6 @@
 """Presence: `on_join` and `on_leave` of a broker."""
 
+import threading
 from typing import Any
 
 import anyio
@@ -113,3 +114,30 @@ async def test_on_leave_is_called_when_the_broker_closes(join_seconds: float) ->
             tasks.start_soon(read)
             await anyio.sleep(1)
         assert called == ["joined", "left"]
+
+
+async def test_close_cancels_no_hook_of_another_event_loop(caplog: pytest.LogCaptureFixture) -> None:
+    began, proceed = threading.Event(), threading.Event()
+    left: list[str] = []
+
+    async def on_leave(subscription: Subscription) -> None:
+        if subscription.info == "here":
+            await anyio.sleep(10_000)
+        began.set()
+        await anyio.to_thread.run_sync(proceed.wait)
+        left.append(subscription.info)
+
+    async def leave_elsewhere() -> None:
+        broker.subscribe("a", info="elsewhere").as_pull_source().detach()
+        while not left:
+            await anyio.sleep(0.01)
+
+    async with Broker(on_leave=on_leave) as broker:
+        thread = threading.Thread(target=anyio.run, args=(leave_elsewhere,))
+        thread.start()
+        assert began.wait(20)
+        broker.subscribe("a", info="here").as_pull_source().detach()
+    assert caplog.text.count("did not return within 10 s and is cancelled") == 1
+    proceed.set()
+    thread.join()
+    assert left == ["elsewhere"]

@@ -7,12 +7,13 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
-from broker_clients import status_of
+from broker_clients import id_of, status_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from asgi_sse import (
     Broker,
+    EventDecoder,
     EventSourceResponse,
     HTTPError,
     InvalidEventError,
@@ -62,6 +63,40 @@ async def test_snapshot_comes_first_and_its_last_event_has_the_id() -> None:
     async with open_stream(app, "/c", headers={"Last-Event-ID": event_id}) as stream:
         assert (await stream.receive()).event == "added"  # a client that resumes gets no snapshot
     assert counter.made == 1
+
+
+async def test_snapshot_can_be_made_before_the_first_read() -> None:
+    broker = Broker()
+    counter = Counter(broker)
+    await counter.add()
+    subscription = broker.subscribe("counter", snapshot=counter.snapshot)
+    await subscription.prepare()
+    await subscription.prepare()
+    assert counter.made == 1
+    await counter.add()
+    assert [(event.event, event.data) for event in [await anext(subscription) for _ in range(3)]] == [
+        ("part", "one of two"),
+        ("all", "1"),
+        ("added", "2"),
+    ]
+    assert counter.made == 1
+    await subscription.aclose()
+
+
+async def test_large_snapshot_is_sent_in_parts_without_an_id_until_the_last() -> None:
+    broker = Broker()
+    await broker.publish("a", "x")
+    subscription = broker.subscribe("a", snapshot=lambda: ["1" * 100, "2" * 100, "3" * 100])
+    await subscription.prepare()
+    source, decoder = subscription.as_pull_source(), EventDecoder()
+    ids: list[str] = []
+    for digit in "123":
+        assert source.ready
+        assert [event.data for event in decoder.feed(source.take(150))] == [digit * 100]
+        ids.append(decoder.last_event_id)
+    assert ids == ["", "", id_of(broker, 1)]
+    assert source.take(150) == b""
+    source.detach()
 
 
 async def test_events_published_while_a_snapshot_is_made_follow_it() -> None:

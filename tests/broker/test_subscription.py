@@ -2,8 +2,9 @@
 
 import json
 import random
+from contextlib import aclosing
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.lowlevel
@@ -277,6 +278,40 @@ async def test_leaving_a_loop_closes_the_subscription() -> None:
         assert broker.subscribers("a") == 0
 
 
+async def test_iterator_of_a_subscription_is_iterable_and_can_be_closed() -> None:
+    broker = Broker()
+    subscription = broker.subscribe("a")
+    await broker.publish("a", "x")
+    iterator: Any = aiter(subscription)
+    async with aclosing(iterator):
+        async for event in iterator:
+            assert event.data == "x"
+            assert broker.subscribers("a") == 1
+            break
+    assert broker.subscribers("a") == 0
+    assert [event async for event in subscription] == []
+
+
+@pytest.mark.real_time
+async def test_loop_ends_if_another_event_loop_closes_its_subscription() -> None:
+    broker = Broker()
+    subscription = broker.subscribe("a")
+    seen: list[str | None] = []
+
+    async def read() -> None:
+        seen.extend([event.data async for event in subscription])
+
+    with anyio.fail_after(20):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(read)
+            await anyio.wait_all_tasks_blocked()
+            await broker.publish("a", "x")
+            await anyio.wait_all_tasks_blocked()
+            await anyio.to_thread.run_sync(anyio.run, subscription.aclose)
+    assert seen == ["x"]
+    assert broker.subscribers("a") == 0
+
+
 # One reader
 
 
@@ -360,6 +395,32 @@ async def test_wide_pattern_reads_the_sequence_of_all_channels() -> None:
     async with open_stream(EventSourceResponse(broker.subscribe("a.*", last_event_id=first))) as stream:
         events = [await stream.receive() for _ in range(150)]
     assert [offset_of(event) for event in events] == list(range(2, 302, 2))
+
+
+async def test_lag_of_many_channels_is_an_upper_limit() -> None:
+    broker = Broker()
+    async with broker.subscribe(*(f"a.{number}" for number in range(9))) as subscription:
+        with anyio.move_on_after(0):
+            await anext(subscription)
+        for name in ("a.1", "other", "other", "a.2"):
+            await broker.publish(name, "x")
+        assert broker.statistics().lag == 4
+        assert (await anext(subscription)).data == "x"
+        assert broker.statistics().lag == 1
+        await anext(subscription)
+        assert broker.statistics().lag == 0
+
+
+async def test_pattern_gets_the_events_of_any_number_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asgi_sse.broker.dispatcher._MAX_MATCHING", 10)
+    broker = Broker()
+    async with broker.subscribe("a.*") as subscription:
+        for number in range(100):
+            await broker.publish(f"a.{number}", number)
+            await broker.publish(f"b.{number}", number)
+            with anyio.fail_after(1):
+                assert (await anext(subscription)).data == str(number)
+            assert len(broker._dispatcher._matching) <= 11  # what is remembered of names is bounded
 
 
 async def test_channel_object_is_never_a_pattern() -> None:
