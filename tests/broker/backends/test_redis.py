@@ -16,7 +16,7 @@ from serving import free_port
 
 import asgi_sse.broker
 from asgi_sse import Broker, BrokerError, HTTPError, ServerSentEvent
-from asgi_sse.broker.backends.redis_client import redact_url
+from asgi_sse.broker.backends.redis_client import RedisURL, redact_url
 from asgi_sse.testing import open_stream
 
 pytestmark = [
@@ -244,6 +244,43 @@ async def test_open_fails_if_the_user_may_not_read(tmp_path: Path) -> None:
             client.execute_command("ACL", "SETUSER", "half", "on", ">x", "~*", "+@all", "-xread")
         with pytest.raises(BrokerError, match=r"cannot connect to redis://half.*xread"):
             await Broker(server.url.replace("//", "//half:x@")).open("me")
+
+
+async def test_user_who_may_not_run_info_loses_nothing_at_a_reconnect(tmp_path: Path) -> None:
+    with Valkey(tmp_path) as server:
+        with server.client() as client:
+            client.execute_command("ACL", "SETUSER", "half", "on", ">x", "~*", "&*", "+@all", "-info")
+        async with Broker(server.url.replace("//", "//half:x@")) as broker:
+            subscription = broker.subscribe("a")
+            await broker.publish("a", "0")
+            assert data(await take(subscription, 1)) == ["0"]
+            with server.client() as client:
+                client.execute_command("CLIENT", "KILL", "USER", "half")
+            await broker.publish("a", "1")
+            assert data(await take(subscription, 1)) == ["1"]
+            assert broker.statistics().restarts == 0
+
+
+async def test_protocol_of_the_client_is_an_option_of_the_url(valkey: Valkey, prefix: str) -> None:
+    for protocol in (2, 3):
+        async with Broker(f"{valkey.url}?protocol={protocol}", prefix=f"{prefix}-{protocol}") as broker:
+            await round_trip(broker)
+            first = await broker.publish("a", "0")
+            await broker.publish("a", "1")
+        async with Broker(f"{valkey.url}?protocol={protocol}", prefix=f"{prefix}-{protocol}") as cold:
+            assert data(await take(cold.subscribe("a", last_event_id=first), 1)) == ["1"]
+
+
+async def test_user_and_password_in_a_url_of_sentinels_are_those_of_the_master() -> None:
+    url = "redis+sentinel://me:p%40ss@127.0.0.1:1,127.0.0.1/mymaster/2?sentinel_username=s&sentinel_password=t"
+    client, clients = RedisURL(url).connect()
+    options = client.connection_pool.connection_kwargs
+    assert (options["username"], options["password"], options["db"]) == ("me", "p@ss", 2)
+    sentinels = [each.connection_pool.connection_kwargs for each in clients[1:]]
+    assert [(each["port"], each["username"], each["password"]) for each in sentinels] == [
+        (1, "s", "t"),
+        (26379, "s", "t"),
+    ]
 
 
 @asynccontextmanager
