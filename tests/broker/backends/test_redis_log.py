@@ -286,18 +286,20 @@ async def test_gap_in_which_channels_were_forgotten_resets_all_that_may_have_rea
 
 async def test_gap_that_is_larger_than_the_history_overflows_no_stream(valkey: Valkey, prefix: str) -> None:
     """The server keeps more events than it has to, and streams get turns while the gap is filled."""
-    async with Broker(valkey.url, prefix=prefix, history=8) as broker:
-        async with open_stream(EventSourceResponse(broker.subscribe("a")), capacity=100) as stream:
-            await broker.publish("a", "0")
-            assert (await stream.receive(TIMEOUT_S)).data == "0"
+    async with (
+        Broker(valkey.url, prefix=prefix, history=8) as broker,
+        open_stream(EventSourceResponse(broker.subscribe("a")), capacity=100) as stream,
+    ):
+        await broker.publish("a", "0")
+        assert (await stream.receive(TIMEOUT_S)).data == "0"
 
-            def publish_many() -> None:
-                for number in range(1, 50):
-                    asgi_sse.broker.publish(valkey.url, "a", number, prefix=prefix)
+        def publish_many() -> None:
+            for number in range(1, 50):
+                asgi_sse.broker.publish(valkey.url, "a", number, prefix=prefix)
 
-            block_loop_during(lambda: trim_after(valkey, prefix, publish_many))
-            received = [(await stream.receive(TIMEOUT_S)).data for _ in range(49)]
-            assert received == [str(number) for number in range(1, 50)]
+        block_loop_during(lambda: trim_after(valkey, prefix, publish_many))
+        received = [(await stream.receive(TIMEOUT_S)).data for _ in range(49)]
+        assert received == [str(number) for number in range(1, 50)]
 
 
 async def test_gap_whose_last_event_was_deleted_does_not_delay_later_events(valkey: Valkey, prefix: str) -> None:
