@@ -542,6 +542,17 @@ async def test_run_is_kept_whole_beyond_history(brokers: Brokers) -> None:
         assert data(await all_of(found))[:-1] == [*map(str, range(300))]
 
 
+async def test_one_process_holds_and_renews_a_lease(brokers: Brokers) -> None:
+    one, two = (broker._backend for broker in await brokers.pair())
+    assert await two.find_lease("r") is None
+    lease, new = await one.acquire_lease("r", 1000, 60, replace_ended=False, ended_start=-1)
+    assert (new, lease.outcome) == (True, "")
+    assert await one.renew_lease("r", lease)
+    if one is not two:
+        assert await two.find_lease("r") == lease
+        assert not await two.renew_lease("r", lease)
+
+
 class FailingSource:
     """A source that fails when it starts."""
 

@@ -13,12 +13,14 @@ import pytest
 pytest.importorskip("nats")
 
 import nats
+import nats.js.errors
 from backend_helpers import endless, reset_reason, two_parts, wait_until
 from backend_servers import TIMEOUT_S, Nats
 
-from asgi_sse import Broker, BrokerError, HTTPError
+from asgi_sse import Broker, BrokerError, HTTPError, ServerSentEvent
 from asgi_sse.broker.backends import jetstream
 from asgi_sse.broker.backends import nats as nats_backend
+from asgi_sse.broker.backends.base import Publication
 from asgi_sse.broker.backends.jetstream import Consumer, JetStream
 from asgi_sse.broker.backends.nats import NatsBackend
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from nats.aio.msg import Msg
 
     from asgi_sse import Subscription
+    from asgi_sse.broker.backends.base import RunLease
 
 pytestmark = [
     pytest.mark.anyio,
@@ -122,14 +125,47 @@ async def test_lost_deliveries_are_delivered_again(
         assert (broker.statistics().reconnects, broker.statistics().restarts) == (0, 0)
 
 
+async def test_lost_last_delivery_is_noticed_before_the_next_heartbeat(
+    server: Nats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two checks in a row find an event on the server that was not delivered."""
+    monkeypatch.setattr(nats_backend, "_CHECK_S", 0)
+    monkeypatch.setattr(jetstream, "HEARTBEAT_S", 1000)
+    broker = Broker(server.url, prefix="p")
+    lost: list[Consumer] = []
+
+    def drops(message: Msg) -> bool:
+        consumer = backend_of(broker)._consumer
+        if message.data != b'{"data":"1"}' or consumer is None or (lost and consumer not in lost):
+            return False
+        lost.append(consumer)
+        return True
+
+    def wake_and_look() -> bool:
+        lost[0].wake()
+        return backend_of(broker)._consumer is not lost[0]
+
+    drop_deliveries(monkeypatch, drops)
+    async with broker:
+        subscription = broker.subscribe("a")
+        await broker.publish("a", "0")
+        assert await read(subscription, "0") == ["0"]
+        await broker.publish("a", "1")
+        await wait_until(lambda: bool(lost))
+        await wait_until(wake_and_look)
+        assert await read(subscription, "1") == ["1"]
+        assert (broker.statistics().reconnects, broker.statistics().restarts) == (0, 0)
+
+
 async def test_silent_consumer_is_replaced(server: Nats, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither events nor heartbeats arrive, although the connection works."""
     monkeypatch.setattr(nats_backend, "_CHECK_S", 1000)
     monkeypatch.setattr(nats_backend, "_SILENCE_S", 0.5)
     monkeypatch.setattr(jetstream, "HEARTBEAT_S", 0.2)
+    broker = Broker(server.url, prefix="p")
     silent: list[Consumer] = []
     drop_deliveries(monkeypatch, lambda _: backend_of(broker)._consumer in silent)
-    async with Broker(server.url, prefix="p") as broker:
+    async with broker:
         subscription = broker.subscribe("a")
         await broker.publish("a", "0")
         assert await read(subscription, "0") == ["0"]
@@ -152,7 +188,6 @@ async def test_consumer_that_the_server_ends_is_replaced(server: Nats) -> None:
         await wait_until(lambda: backend_of(broker)._consumer not in {first, None})
         await broker.publish("a", "1")
         assert await read(subscription, "1") == ["1"]
-        assert len(await js.consumers_info("SSE_p")) == 2  # the server deletes the first one by itself
         assert (broker.statistics().reconnects, broker.statistics().restarts) == (0, 0)
 
 
@@ -231,6 +266,72 @@ async def test_stream_that_is_replaced_before_it_is_followed_begins_a_new_epoch(
         await broker.publish("a", "lost")
         assert await read(subscription, "4") == ["reset epoch", "0", "3", "4"]
         assert broker.statistics().restarts == 1
+
+
+async def test_publisher_notices_that_the_stream_was_replaced(server: Nats, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The id is of the new stream, and readers check the stream at once."""
+    monkeypatch.setattr(nats_backend, "_CHECK_S", 1000)
+    async with Broker(server.url, prefix="p") as broker, jetstream_client(server) as js:
+        subscription = broker.subscribe("a")
+        old = [await broker.publish("a", str(number)) for number in range(3)]
+        assert await read(subscription, "2") == ["0", "1", "2"]
+        await js.delete_stream("SSE_p")
+        await js.add_stream(name="SSE_p", subjects=["sse.p.>"])
+        new = await broker.publish("a", "new")
+        assert new.endswith("-1")
+        assert new.partition("-")[0] != old[0].partition("-")[0]
+        assert await read(subscription, "new") == ["reset epoch", "new"]
+        assert subscription.last_event_id == new
+
+
+async def test_id_of_a_stream_that_this_process_does_not_know_yet_is_resumed(
+    server: Nats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nats_backend, "_CHECK_S", 1000)
+    async with Broker(server.url, prefix="p") as one, jetstream_client(server) as js:
+        await one.publish("a", "old")
+        await backend_of(one).sync()
+        await js.delete_stream("SSE_p")
+        await js.add_stream(name="SSE_p", subjects=["sse.p.>"])
+        for number in range(2):
+            await js.publish("sse.p.a", json.dumps({"data": str(number)}).encode())
+        async with Broker(server.url, prefix="p") as two:
+            epoch = two.statistics().last_event_id.partition("-")[0]
+        assert await read(one.subscribe("a", last_event_id=f"{epoch}-1"), "1") == ["1"]
+        assert one.statistics().restarts == 1
+
+
+async def test_stream_that_cannot_be_created_at_once_is_created_later(
+    server: Nats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cluster that elects a leader refuses for a moment."""
+    create, errors = JetStream.create_stream, [nats.js.errors.ServiceUnavailableError(code=503)]
+
+    async def fail_and_create(self: JetStream, config: dict[str, Any]) -> None:
+        if errors:
+            raise errors.pop()
+        await create(self, config)
+
+    async with Broker(server.url, prefix="p", publish_timeout=TIMEOUT_S) as broker, jetstream_client(server) as js:
+        subscription = broker.subscribe("a")
+        await broker.publish("a", "0")
+        assert await read(subscription, "0") == ["0"]
+        monkeypatch.setattr(JetStream, "create_stream", fail_and_create)
+        await js.delete_stream("SSE_p")
+        await broker.publish("a", "1")
+        assert await read(subscription, "1") == ["reset epoch", "1"]
+        assert errors == []
+
+
+async def test_epoch_that_several_processes_replace_is_replaced_once(server: Nats) -> None:
+    async with Broker(server.url, prefix="p") as broker:
+        await broker.publish("a", "x")
+        connection = backend_of(broker)._jetstream
+        epochs = [(await connection.stream_info("SSE_p")).epoch]
+        for _ in range(2):
+            await connection.begin_epoch("SSE_p", instead_of=epochs[0])
+            epochs.append((await connection.stream_info("SSE_p")).epoch)
+        assert epochs[0] != epochs[1] == epochs[2]
 
 
 async def test_message_that_was_read_last_and_deleted_causes_no_reset(server: Nats) -> None:
@@ -467,6 +568,46 @@ async def test_run_ends_although_its_end_cannot_be_recorded(server: Nats, caplog
     (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
     assert record.getMessage() == f"the end of run r could not be recorded on {server.url}"
     assert (vars(record)["sse_run"], vars(record)["sse_backend"]) == ("r", server.url)
+
+
+async def test_end_whose_record_was_not_acknowledged_is_recorded_again(
+    server: Nats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Broker(server.url, prefix="p") as one, Broker(server.url, prefix="p") as two:
+        write = backend_of(one)._leases.write
+        failed: list[str] = []
+
+        async def write_or_fail(name: str, lease: RunLease, token: str, revision: int) -> bool:
+            if lease.outcome and not failed:
+                failed.append(name)
+                raise TimeoutError
+            return await write(name, lease, token, revision)
+
+        monkeypatch.setattr(backend_of(one)._leases, "write", write_or_fail)
+        run = await one.run("r", ["x"])
+        assert await asyncio.wait_for(run.wait(), TIMEOUT_S) == "finished"
+        await one.publish("a", "after the batch of the end")
+        assert failed == ["r"]
+        found = await two.find_run("r")
+        assert found is not None
+        assert found.outcome == "finished"
+        assert [event.data async for event in found.subscribe()] == ["x", '{"reason":"finished"}']
+        assert (await two.publish("a", "x")).endswith("-4")  # the end is in the log once
+
+
+async def test_end_of_an_earlier_run_is_not_recorded_for_a_later_one(server: Nats) -> None:
+    async with Broker(server.url, prefix="p") as broker:
+        for _ in range(3):
+            await broker.publish("a", "x")
+        backend = backend_of(broker)
+        lease, _ = await backend.acquire_lease("r", 100, 60, replace_ended=False, ended_start=-1)
+        assert lease.start == 3
+        await backend._record_run_end(Publication("r", ServerSentEvent("x"), end="finished", ttl=60), 2)
+        assert await backend.find_lease("r") == lease
+        await backend._record_run_end(Publication("r", ServerSentEvent("x"), end="finished", ttl=60), 4)
+        found = await backend.find_lease("r")
+        assert found is not None
+        assert (found.outcome, found.final) == ("finished", 4)
 
 
 async def test_renewal_after_an_epoch_change_tells_others_that_the_run_lost_its_beginning(server: Nats) -> None:

@@ -159,6 +159,29 @@ async def test_close_ends_a_subscriber_that_waits_for_its_position(
                 await asyncio.wait_for(task, TIMEOUT_S)
 
 
+async def test_close_that_is_cancelled_leaves_no_task(
+    valkey: Valkey, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker = Broker(valkey.url, prefix=prefix)
+    await broker.open("me")
+    backend = backend_of(broker)
+    gate = Gate(monkeypatch, backend, "_send")
+    publishing = asyncio.ensure_future(broker.publish("a", "x"))
+    await gate.reached.wait()
+    tasks = list(backend._tasks)
+    closing = asyncio.ensure_future(broker.close("me"))
+    await wait_until(lambda: not backend._tasks)  # now it waits for the event to be acknowledged
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    with pytest.raises(BrokerError, match="was closed; the event may have been published"):
+        await publishing
+    await asyncio.wait(tasks, timeout=TIMEOUT_S)
+    assert [task.cancelled() for task in tasks] == [True, True]
+    assert broker.statistics().state == "closed"
+    await backend._disconnect()
+
+
 async def test_close_ends_a_query_that_is_repeated(
     valkey: Valkey, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
