@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from asgi_sse import Broker, ServerSentEvent
+from asgi_sse import Broker, EventSourceResponse, ServerSentEvent
+from asgi_sse.testing import open_stream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -226,3 +227,27 @@ async def test_restart_in_the_same_epoch_resets_only_subscribers_that_missed_eve
         await anyio.wait_all_tasks_blocked()
         tasks.cancel_scope.cancel()
     assert seen == {"c.x": [(None, f"{epoch}-6")], "c.lost": [("reset", f"{epoch}-5")]}
+
+
+async def test_client_that_leaves_while_its_id_is_looked_up_leaves_nothing() -> None:
+    """Also if the lookup does not notice that the client left."""
+    broker = Broker()
+    upstream = Upstream(broker)
+    response = EventSourceResponse(broker.subscribe("c.x", last_event_id="next-2"), cleanup_timeout=1)
+
+    async def sync() -> None:
+        upstream.asked.set()
+        with anyio.CancelScope(shield=True):
+            await upstream.answers.wait()
+
+    upstream.sync = sync  # type: ignore[method-assign]
+    async with open_stream(response) as stream:
+        await upstream.asked.wait()
+        assert broker.subscribers("c.x") == 1
+        await stream.disconnect()
+    assert broker.subscribers("c.x") == 0
+    upstream.dispatcher.restart("next", 0, floor=0)
+    upstream.deliver(1, 2, 3)
+    upstream.answers.set()
+    await anyio.wait_all_tasks_blocked()
+    assert broker.subscribers("c.x") == 0

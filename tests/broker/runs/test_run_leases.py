@@ -2,8 +2,10 @@
 
 import gc
 import logging
+import threading
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import anyio
@@ -69,6 +71,24 @@ class Server:
 
     async def recall(self, channels: list[str]) -> None:
         pass
+
+
+class Lock:
+    """The lock of a dispatcher. Before it is taken next, `first` is called, as if another thread had come first."""
+
+    def __init__(self, broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.first: Callable[[], object] | None = None
+        self._lock = threading.Lock()
+        monkeypatch.setattr(broker._dispatcher, "lock", self)
+
+    def __enter__(self) -> None:
+        first, self.first = self.first, None
+        if first is not None:
+            first()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 async def data_of(subscription: Subscription) -> list[str | None]:
@@ -264,6 +284,34 @@ async def test_broker_reports_that_it_no_longer_watches_runs(
         await broker.close("watch")
 
 
+@pytest.mark.parametrize("closes", [False, True])
+async def test_wait_returns_the_outcome_of_a_run_that_ends_at_that_moment(
+    monkeypatch: pytest.MonkeyPatch, *, closes: bool
+) -> None:
+    """It ends in another thread, just before the wait begins or just before the broker would end the wait."""
+    outcomes: list[str] = []
+
+    async def wait() -> None:
+        outcomes.append(await run.wait())
+
+    broker = Broker()
+    server, lock = Server(broker, monkeypatch), Lock(broker, monkeypatch)
+    await broker.open("me")
+    server.hold("r")
+    run = await find(broker, "r")
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            if closes:
+                tasks.start_soon(wait)
+                await anyio.wait_all_tasks_blocked()
+            lock.first = partial(server.publish, "r", "the end", end="finished")
+            if not closes:
+                await wait()
+            await broker.close("me")
+    assert outcomes == ["finished"]
+    assert lock.first is None
+
+
 # Lookups that a change overtakes
 
 
@@ -365,6 +413,40 @@ async def test_run_is_stopped_here_if_a_lookup_finds_a_later_run_of_its_name(mon
         server.publish("r", "of the later run", end="finished")
         assert await data_of(found[0].subscribe()) == ["of the later run"]
         assert broker.statistics().published == 1  # the run has published its first event, and no end
+
+
+async def test_end_that_cannot_be_published_does_not_end_a_later_run_of_its_name(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = Broker()
+    server = Server(broker, monkeypatch)
+    publish, refused, proceed = broker._backend.publish, anyio.Event(), anyio.Event()
+    found: list[Run] = []
+
+    async def refuse_the_end(publication: Publication, *, wait: bool = False) -> str:
+        if publication.end is None:
+            return await publish(publication, wait=wait)
+        await refused.wait()
+        raise BrokerError("no space left")
+
+    async def look_up() -> None:
+        found.append(await find(broker, "r"))
+
+    monkeypatch.setattr(broker._backend, "publish", refuse_the_end)
+    async with anyio.create_task_group() as tasks:
+        server.during_find = proceed.wait
+        server.hold("r", start=5)
+        tasks.start_soon(look_up)
+        await anyio.wait_all_tasks_blocked()
+        run = await broker.run("r", ["x"])
+        await anyio.wait_all_tasks_blocked()
+        proceed.set()
+        await anyio.wait_all_tasks_blocked()
+        refused.set()
+        await anyio.wait_all_tasks_blocked()
+    assert "the end of run r could not be published: no space left" in caplog.messages
+    assert found == [broker.runs["r"]]
+    assert (run.outcome, found[0].outcome) == ("lost", None)
 
 
 @pytest.mark.parametrize("closable", [True, False])
