@@ -182,8 +182,9 @@ async def test_refused_app_that_never_receives_is_cancelled() -> None:
         assert seen == ["finally"]
 
 
-async def test_off_compresses_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    app = SSEMiddleware(GZipMiddleware(app_with_ours), compressors="off")
+@pytest.mark.parametrize("adopt", [True, False])
+async def test_off_compresses_without_a_warning(adopt: bool, caplog: pytest.LogCaptureFixture) -> None:
+    app = SSEMiddleware(GZipMiddleware(app_with_ours), compressors="off", adopt=adopt)
     async with open_stream(app, headers=EVENT_STREAM_REQUEST) as stream:
         assert stream.headers["content-encoding"] == "gzip"
         await text(stream)
