@@ -9,7 +9,7 @@ import anyio
 import pytest
 from stream_reading import read_data, read_text
 
-from asgi_sse import EventSourceResponse, HTTPError, InvalidEventError, Request, create_app
+from asgi_sse import EventSourceResponse, HTTPError, InvalidEventError, Request, StreamClosedError, create_app
 from asgi_sse.testing import open_stream
 
 pytestmark = pytest.mark.anyio
@@ -87,7 +87,18 @@ async def test_endpoint_returns_events_or_a_response(endpoint: Any, expected: li
         assert await read_data(stream) == expected
 
 
-@pytest.mark.parametrize("endpoint", [plain_app, AnApp(), ASGI2App, returns_app])
+async def any_arguments(*arguments: Any) -> None:
+    """An app that a decorator wraps without keeping its signature."""
+    await plain_app(*arguments)
+
+
+class AppWithoutSignature(AnApp):
+    """An app whose arguments are unknown, such as a function written in C."""
+
+    __signature__ = "none"
+
+
+@pytest.mark.parametrize("endpoint", [plain_app, AnApp(), ASGI2App, any_arguments, AppWithoutSignature(), returns_app])
 async def test_endpoint_is_or_returns_an_asgi_app(endpoint: Any) -> None:
     for method in ("GET", "POST") if endpoint is returns_app else ("GET", "PUT"):
         async with open_stream(create_app({"/{x}": endpoint}), "/5", method=method) as stream:
@@ -157,6 +168,44 @@ async def test_returned_app_receives_the_whole_body() -> None:
     for endpoint in (reads_first, does_not):
         async with open_stream(create_app({"/": endpoint}), method="POST", body=b"prompt") as stream:
             assert await stream.read() == b"prompt"
+
+
+async def test_response_that_is_returned_twice_is_an_error_of_the_endpoint() -> None:
+    kept = EventSourceResponse(["a"])
+
+    async def endpoint() -> EventSourceResponse:
+        return kept
+
+    app = create_app({"/": endpoint})
+    async with open_stream(app) as stream:
+        assert await read_data(stream) == ["a"]
+    with pytest.raises(StreamClosedError, match="already sent; make a new one for each request"):
+        async with open_stream(app):
+            pass
+
+
+async def test_app_that_is_returned_after_the_client_left_receives_the_disconnect() -> None:
+    received = []
+
+    async def records(scope: Any, receive: Any, send: Any) -> None:
+        received.extend([await receive(), await receive()])
+
+    async def endpoint(request: Request) -> Any:
+        with pytest.raises(StreamClosedError, match="the client left"):
+            await request.body()
+        return records
+
+    messages = [{"type": "http.disconnect"}, {"type": "http.request", "body": b"a", "more_body": True}]
+
+    async def receive() -> Any:
+        return messages.pop()  # a server that has reported the disconnect may wait for ever
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "query_string": b""}
+    await create_app({"/": endpoint})(scope, receive, anyio.sleep_forever)  # type: ignore[arg-type]
+    assert received == [
+        {"type": "http.request", "body": b"a", "more_body": True},
+        {"type": "http.disconnect"},
+    ]
 
 
 async def test_http_error_of_a_returned_app_is_not_answered() -> None:

@@ -24,7 +24,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.routing import Route
 
 from asgi_sse import EventSourceResponse, Request, SSEMiddleware, StreamRegistry, create_app
-from asgi_sse.testing import open_stream
+from asgi_sse.testing import open_stream, running
 
 pytestmark = pytest.mark.anyio
 
@@ -103,6 +103,20 @@ async def test_signal_that_stops_no_server_expires(handled: list[int]) -> None:
         signal.raise_signal(signal.SIGTERM)  # the next signal counts again
         await read_to_end(stream)
         assert stream.complete
+
+
+async def test_server_that_starts_after_the_signal_accepts_streams_at_once(handled: list[int]) -> None:
+    """A reload may begin with a signal: the streams of its new server are not those that should end."""
+    app = create_app({"/": idle})
+    async with open_stream(app) as stream:
+        await stream.receive()
+        signal.raise_signal(signal.SIGTERM)
+        await read_to_end(stream)
+    assert handled
+    async with running(app) as server, open_stream(server) as stream:
+        assert (await stream.receive()).data == "first"
+        await anyio.sleep(1)
+        assert not stream.complete
 
 
 async def test_signals_false_leaves_the_handlers_alone(handled: list[int]) -> None:
