@@ -284,6 +284,28 @@ def idle_endpoint() -> AsyncIterator[str]:
     return idle()
 
 
+async def test_each_task_that_waits_for_draining_learns_of_it() -> None:
+    told: list[int] = []
+
+    async def endpoint(request: Request) -> AsyncIterator[str]:
+        async def wait(number: int) -> None:
+            await request.draining.wait()
+            told.append(number)
+
+        async with anyio.create_task_group() as tasks:
+            for number in range(3):
+                tasks.start_soon(wait, number)
+            yield "waits"
+        yield "last event"
+
+    registry = StreamRegistry()
+    async with open_stream(create_app({"/": endpoint}, registry=registry)) as stream:
+        await stream.expect("waits")
+        registry.begin_drain()
+        await stream.expect("last event")
+    assert sorted(told) == [0, 1, 2]
+
+
 async def test_client_that_does_not_read_is_cut_at_the_deadline() -> None:
     registry = StreamRegistry()
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import AsyncIterator, Callable
+from types import MappingProxyType
 from typing import Any
 
 import anyio
@@ -12,6 +13,8 @@ from stream_sources import OPENING, Reasons, body_of, forever, items
 from asgi_sse import (
     EventSourceResponse,
     HTTPError,
+    InvalidEventError,
+    SendTimeoutError,
     ServerSentEvent,
     StreamClosedError,
 )
@@ -84,6 +87,11 @@ async def test_headers_can_be_replaced_and_added() -> None:
         assert stream.headers["x-accel-buffering"] == "no"
 
 
+async def test_header_given_as_pairs_may_be_repeated() -> None:
+    async with open_stream(EventSourceResponse(items(), headers=[("X-One", "a"), ["x-one", "b"]])) as stream:  # type: ignore[list-item]
+        assert [value for name, value in stream.raw_headers if name == b"x-one"] == [b"a", b"b"]
+
+
 async def test_head_request_starts_no_source() -> None:
     started = []
 
@@ -97,6 +105,35 @@ async def test_head_request_starts_no_source() -> None:
         assert await stream.read() == b""
         assert stream.complete
     assert not started
+
+
+class BareIterator:
+    """An async iterator that has nothing to close."""
+
+    def __aiter__(self) -> "BareIterator":
+        return self
+
+    async def __anext__(self) -> str:
+        raise StopAsyncIteration
+
+
+@pytest.mark.parametrize("content", [["a"], iter("a"), BareIterator()], ids=["list", "iterator", "async iterator"])
+async def test_head_request_needs_no_source_that_can_be_closed(content: Any) -> None:
+    async with open_stream(EventSourceResponse(content), method="HEAD") as stream:
+        assert stream.status == 200
+        assert await stream.read() == b""
+        assert stream.complete
+
+
+async def test_stuck_client_of_a_head_request_is_given_up_after_send_timeout() -> None:
+    async def stuck(message: Any) -> None:
+        await anyio.sleep_forever()
+
+    scope = {"type": "http", "method": "HEAD", "path": "/", "headers": []}
+    began = anyio.current_time()
+    with pytest.raises(SendTimeoutError, match="the client took nothing for 7 s"):
+        await EventSourceResponse(items("a"), send_timeout=7)(scope, anyio.sleep_forever, stuck)  # type: ignore[arg-type]
+    assert 7 <= anyio.current_time() - began < 8
 
 
 async def test_burst_is_one_message() -> None:
@@ -180,6 +217,37 @@ async def test_json_dumps_serialises_data() -> None:
         items({"data": {1, 2}}, {"data": "text"}, {"data": True}), json_dumps=lambda value: repr(value).encode()
     )
     assert (await body_of(response)).endswith(b"data: {1, 2}\n\ndata: text\n\ndata: True\n\n")
+
+
+async def bare(*values: Any, **options: Any) -> bytes:
+    """Return the body of a stream of these items, without the opening block."""
+    return await body_of(EventSourceResponse(items(*values), opening_comment=False, retry=None, **options))
+
+
+async def test_mapping_of_another_type_is_sent_as_a_dict_is() -> None:
+    item = {"data": {"a": 1}, "id": "7"}
+    assert await bare(MappingProxyType(item)) == await bare(item) == b'id: 7\ndata: {"a":1}\n\n'
+    with pytest.raises(InvalidEventError, match="unknown key 'dta'"):
+        await bare(MappingProxyType({"dta": 1}))
+
+
+@pytest.mark.parametrize("data", ["text", 5, 1.5, b"bytes", bytearray(b"array"), None])
+async def test_json_dumps_is_not_asked_for_data_that_is_text_already(data: Any) -> None:
+    def never(_: Any) -> str:
+        raise AssertionError("called for text")
+
+    item = {"data": data, "comment": "c"}
+    assert await bare(item, json_dumps=never) == await bare(item)
+
+
+@pytest.mark.parametrize("data", [True, [1], {"a": None}])
+async def test_json_dumps_is_asked_for_other_data(data: Any) -> None:
+    sent = await bare({"data": data, "id": "1"}, json_dumps=lambda value: f"<{value}>")
+    assert sent == f"id: 1\ndata: <{data}>\n\n".encode()
+
+
+async def test_empty_item_does_not_hold_up_a_large_event() -> None:
+    assert await bare(b"", "x" * 200_000) == b"data: " + b"x" * 200_000 + b"\n\n"
 
 
 async def test_empty_items_do_not_stop_a_stream() -> None:
@@ -317,6 +385,11 @@ async def a_generator() -> AsyncIterator[str]:
             lambda: EventSourceResponse([], headers=5),  # type: ignore[arg-type]
             TypeError,
             "headers must be a mapping or pairs (name, value), got 5",
+        ),
+        (
+            lambda: EventSourceResponse([], pnig=5),  # type: ignore[call-arg]
+            TypeError,
+            "unknown option 'pnig'; the options are status_code, headers, registry, ping, ",
         ),
         (lambda: EventSourceResponse([], registry=True), TypeError, "registry must be a StreamRegistry, got True"),  # type: ignore[arg-type]
         (lambda: EventSourceResponse(HTTPError(404)), TypeError, "raise the HTTPError instead of returning it"),  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import anyio
@@ -267,6 +268,48 @@ async def test_send_that_raises_ends_only_its_stream() -> None:
                     await anyio.sleep(0.1)
         assert reasons == ["disconnected", "failed"]
         assert await other.read(timeout=20) == b": ping\n\n"
+
+
+@pytest.mark.parametrize(("text", "reason"), [("the handler is closed", "disconnected"), ("bug", "failed")])
+async def test_closed_handler_of_uvloop_means_that_the_client_has_left(text: str, reason: str) -> None:
+    reasons = Reasons()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async def raising(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                raise RuntimeError(text)
+            await send(message)
+
+        await EventSourceResponse(forever(), on_close=reasons)(scope, receive, raising)
+
+    expected: AbstractContextManager[Any] = (
+        nullcontext() if reason == "disconnected" else pytest.raises(RuntimeError, match=text)
+    )
+    with expected:
+        async with open_stream(app) as stream:
+            while not reasons:
+                await anyio.sleep(0.1)
+            assert stream.status == 200
+    assert reasons == [reason]
+
+
+async def test_error_that_the_clean_up_raises_again_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    class Source:
+        error = LookupError("its own")
+
+        def __aiter__(self) -> "Source":
+            return self
+
+        async def __anext__(self) -> str:
+            raise self.error
+
+        async def aclose(self) -> None:
+            raise self.error
+
+    with pytest.raises(LookupError, match="its own"):
+        async with open_stream(EventSourceResponse(Source())):
+            pass
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("trouble", ["stuck", "gone", "cancelled"])

@@ -1,9 +1,13 @@
 """`EventSourceResponse` with sync sources, which run in threads."""
 
 import contextvars
+import logging
+import queue
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
+from logging.handlers import QueueHandler
 from typing import Any
 
 import anyio
@@ -152,3 +156,53 @@ async def test_error_of_a_sync_source_is_raised() -> None:
         async with open_stream(EventSourceResponse(early(), open_timeout=5)):
             pass
     assert (await body_of(EventSourceResponse(["a", "b"]))).endswith(b"data: a\n\ndata: b\n\n")
+
+
+@pytest.mark.real_time
+async def test_thread_that_cannot_start_is_reported_and_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "asgi_sse source":
+            raise RuntimeError("can't start new thread")
+        start_thread(thread)
+
+    start_thread = threading.Thread.start
+    monkeypatch.setattr("asgi_sse.stream.source._threads", threading.BoundedSemaphore(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        for _ in range(2):  # the second would find no place if the first kept it
+            with pytest.raises(
+                SSEError, match=r"cannot start another thread \(can't start new thread\); make the source"
+            ):
+                async with open_stream(EventSourceResponse(iter("a"))):
+                    pass
+    async with open_stream(EventSourceResponse(iter("a"))) as stream:
+        assert (await stream.receive()).data == "a"
+
+
+@pytest.mark.real_time
+async def test_error_of_a_blocked_sync_source_is_logged_after_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asgi_sse.stream.source._NEXT_TIMEOUT_S", 0.01)
+    inside, release = threading.Event(), threading.Event()
+    records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+
+    def source() -> Iterator[str]:
+        yield "x"
+        inside.set()
+        release.wait(60)
+        raise LookupError("too late")
+
+    handler = QueueHandler(records)
+    logger = logging.getLogger("asgi_sse.stream.source")
+    logger.addHandler(handler)
+    try:
+        async with open_stream(EventSourceResponse(source())) as stream:
+            await stream.receive()
+            await anyio.to_thread.run_sync(inside.wait)
+            await stream.disconnect()
+        assert records.empty()
+        release.set()
+        record = await anyio.to_thread.run_sync(partial(records.get, timeout=60))
+    finally:
+        logger.removeHandler(handler)
+    assert record.getMessage().startswith("a sync source raised after its stream had ended")
+    assert "LookupError: too late" in record.getMessage()
