@@ -329,6 +329,23 @@ async def test_close_handler_is_not_called_for_another_end() -> None:
     assert seen == []
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_on_close_is_called_with_the_reason(asynchronous: bool) -> None:
+    """It is an argument that sse-starlette does not have."""
+    reasons = []
+
+    async def later(reason: str) -> None:
+        await anyio.sleep(1)
+        reasons.append(reason)
+
+    on_close = later if asynchronous else reasons.append
+    assert await body_of(EventSourceResponse(items("a"), on_close=on_close)) == b"data: a\r\n\r\n"
+    async with open_stream(EventSourceResponse(forever(), ping=1, on_close=on_close)) as stream:
+        await stream.read(timeout=5)
+        await stream.disconnect()
+    assert reasons == ["finished", "disconnected"]
+
+
 async def test_error_of_the_close_handler_is_raised() -> None:
     async def left(message: Any) -> None:
         raise ZeroDivisionError
@@ -383,6 +400,11 @@ async def test_sent_response_is_garbage_collected() -> None:
         ({"ping": -1}, ValueError, "ping interval must be >= 0"),
         ({"send_timeout": -1}, ValueError, "send_timeout must be at least 0 or None, got -1"),
         ({"shutdown_grace_period": float("nan")}, ValueError, "shutdown_grace_period must be >= 0"),
+        (
+            {"cleanup_timeout": -1},
+            ValueError,
+            "cleanup_timeout must be >= 0, got -1; give seconds, or None for no limit",
+        ),
         ({"max_lifetime": "long"}, TypeError, "max_lifetime must be a number or None, got 'long'"),
         ({"on_error": 1}, TypeError, "on_error must be callable or None, got 1"),
         ({"headers": {"x": "a\r\ny: b"}}, ValueError, "would inject headers"),
@@ -393,6 +415,11 @@ async def test_sent_response_is_garbage_collected() -> None:
 def test_invalid_argument_is_refused_at_once(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         EventSourceResponse(items(), **arguments)
+
+
+def test_compression_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="Compression is not supported for SSE streams"):
+        EventSourceResponse(items()).enable_compression()
 
 
 @pytest.mark.parametrize(
