@@ -187,6 +187,58 @@ async def test_app_that_ignores_the_disconnect_is_cancelled() -> None:
     assert "not returned" in caught.value.__notes__[0]
 
 
+@on_both
+async def test_app_that_ignores_its_cancellation_too_is_cancelled_again(anyio_backend_name: str) -> None:
+    if anyio_backend_name == "trio":
+        pytest.skip("in trio, each await of a cancelled task raises")
+    cancellations = 0
+
+    async def ignores_everything(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal cancellations
+        await send(START)
+        while cancellations < 2:
+            try:
+                await anyio.sleep_forever()
+            except anyio.get_cancelled_exc_class():
+                cancellations += 1
+
+    with pytest.raises(AssertionError, match=r"not returned 0.05 s after its client has left"):
+        async with open_stream(ignores_everything, timeout=0.05):
+            pass
+    await anyio.wait_all_tasks_blocked()
+    assert cancellations == 2
+
+
+@on_both
+async def test_app_that_returns_without_a_response_fails() -> None:
+    async def forgets(scope: Any, receive: Any, send: Any) -> None:
+        """Answer nothing."""
+
+    with pytest.raises(AssertionError, match="the app must send a response, but it returned without one"):
+        async with open_stream(forgets):
+            pass
+
+
+@on_both
+async def test_messages_of_extensions_change_nothing() -> None:
+    body = {"type": "http.response.body", "body": b"data: x\n\n", "more_body": True}
+    trailers = {"type": "http.response.trailers", "headers": []}
+
+    async def sends(scope: Any, receive: Any, send: Any) -> None:
+        for message in [
+            {"type": "http.response.debug", "info": {}},
+            START,
+            body,
+            {**body, "more_body": False},
+            trailers,
+        ]:
+            await send(message)
+
+    async with open_stream(sends) as stream:
+        assert [event.data async for event in stream] == ["x", "x"]
+        assert stream.complete
+
+
 # Reconnecting
 
 
@@ -209,6 +261,24 @@ async def test_last_event_id_ignores_decoded_events_not_yet_received() -> None:
         assert stream.last_event_id == "1"
         await stream.expect("b")
         assert stream.last_event_id == "3"
+
+
+@on_both
+async def test_reconnect_without_an_id_sends_no_last_event_id() -> None:
+    seen = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(dict(scope["headers"]))
+        await send(START)
+        await send({"type": "http.response.body", "body": b"data: x\n\n", "more_body": True})
+        await receive()
+        await receive()
+
+    async with open_stream(app, headers={"Last-Event-ID": "7"}) as stream:
+        await stream.expect("x")
+        async with stream.reconnect() as again:
+            await again.expect("x")
+    assert [headers.get(b"last-event-id") for headers in seen] == [b"7", None]
 
 
 @on_both

@@ -456,3 +456,165 @@ def test_leaks(loop, opened):
         pytester.makeini(f"[pytest]\nasgi_sse_guard = {value}")
         result = pytester.runpytest_inprocess(*PLUGIN)
         result.assert_outcomes(passed=value == "false", failed=value == "true")
+
+
+def test_test_keeps_its_own_alarm(pytester: pytest.Pytester) -> None:
+    """Its timeout then ends async tests only."""
+    pytester.makepyfile(
+        """
+import signal
+import anyio, pytest
+
+def handler(number, frame):
+    pass
+
+@pytest.fixture
+def own_alarm():
+    before = signal.signal(signal.SIGALRM, handler)
+    yield
+    assert signal.signal(signal.SIGALRM, before) is handler
+
+@pytest.mark.asgi_sse(timeout=0.2)
+def test_synchronous(own_alarm):
+    assert signal.getsignal(signal.SIGALRM) is handler
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+@pytest.mark.anyio
+@pytest.mark.asgi_sse(timeout=0.2)
+async def test_async(own_alarm):
+    await anyio.sleep(60)
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+"""
+    )
+    result = pytester.runpytest_inprocess(*PLUGIN, "-p", "anyio.pytest_plugin")
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["the test has not ended within 0.2 s.*"])
+
+
+def test_timeout_none_sets_no_alarm_and_still_finds_leaks(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        APP
+        + """
+import signal
+import unittest
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+opened = []
+pytestmark = pytest.mark.asgi_sse(timeout=None)
+
+def test_synchronous():
+    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+
+class TestOfUnittest(unittest.TestCase):
+    def test_passes(self):
+        assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+
+@pytest.mark.anyio
+async def test_passes():
+    async with open_stream(app, "/ticks") as stream:
+        await stream.expect("0")
+
+@pytest.mark.anyio
+async def test_leaks():
+    opened.append(open_stream(app, "/ticks"))
+    await opened[0].__aenter__()
+"""
+    )
+    result = pytester.runpytest_inprocess(*PLUGIN, "-p", "anyio.pytest_plugin")
+    result.assert_outcomes(passed=3, failed=1)
+    result.stdout.fnmatch_lines(["the test leaves streams open.", "  <Stream /ticks open>*"])
+
+
+def test_cancelled_test_may_take_long_to_clean_up(pytester: pytest.Pytester) -> None:
+    """Longer than an event loop that is not blocked has for one turn."""
+    pytester.makepyfile(
+        """
+import anyio, pytest
+
+cleaned_up = []
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+@pytest.mark.anyio
+@pytest.mark.asgi_sse(timeout=0.2)
+async def test_hangs():
+    try:
+        await anyio.sleep(60)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep(1.5)
+            cleaned_up.append(True)
+
+def test_clean_up_passes():
+    assert cleaned_up == [True]
+"""
+    )
+    pytester.runpytest_inprocess(*PLUGIN, "-p", "anyio.pytest_plugin").assert_outcomes(passed=1, failed=1)
+
+
+def test_blocked_test_is_interrupted_where_trio_is_not_imported(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+import sys, time
+import pytest
+
+@pytest.mark.asgi_sse(timeout=0.2)
+def test_blocked():
+    assert "trio" not in sys.modules
+    time.sleep(60)
+"""
+    )
+    result = pytester.runpytest_subprocess(*PLUGIN, timeout=60)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["the test has not ended within 0.2 s.*"])
+
+
+def test_items_that_are_no_functions_are_guarded(pytester: pytest.Pytester) -> None:
+    pytester.makeini("[pytest]\nasgi_sse_guard = true")
+    pytester.makeconftest(
+        """
+import asyncio
+import pytest
+from asgi_sse import EventSourceResponse
+from asgi_sse.testing import open_stream
+
+async def source():
+    yield "0"
+    await asyncio.Event().wait()
+
+loop = asyncio.new_event_loop()
+opened = []
+
+def pytest_collect_file(file_path, parent):
+    if file_path.suffix == ".case":
+        return Cases.from_parent(parent, path=file_path)
+
+class Cases(pytest.File):
+    def collect(self):
+        yield Case.from_parent(self, name="passes")
+        yield Case.from_parent(self, name="leaks")
+
+class Case(pytest.Item):
+    def runtest(self):
+        if self.name == "leaks":
+            opened.append(open_stream(EventSourceResponse(source())))
+            loop.run_until_complete(opened[0].__aenter__())
+
+def pytest_unconfigure():
+    for one in opened:
+        loop.run_until_complete(one.__aexit__(None, None, None))
+    loop.close()
+"""
+    )
+    pytester.makefile(".case", some="")
+    result = pytester.runpytest_inprocess(*PLUGIN)
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["the test leaves streams open.", "  <Stream / *"])

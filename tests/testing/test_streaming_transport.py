@@ -71,6 +71,21 @@ async def test_response_comes_chunk_by_chunk(client: Any) -> None:
 
 @on_both
 @clients
+async def test_head_response_has_no_body_even_if_the_app_sends_one(client: Any) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send(START)
+        for more_body in (True, False):
+            await send({"type": "http.response.body", "body": b"data: x\n\n", "more_body": more_body})
+
+    async with client.AsyncClient(transport=StreamingASGITransport(app), base_url="http://test") as http:
+        assert (await http.get("/")).text == "data: x\n\n" * 2
+        response = await http.head("/")
+    assert response.headers["content-type"] == "text/event-stream"
+    assert response.content == b""
+
+
+@on_both
+@clients
 async def test_app_errors_are_raised_or_become_responses(client: Any) -> None:
     async def raises(scope: Any, receive: Any, send: Any) -> None:
         raise ZeroDivisionError
