@@ -10,6 +10,7 @@ import socketserver
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 import pytest
 from hub_process import ENVIRONMENT, TIMEOUT_S, command
@@ -103,6 +104,45 @@ def test_bench_shows_progress_and_stops_at_ctrl_c(hub_url: str) -> None:
     assert process.returncode == 130
     assert json.loads(out)["connections"]["opened"] == 2
     assert b"[#" in shown or b"[-" in shown
+
+
+def test_bench_counts_the_failures_of_tls(capsys: pytest.CaptureFixture[str]) -> None:
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            """Answer without TLS."""
+            self.request.recv(65_536)
+            self.request.sendall(STREAM)
+
+    with serving_with(Handler) as url:
+        options = ["--connections", "2", "--duration", "60", "--json"]
+        assert main(["bench", url.replace("http:", "https:"), *options]) == 1
+    ((error, number),) = json.loads(capsys.readouterr().out)["errors"].items()
+    assert "SSL" in error
+    assert number == 2
+
+
+def test_bench_skips_events_while_too_many_posts_are_unanswered(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("asgi_sse.cli.load._IN_FLIGHT", 2)  # a slow machine may not reach 64
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            """Open a stream without events; never answer a POST."""
+            if not self.request.recv(65_536).startswith(b"POST"):
+                self.request.sendall(STREAM)
+            with suppress(ConnectionError):
+                while self.request.recv(65_536):
+                    pass
+
+    options = ["--connections", "1", "--duration", "1.5", "--publish-rate", "5000", "--timeout", "2"]
+    with serving_with(Handler) as url:
+        assert main(["bench", url, *options]) == 1
+    out = capsys.readouterr().out
+    assert re.search(
+        r"^published +0, delivered 0 of 0; [\d,]+ not sent because too many POSTs were unanswered$", out, re.MULTILINE
+    )
+    assert re.search(r"^failed +\d+: publishing: \w+Timeout$", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

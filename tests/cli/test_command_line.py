@@ -46,7 +46,8 @@ def test_help_names_the_options_and_exit_statuses(
         "--port x", "--port 65536", "demo --port -1", "demo --port 080808", "--prt 80", "srv", "serve --history 0",
         "serve --max-age 0", "serve --ping nan", "serve --drain-timeout inf", "tail ftp://localhost/", "tail http:///x",
         "tail http://localhost/ -H Authorization", "tail http://localhost/ --count 0",
-        "bench http://localhost/ --rate 0", "tail http://localhost:65536/", "bench http://localhost:x/", "tail http://[::g/",
+        "bench http://localhost/ --rate 0", "bench http://localhost/ --duration soon",
+        "tail http://localhost:65536/", "bench http://localhost:x/", "tail http://[::g/",
     ],
 )  # fmt: skip
 def test_invalid_arguments_exit_with_2_and_quote_the_value(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from threading import Thread, Timer
 from types import SimpleNamespace
 from typing import Any
@@ -414,6 +414,54 @@ async def test_drained_clients_ignore_an_event_that_was_cut_off(
         tasks.cancel_scope.cancel()
     ids = {name for request in requests for name in re.findall(rb"last-event-id: (.*)\r", request)}
     assert ids == {b"1"}
+
+
+@pytest.mark.anyio
+@pytest.mark.real_time
+@pytest.mark.parametrize(("status", "answered"), [("200 OK", 204), ("503 Service Unavailable", 503)])
+async def test_test_clients_that_stay_no_longer_leave(
+    status: str, answered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client counts as connected after the final response only, whatever comes before it."""
+    monkeypatch.setattr("asgi_sse.cli.demo.swarm._CONNECT_TIMEOUT_S", 0.3 if answered == 503 else TIMEOUT_S)
+    monkeypatch.setattr("asgi_sse.cli.demo.swarm._STAY_S", 0.6 if answered == 503 else TIMEOUT_S)
+    connections, drained = 0, anyio.Event()
+    head = f"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 {status}\r\nContent-Type: text/event-stream\r\n\r\n".encode()
+
+    async def answer(stream: SocketStream) -> None:
+        nonlocal connections
+        with suppress(anyio.EndOfStream, anyio.BrokenResourceError):  # the client left meanwhile
+            async with stream:
+                await stream.receive()
+                connections += 1
+                if connections == 30:  # from now on, since a slow machine takes its time to connect them
+                    monkeypatch.setattr("asgi_sse.cli.demo.swarm._STAY_S", 0.3)
+                await stream.send(head + b"retry: 20\n\n")
+                if answered == 204:
+                    await drained.wait()
+
+    app = create_demo()
+    listener = await anyio.create_tcp_listener(local_host="127.0.0.1", local_port=0)
+    async with listener, LifespanManager(app), anyio.create_task_group() as tasks:
+        tasks.start_soon(listener.serve, answer)
+        scope = {"server": listener.extra(SocketAttribute.local_address)}
+        states: set[str] = set()
+        async with AsyncExitStack() as streams:
+            live = await streams.enter_async_context(open_stream(app, "/live"))
+            async with open_stream(app, "/drain", method="POST", scope=scope, timeout=TIMEOUT_S) as stream:
+                assert stream.status == answered
+            drained.set()
+            while "left" not in states:
+                async for event in live:
+                    if event.event == "swarm":
+                        states.add(json.loads(event.data or "")["state"])
+                    if "left" in states:
+                        break
+                else:  # the drain has ended this stream as well
+                    live = await streams.enter_async_context(live.reconnect())
+        await anyio.wait_all_tasks_blocked()  # a connection whose task has not begun would not be closed
+        tasks.cancel_scope.cancel()
+    assert ("open" in states) == (answered == 204)
 
 
 @pytest.mark.anyio

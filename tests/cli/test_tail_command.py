@@ -1,5 +1,6 @@
 """``asgi-sse tail``."""
 
+import io
 import json
 import os
 import pty
@@ -197,6 +198,19 @@ def test_tail_sends_the_body_of_a_post_and_its_content_type(tmp_path: Path, caps
     content_types = [header_of(request, "content-type") for request in requests]
     assert content_types == ["application/json", "text/plain; charset=utf-8", "a/b"]
     assert re.findall(r"x-a: *(.*?)\r", requests[0], re.IGNORECASE) == ["ö", "2"]
+
+
+def test_tail_sends_what_it_reads_from_the_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    bodies = [b"\xff raw", b"[1]"]
+    with scripted_server(STREAM + b"data: hi\n\n") as (url, requests):
+        for body in bodies:
+            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(body)))
+            assert main(["tail", url, "--data", "@-"]) == 0
+    assert [header_of(request, "content-type") for request in requests] == [
+        "text/plain; charset=utf-8",
+        "application/json",
+    ]
+    assert [request.partition("\r\n\r\n")[2] for request in requests] == ["\ufffd raw", "[1]"]
 
 
 def test_tail_repeats_a_post_with_reconnect(capsys: pytest.CaptureFixture[str]) -> None:
