@@ -130,8 +130,6 @@ class Body(ChangeNotifier):
         body = message.get("body")
         if not body:
             return
-        while not (self._wanted or self._disconnected):
-            await self.wait_changed()
         if self._disconnected:
             return
         self._chunk = bytes(body)

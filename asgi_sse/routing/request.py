@@ -264,10 +264,6 @@ class Request:
         if body is None:
             if self._receiver.disconnected:
                 raise StreamClosedError("the client left before the end of its request body")
-            if not self._receiver.exceeds(limit):
-                raise StreamClosedError(
-                    "the request body was discarded, because the first event was sent; read it before the first event"
-                )
             raise self._too_large(limit)
         return body
 

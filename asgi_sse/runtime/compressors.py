@@ -284,9 +284,7 @@ def _class_or_function(thing: Any) -> Any:
 
 
 def _judge(thing: Any, path: str) -> Compressor | None:
-    kind = _class_or_function(thing)
-    if isinstance(kind, FunctionType):
-        return None
+    kind: type = thing if isinstance(thing, type) else type(thing)
     for base in kind.__mro__:
         known = _named(f"{base.__module__}.{base.__qualname__}", path)
         if known is not None and known.encodes is not None:

@@ -92,10 +92,6 @@ class RequestReceiver(ChangeNotifier):
             self._chunks.clear()
             self.notify_changed()
 
-    def exceeds(self, limit: int) -> bool:
-        """Return whether more than `limit` bytes of the body have arrived."""
-        return self._size > limit
-
     async def replay(self) -> Message:
         """Act as ``receive()`` for another ASGI app that takes over the request. Nothing of the body is lost."""
         if self._chunks or (self._complete and not self._replayed):
