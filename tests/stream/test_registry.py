@@ -1,5 +1,6 @@
 """`StreamRegistry`: the running streams, their statistics, observers and drains."""
 
+import logging
 import math
 import re
 import sys
@@ -18,7 +19,7 @@ from asgi_sse.stream.counters import StreamCounters
 from asgi_sse.stream.observer import Observer
 from asgi_sse.stream.registry import default_registry
 from asgi_sse.stream.stream import Stream
-from asgi_sse.testing import open_stream
+from asgi_sse.testing import open_stream, running
 
 pytestmark = pytest.mark.anyio
 
@@ -304,6 +305,50 @@ async def test_each_task_that_waits_for_draining_learns_of_it() -> None:
         registry.begin_drain()
         await stream.expect("last event")
     assert sorted(told) == [0, 1, 2]
+
+
+async def test_drains_of_the_same_streams_count_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "asgi_sse")
+    registry = StreamRegistry()
+    reports = []
+
+    async def drain() -> None:
+        reports.append(await registry.drain())
+
+    app = create_app({"/": watches_draining}, registry=registry)
+    async with open_stream(app) as stream, anyio.create_task_group() as tasks:
+        await stream.expect("first")
+        tasks.start_soon(drain)
+        tasks.start_soon(drain)
+        await stream.expect("last event", timeout=5)
+    assert [report.finished for report in reports] == [1, 1]
+    assert registry.statistics().drains == 1
+    assert len([record for record in caplog.records if record.getMessage().startswith("drained 1 stream")]) == 1
+
+
+async def test_drain_does_not_wait_for_streams_of_another_server(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "asgi_sse")
+    registry = StreamRegistry()
+    app = create_app({"/idle": idle_endpoint, "/watches": watches_draining}, registry=registry)
+    async with (
+        running(app) as one,
+        running(app) as other,
+        open_stream(one, "/watches") as ending,
+        open_stream(other, "/idle") as leaving,
+        open_stream(other, "/idle") as staying,
+        anyio.create_task_group() as tasks,
+    ):
+        for stream in (ending, leaving, staying):
+            await stream.expect("first")
+        tasks.start_soon(one.stop)
+        await anyio.wait_all_tasks_blocked()
+        await leaving.disconnect()
+        assert registry.statistics().drains == 0
+        await ending.expect("last event", timeout=5)
+        with pytest.raises(TimeoutError):
+            await staying.receive()
+    drained = [record.getMessage() for record in caplog.records if record.getMessage().startswith("drained 1 stream")]
+    assert "DrainReport(finished=1, closed=0, cancelled=0, abandoned=0" in drained[0]
 
 
 async def test_client_that_does_not_read_is_cut_at_the_deadline() -> None:
