@@ -94,7 +94,7 @@ async def test_stuck_client_is_cut_through_the_transport_behind_send(wrap: Calla
 async def test_connection_that_other_streams_share_is_not_cut(module: str) -> None:
     shared = type("Protocol", (StuckSend,), {"__module__": module})
     transport = Transport()
-    with pytest.raises(SendTimeoutError, match="took nothing for 5 s"):
+    with pytest.raises(SendTimeoutError, match="read nothing for 5 s"):
         await EventSourceResponse(ticks(), send_timeout=5)(SCOPE, anyio.sleep_forever, shared(transport))  # type: ignore[arg-type]
     assert not transport.aborted
 

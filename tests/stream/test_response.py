@@ -131,7 +131,7 @@ async def test_stuck_client_of_a_head_request_is_given_up_after_send_timeout() -
 
     scope = {"type": "http", "method": "HEAD", "path": "/", "headers": []}
     began = anyio.current_time()
-    with pytest.raises(SendTimeoutError, match="the client took nothing for 7 s"):
+    with pytest.raises(SendTimeoutError, match="the client read nothing for 7 s"):
         await EventSourceResponse(items("a"), send_timeout=7)(scope, anyio.sleep_forever, stuck)  # type: ignore[arg-type]
     assert 7 <= anyio.current_time() - began < 8
 
